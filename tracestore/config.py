@@ -1,0 +1,242 @@
+"""The configuration file: one YAML for store, roles, engines, proxy and trainer.
+
+Both sides of the store read it, so it lives here. Unknown keys are errors, with the near misses named;
+relative paths are relative to the file. Environment and command line override nothing silently: a process
+resolves its configuration once, and `--show-config` prints the result.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from tracegrad.tracestore.errors import ConfigError
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the file. Unknown keys are refused."""
+
+
+class EngineConfig(_Section, frozen=True, kw_only=True):
+    """The vLLM that serves one model. With `launch` empty the engine at `url` is somebody else's to start."""
+
+    url: str = "http://127.0.0.1:8000"
+    launch: tuple[str, ...] = ()
+    """Command that starts the engine; `{python}`, `{model}`, `{name}`, `{host}` and `{port}` are filled in."""
+    args: tuple[str, ...] = ()
+    """Further arguments, after tracegrad's own."""
+    env: Mapping[str, str] = {}
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    max_model_len: int = 2048
+    max_num_seqs: int = 32
+    start_timeout_s: float = 600.0
+    log: str | None = None
+
+
+class ModelConfig(_Section, frozen=True, kw_only=True):
+    """Physical weights: where they start, and the engine that serves them."""
+
+    checkpoint: str
+    engine: EngineConfig = EngineConfig()
+    trained: bool = True
+
+
+class SamplingOverride(_Section, frozen=True, kw_only=True):
+    """What the proxy sets on the calls of runs with purpose `train`; `None` leaves the client's value."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+
+
+class ProxyConfig(_Section, frozen=True, kw_only=True):
+    """The OpenAI-compatible front. Loopback by default: it has no authentication yet."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    sampling: Mapping[str, SamplingOverride] = {}
+    """Role (or `*`) -> the sampling override of purpose `train`."""
+    idle_close_s: float = 300.0
+    poll_s: float = 0.05
+    heartbeat_expires_s: float = 10.0
+    upstream_timeout_s: float = 600.0
+    max_body_bytes: int = 32 * 1024 * 1024
+
+
+class AlgorithmConfig(_Section, frozen=True, kw_only=True):
+    """Credit and loss. Defaults are those of PPO with a value head (Schulman et al. 2017, GAE 2015)."""
+
+    advantage: Literal["gae", "group"] = "gae"
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    value_clip: float | None = 0.2
+    value_coef: float = 0.5
+    kl_coef: float = 0.0
+    normalise_std: bool = True
+    reward_weights: Mapping[str, float] = {}
+    """Reward name -> weight. Empty: every name counts with weight 1; otherwise names not listed count 0."""
+
+
+class OptimizerConfig(_Section, frozen=True, kw_only=True):
+    """AdamW on fp32 master weights."""
+
+    lr: float = 1e-5
+    critic_lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    epochs: int = 1
+    minibatches: int = 1
+
+
+class BatchConfig(_Section, frozen=True, kw_only=True):
+    """What one step trains, and how it is laid into rows."""
+
+    groups: int = 8
+    max_staleness: int = 1
+    """A run is too stale when the live step minus the oldest step that sampled it exceeds this."""
+    min_group: int = 2
+    """A group with fewer closed, rewarded members than this is not leased for group advantages."""
+    row_tokens: int = 2048
+    lease_s: float = 600.0
+    poll_s: float = 0.25
+
+
+class PublishConfig(_Section, frozen=True, kw_only=True):
+    """How weights reach the engine, and when a swap is refused."""
+
+    probe_tokens: int = 512
+    probe_bound: float = 0.05
+    """Bound on mean |trainer - engine| logprob over the probe's tokens (nats)."""
+    canary: bool = True
+    drain_timeout_s: float = 300.0
+    swap_timeout_s: float = 120.0
+
+
+class TrainerConfig(_Section, frozen=True, kw_only=True):
+    """One training job."""
+
+    job: str = "main"
+    model: str = "main"
+    steps: int = 100
+    seed: int = 0
+    output: str = "out"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """fp32: everything in float32. bf16: float32 master weights, bfloat16 autocast."""
+    threads: int = 2
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    publish: PublishConfig = PublishConfig()
+    keep_checkpoints: int = 2
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    """The whole file."""
+
+    store: str = "sqlite:///tracegrad.db"
+    project: str = "default"
+    models: Mapping[str, ModelConfig] = {}
+    roles: Mapping[str, str] = {}
+    """Role -> model. `*` stands for every role not named."""
+    proxy: ProxyConfig = ProxyConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    def model_of(self, role: str | None) -> str | None:
+        """Return the physical model of `role`, or None where the role map says nothing of it."""
+        if role is not None and role in self.roles:
+            return self.roles[role]
+        return self.roles.get("*")
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: the file cannot be read, has unknown keys or wrong types, or names an unknown model.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name another file with --config") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    return parse_config(raw or {}, origin=str(path), base=path.resolve().parent)
+
+
+def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base: Path | None = None) -> Config:
+    """Turn a decoded mapping into a `Config`; paths are resolved against `base`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        config = msgspec.convert(raw, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
+    _check_models(config, origin)
+    return _resolve_paths(config, base) if base is not None else config
+
+
+def dump_config(config: Config) -> str:
+    """Return `config` as YAML: what `--show-config` prints; `parse_config` reads it back to an equal value."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+
+
+def _check_models(config: Config, origin: str) -> None:
+    named = [(f"role {role!r}", model) for role, model in config.roles.items()]
+    if config.models:
+        named.append(("trainer.model", config.trainer.model))
+    for who, model in named:
+        if model not in config.models:
+            near = _near(model, config.models)
+            raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
+    for role in config.proxy.sampling:
+        if role != "*" and role not in config.roles and "*" not in config.roles:
+            near = _near(role, config.roles)
+            raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
+
+
+def _with_near_misses(message: str) -> str:
+    """msgspec names the unknown field; add the known ones that look like it."""
+    if "unknown field `" not in message:
+        return message
+    field = message.split("unknown field `", 1)[1].split("`", 1)[0]
+    return message + _near(field, _all_keys())
+
+
+def _all_keys() -> set[str]:
+    return {f.name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
+
+
+def _near(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=3)
+    return f"; did you mean {', '.join(close)}?" if close else f" (known: {', '.join(sorted(known)) or 'none'})"
+
+
+def _resolve_paths(config: Config, base: Path) -> Config:
+    def absolute(value: str) -> str:
+        return str(base / value) if not Path(value).is_absolute() else value
+
+    store = config.store
+    if store.startswith("sqlite:///") and store != "sqlite:///:memory:":
+        store = "sqlite:///" + absolute(store.removeprefix("sqlite:///"))
+    models = {name: _resolve_model(model, absolute) for name, model in config.models.items()}
+    trainer = msgspec.structs.replace(config.trainer, output=absolute(config.trainer.output))
+    return msgspec.structs.replace(config, store=store, models=models, trainer=trainer)
+
+
+def _resolve_model(model: ModelConfig, absolute: Any) -> ModelConfig:
+    engine = model.engine
+    if engine.log is not None:
+        engine = msgspec.structs.replace(engine, log=absolute(engine.log))
+    return msgspec.structs.replace(model, checkpoint=absolute(model.checkpoint), engine=engine)

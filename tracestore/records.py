@@ -1,0 +1,242 @@
+"""The nouns of the store as frozen values. No I/O, no database types.
+
+Proxy, hooks, rollout driver and trainer exchange these with `tracegrad.tracestore.store.Store`. Times are Unix
+seconds. Token ids and logprobs are tuples; logprobs are float32 values held as Python floats.
+A missing thing is `None`: never 0, never an empty stand-in (law 6).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Json = Mapping[str, Any]
+Purpose = Literal["train", "eval", "live"]
+RunStatus = Literal["open", "closed", "failed"]
+EndedBy = Literal["hook", "explicit", "idle"]
+CallStatus = Literal["complete", "aborted", "failed"]
+RoleSource = Literal["header", "path", "key", "hook", "langsmith", "inferred"]
+PublishState = Literal["requested", "draining", "swapping", "live", "failed"]
+VersionKind = Literal["initial", "step", "canary"]
+LeaseState = Literal["held", "acknowledged", "released", "expired"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One input of the workflow with whatever its reward needs; the id is stable across rollouts."""
+
+    task_id: str
+    input: Json
+    reference: Json = field(default_factory=dict)
+    project: str = "default"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The runs of one task that were sampled to be compared. Leased whole; failed members are absent."""
+
+    group_id: str
+    task_id: str
+    planned_size: int
+    purpose: Purpose
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One execution of the workflow. `member` is its index in the group; both or neither are set."""
+
+    run_id: str
+    project: str = "default"
+    purpose: Purpose = "live"
+    task_id: str | None = None
+    group_id: str | None = None
+    member: int | None = None
+    status: RunStatus = "open"
+    ended_by: EndedBy | None = None
+    error: str | None = None
+    opened_at: float = 0.0
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One node execution inside a run. `namespace` is LangGraph's checkpoint namespace (branch path)."""
+
+    span_id: str
+    run_id: str
+    name: str
+    kind: Literal["node", "tool", "graph"] = "node"
+    parent_span_id: str | None = None
+    namespace: str | None = None
+    superstep: int | None = None
+    triggers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One sampled completion.
+
+    Invariant: where `logprobs` is not None, ``len(logprobs) == len(token_ids)``. `message` is the assistant
+    message as the client got it (text is for people; nothing is re-tokenised). `flags` names what the trainer
+    must know: "greedy", "constrained", "penalised", "truncated_sampling", "stop_string".
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish_reason: str | None
+    message: Json = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTiming:
+    """When the call arrived, was dispatched to the engine, gave its first token, and completed."""
+
+    received_at: float
+    dispatched_at: float
+    first_token_at: float | None
+    completed_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attribution:
+    """Who called. Every field may be unknown; what says so is in the `source` fields."""
+
+    run_id: str | None = None
+    run_source: RoleSource | None = None
+    role: str | None = None
+    role_source: RoleSource | None = None
+    span: Span | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request to a model with its choices: the unit that is committed before the reply ends (law 3).
+
+    `model` is the physical model of the role map; `requested_model` is the name in the request.
+    `version_dispatched`/`version_completed` are policy version ids of `model`; unequal ones quarantine.
+    `requested`/`effective` hold the sampling parameters as sent by the client and as sent to the engine.
+    `request` is the client's body without them (messages, tools, ...). `quarantine` is a reason or None.
+    """
+
+    call_id: str
+    completion_id: str | None
+    attribution: Attribution
+    model: str
+    requested_model: str
+    version_dispatched: int | None
+    version_completed: int | None
+    prompt_ids: tuple[int, ...] | None
+    choices: tuple[Choice, ...]
+    status: CallStatus
+    timing: CallTiming
+    request: Json
+    requested: Json
+    effective: Json
+    stream: bool = False
+    quarantine: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """A named value on a run, or inside it on a role or a call. Append-only; the newest of a name counts.
+
+    Exactly one target: `call_id` set -> that call; else `role` set -> that role in the run; else the run.
+    """
+
+    reward_id: str
+    run_id: str
+    name: str
+    value: float
+    source: str
+    role: str | None = None
+    call_id: str | None = None
+    created_at: float = 0.0
+    late_for: tuple[str, ...] = ()
+    """Training jobs that had already trained the run when this arrived: kept, counted, used by the next job."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTrace:
+    """A run with everything training needs: its calls (by dispatch time) and the current view of its rewards."""
+
+    run: Run
+    calls: tuple[Call, ...]
+    rewards: tuple[Reward, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyVersion:
+    """One published (or to be published) set of weights of one model. The id is given by the store, never reused."""
+
+    version_id: int
+    model: str
+    kind: VersionKind
+    parent_id: int | None
+    checkpoint_path: str
+    checkpoint_hash: str
+    step: int
+    job_id: str | None
+    abandoned: bool = False
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publish:
+    """One passage of a version through requested -> draining -> swapping -> live | failed."""
+
+    publish_id: int
+    version_id: int
+    model: str
+    state: PublishState
+    error: str | None
+    probe: Json | None
+    entered: Mapping[str, float]
+    """State -> Unix time it was entered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """What a lease will train: the order of the runs and the seed of everything random in the step."""
+
+    step: int
+    epoch: int
+    seed: int
+    run_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """A fenced, time-limited hold. `token` grows with every (re)claim; only the newest may commit."""
+
+    lease_id: int
+    token: int
+    job_id: str
+    plan: BatchPlan
+    expires_at: float
+    state: LeaseState = "held"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Consumption:
+    """What became of one choice in one training pass: trained + excluded tokens = its sampled tokens (law 5)."""
+
+    run_id: str
+    call_id: str
+    choice_index: int
+    trained_tokens: int
+    excluded_tokens: int
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCommit:
+    """Everything a finished step writes in one transaction: checkpoint, version, ledger rows, consumption."""
+
+    checkpoint_path: str
+    checkpoint_hash: str
+    model: str
+    parent_version_id: int | None
+    consumption: Sequence[Consumption]
+    metrics: Json

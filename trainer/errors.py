@@ -1,0 +1,48 @@
+"""What the trainer raises. A message says what, which id, and what to do.
+
+TrainerError
+├── SampleError          a trace cannot be turned into samples (an open or eval run, a reward given twice)
+├── PackingError         samples cannot be laid into rows (no context before the first token, wrong sizes)
+├── BatchError           tensors of a step disagree in length, or nothing is left to train
+├── UnsupportedModel     the checkpoint cannot be trained exactly (its attention ignores the mask, its head is unusual)
+├── EngineError          the engine cannot be started, reached, or lacks what training needs
+├── PublishError         new weights did not reach the engine, or could not be shown to have reached it
+├── CheckpointError      a checkpoint is incomplete, or its hash is not the one in the ledger
+└── StepRefused          an update was not finite or not bounded: the weights stay as they were
+"""
+
+
+class TrainerError(Exception):
+    """Root of every error raised by `tracegrad.trainer`."""
+
+
+class SampleError(TrainerError):
+    """A trace cannot be turned into samples."""
+
+
+class PackingError(TrainerError):
+    """Samples cannot be laid into rows."""
+
+
+class BatchError(TrainerError):
+    """Tensors of a step disagree, or nothing is left to train."""
+
+
+class UnsupportedModel(TrainerError):
+    """The checkpoint cannot be trained exactly by this trainer."""
+
+
+class EngineError(TrainerError):
+    """The engine cannot be started, reached, or lacks what training needs."""
+
+
+class PublishError(TrainerError):
+    """New weights did not reach the engine, or could not be shown to have reached it."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is incomplete, or is not the one the ledger names."""
+
+
+class StepRefused(TrainerError):
+    """An update was not finite or not bounded: the weights stay as they were."""

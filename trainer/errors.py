@@ -8,7 +8,9 @@ TrainerError
 ├── EngineError          the engine cannot be started, reached, or lacks what training needs
 ├── PublishError         new weights did not reach the engine, or could not be shown to have reached it
 ├── CheckpointError      a checkpoint is incomplete, or its hash is not the one in the ledger
-└── StepRefused          an update was not finite or not bounded: the weights stay as they were
+├── StepRefused          an update was not finite or not bounded: the weights stay as they were
+├── WorkerFailed         a worker process died, or failed in a way that has no name here
+└── JobBusy              another trainer of the same job runs on this output folder
 """
 
 
@@ -46,3 +48,11 @@ class CheckpointError(TrainerError):
 
 class StepRefused(TrainerError):
     """An update was not finite or not bounded: the weights stay as they were."""
+
+
+class WorkerFailed(TrainerError):
+    """A worker process died, or failed in a way that has no name here."""
+
+
+class JobBusy(TrainerError):
+    """Another trainer holds the job."""

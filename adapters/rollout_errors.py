@@ -1,0 +1,33 @@
+"""What the rollout and evaluation drivers raise. A message says what, which id or line, and what to do.
+
+RolloutError
+├── TaskFileError          the task file cannot be read or has bad lines
+├── EntryPointError        module:attribute cannot be imported, or is not what it must be
+├── RewardShapeError       a reward function returned something that is not a reward
+├── RolloutStopped         the driver gave up: too many failures in a row, or the proxy stayed away
+└── ServingError           the engine or proxy started for an evaluation did not come up
+"""
+
+
+class RolloutError(Exception):
+    """Root of what the rollout and evaluation drivers raise."""
+
+
+class TaskFileError(RolloutError):
+    """The task file cannot be used as written."""
+
+
+class EntryPointError(RolloutError):
+    """`module:attribute` names nothing that can be used."""
+
+
+class RewardShapeError(RolloutError):
+    """A reward function returned something that is not a reward."""
+
+
+class RolloutStopped(RolloutError):
+    """The driver gave up; what was done is in the store, and the same --name goes on from there."""
+
+
+class ServingError(RolloutError):
+    """The engine or the proxy started for an evaluation did not come up."""

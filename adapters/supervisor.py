@@ -1,0 +1,268 @@
+"""Child processes kept running: started in order, watched, restarted with back-off, stopped in reverse.
+
+Each child runs under a keeper (see `keeper`), writes to a log file of its own, and is ready when every one of its
+health URLs answers 200. Refuses to go on with a child that crashes `max_restarts` times in a row. It knows nothing
+of what the children are. Used by `tracegrad up` and by evaluations that start an engine and a proxy of their own.
+Call it from the main thread: a keeper dies with the thread that started it.
+"""
+
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tracegrad.adapters.keeper import keeper_command
+
+ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildSpec:
+    """A command to keep running. With `may_finish`, exit code 0 is its normal end, not a crash."""
+
+    name: str
+    command: tuple[str, ...]
+    ready_urls: tuple[str, ...] = ()
+    ready_timeout_s: float = 60.0
+    may_finish: bool = False
+    env: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestartPolicy:
+    """How often and how fast a crashed child comes back; `steady_s` of readiness clears its count of crashes."""
+
+    max_restarts: int = 5
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 30.0
+    steady_s: float = 60.0
+    stop_timeout_s: float = 30.0
+
+    def wait_s(self, crashes: int) -> float:
+        """Return the pause before the restart that follows the `crashes`-th crash in a row."""
+        return min(self.first_wait_s * 2.0 ** (crashes - 1), self.longest_wait_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened to a child: started, ready, crashed, finished, stopped, gave up, or a log line."""
+
+    kind: Literal["started", "ready", "crashed", "finished", "stopped", "gave up", "log"]
+    child: str
+    detail: str = ""
+    pid: int | None = None
+    exit_code: int | None = None
+    at: float = field(default_factory=time.time)
+
+
+class ChildGaveUp(Exception):
+    """A child crashed too often in a row, or never became ready; the message names it and its log."""
+
+
+class Child:
+    """One child's process, log and state. Driven by `Supervisor`; `tick` never blocks for longer than a second."""
+
+    def __init__(self, spec: ChildSpec, log_dir: Path, policy: RestartPolicy, emit: Callable[[Event], None]) -> None:
+        self.spec = spec
+        self.state: ChildState = "waiting"
+        self.exit_code: int | None = None
+        self.log_path = log_dir / f"{spec.name}.log"
+        self._policy = policy
+        self._emit = emit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._crashes = 0
+        self._since = 0.0
+        self._next_probe = 0.0
+        self._log_offset = 0
+        self._partial = b""
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives (the keeper's, which lives as long as the command does)."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the command under a keeper, in a session of its own (a terminal's Ctrl-C does not reach it)."""
+        with self.log_path.open("ab") as log:
+            self._log_offset = log.tell() if self._process is None else self._log_offset
+            self._process = subprocess.Popen(
+                keeper_command(self.spec.command, grace_s=self._policy.stop_timeout_s),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=None if self.spec.env is None else dict(self.spec.env),
+            )
+        self._enter("starting")
+        self._emit(Event(kind="started", child=self.spec.name, pid=self._process.pid))
+
+    def tick(self) -> None:
+        """Look once: pass on new log lines, notice readiness and death, restart when the pause is over.
+
+        Raises:
+            ChildGaveUp: it crashed more than `max_restarts` times in a row.
+        """
+        self._read_log()
+        if self.state == "backing off":
+            if time.monotonic() - self._since >= self._policy.wait_s(self._crashes):
+                self.start()
+        elif self.state in ("starting", "ready"):
+            self._watch()
+
+    def ask_to_stop(self) -> None:
+        """Ask the keeper to stop the command; asked a second time, it kills."""
+        if self.running and self._process is not None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """Kill the keeper; the command dies with it (its parent-death signal), asked and not waited for."""
+        if self.running and self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stopped(self) -> bool:
+        """Return whether the process is gone; says so once."""
+        self._read_log()
+        if self.running:
+            return False
+        if self.state in ("starting", "ready", "backing off"):
+            code = None if self._process is None else self._process.poll()
+            self._enter("stopped")
+            self._emit(Event(kind="stopped", child=self.spec.name, exit_code=code))
+        return True
+
+    def _watch(self) -> None:
+        assert self._process is not None
+        code = self._process.poll()
+        if code is not None:
+            self._read_log()
+            self._ended(code)
+        elif self.state == "ready":
+            if self._crashes and time.monotonic() - self._since >= self._policy.steady_s:
+                self._crashes = 0
+        elif self._is_ready():
+            self._enter("ready")
+            self._emit(Event(kind="ready", child=self.spec.name, pid=self._process.pid))
+        elif time.monotonic() - self._since > self.spec.ready_timeout_s:
+            self._process.terminate()
+            self._process.wait()
+            self._crashed(f"not ready after {self.spec.ready_timeout_s:g} s", None)
+
+    def _ended(self, code: int) -> None:
+        self.exit_code = code
+        if code == 0 and self.spec.may_finish:
+            self._enter("done")
+            self._emit(Event(kind="finished", child=self.spec.name, exit_code=0))
+            return
+        self._crashed(f"exited with code {code}", code)
+
+    def _crashed(self, how: str, code: int | None) -> None:
+        self._crashes += 1
+        if self._crashes > self._policy.max_restarts:
+            self._enter("stopped")
+            detail = f"{self.spec.name} {how}, {self._crashes} times in a row; see {self.log_path}"
+            self._emit(Event(kind="gave up", child=self.spec.name, detail=detail, exit_code=code))
+            raise ChildGaveUp(detail)
+        detail = f"{how}; starting it again in {self._policy.wait_s(self._crashes):g} s"
+        self._enter("backing off")
+        self._emit(Event(kind="crashed", child=self.spec.name, detail=detail, exit_code=code))
+
+    def _is_ready(self) -> bool:
+        if time.monotonic() < self._next_probe:
+            return False
+        self._next_probe = time.monotonic() + 0.2
+        return all(answers(url) for url in self.spec.ready_urls)
+
+    def _enter(self, state: ChildState) -> None:
+        self.state = state
+        self._since = time.monotonic()
+
+    def _read_log(self) -> None:
+        if not self.log_path.exists():
+            return
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_offset)
+            data = log.read()
+        self._log_offset += len(data)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._emit(Event(kind="log", child=self.spec.name, detail=line.decode(errors="replace").rstrip("\r")))
+
+
+class Supervisor:
+    """Children in dependency order: each is started once the one before it is ready."""
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        *,
+        log_dir: Path,
+        policy: RestartPolicy | None = None,
+        emit: Callable[[Event], None] = lambda event: None,
+        tick_s: float = 0.1,
+    ) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._policy = policy or RestartPolicy()
+        self._tick_s = tick_s
+        self._stopping = False
+        self._kill_now = False
+        self.children = tuple(Child(spec, log_dir, self._policy, emit) for spec in specs)
+
+    def request_stop(self) -> None:
+        """Ask `start` and `watch` to return; a second time, to kill without waiting. Safe in a signal handler."""
+        self._kill_now = self._stopping
+        self._stopping = True
+
+    def start(self) -> bool:
+        """Start every child, each after the one before it is ready. False: a stop was asked for meanwhile.
+
+        Raises:
+            ChildGaveUp: a child crashed too often in a row before it was ready.
+        """
+        for child in self.children:
+            child.start()
+            while not self._stopping and child.state not in ("ready", "done"):
+                self._tick()
+        return not self._stopping
+
+    def watch(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Keep the children running until a stop is asked for or `until()` holds.
+
+        Raises:
+            ChildGaveUp: a child crashed too often in a row.
+        """
+        while not self._stopping and not until():
+            self._tick()
+
+    def stop(self) -> None:
+        """Stop the children in reverse order: each is asked, given the policy's time-out, then killed."""
+        for child in reversed(self.children):
+            child.ask_to_stop()
+            # The keeper kills the command itself at the time-out; the extra seconds are for what it left behind.
+            deadline = time.monotonic() + self._policy.stop_timeout_s + 5.0
+            hurried = False
+            while not child.stopped():
+                if self._kill_now and not hurried:
+                    hurried = True
+                    child.ask_to_stop()
+                if time.monotonic() > deadline:
+                    child.kill()
+                time.sleep(0.02)
+
+    def _tick(self) -> None:
+        for child in self.children:
+            child.tick()
+        time.sleep(self._tick_s)
+
+
+def answers(url: str, timeout_s: float = 1.0) -> bool:
+    """Return whether a GET of `url` gives 200 within the time-out."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

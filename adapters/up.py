@@ -1,0 +1,121 @@
+"""`tracegrad up`: store, engine, proxy and trainer as supervised processes; Ctrl-C stops all of them.
+
+It only spawns: the engine, the proxy and the trainer are the commands a person could type. It brings the store's
+schema up to date first, starts each child once the one before it answers, restarts what crashes, and gives up with
+a plain message when something keeps crashing. No child outlives it, even if it is killed.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
+from tracegrad.tracestore.config import Config, load_config
+from tracegrad.tracestore.errors import TraceStoreError
+
+_COLOURS = {"engine": "magenta", "proxy": "cyan", "train": "green"}
+_TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
+
+
+def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, ...]:
+    """Return the commands of a configuration in the order they depend on one another.
+
+    An engine that is somebody else's to start (no `launch`) is not started, only waited for by the proxy's users.
+    """
+    file = ("--config", str(path))
+    engines = [model.engine for model in config.models.values()]
+    specs: list[ChildSpec] = []
+    if any(engine.launch for engine in engines):
+        specs.append(
+            ChildSpec(
+                name="engine",
+                command=(*_TRACEGRAD, "engine", *file),
+                ready_urls=tuple(f"{engine.url.rstrip('/')}/health" for engine in engines),
+                ready_timeout_s=max(engine.start_timeout_s for engine in engines),
+            )
+        )
+    health = f"http://{config.proxy.host}:{config.proxy.port}/health"
+    specs.append(ChildSpec(name="proxy", command=(*_TRACEGRAD, "proxy", *file), ready_urls=(health,)))
+    if train:
+        specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
+    return tuple(specs)
+
+
+def supervise(supervisor: Supervisor, *, exit_with: str | None = None) -> int:
+    """Run the children until a signal, until `exit_with` has finished, or until one gives up.
+
+    Returns 0 when nothing failed, 1 when a child gave up. Installs handlers of SIGINT and SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: supervisor.request_stop())
+    leaders = [child for child in supervisor.children if child.spec.name == exit_with]
+
+    def finished() -> bool:
+        return any(child.state == "done" for child in leaders)
+
+    try:
+        if supervisor.start():
+            supervisor.watch(finished)
+    except ChildGaveUp:
+        return 1
+    finally:
+        supervisor.stop()
+    return 0
+
+
+def event_printer(*, as_json: bool) -> Callable[[Event], None]:
+    """Return what shows events: JSON lines on standard output, or prefixed lines on standard error."""
+    return _print_json if as_json else _print_line
+
+
+def _print_json(event: Event) -> None:
+    click.echo(json.dumps({key: value for key, value in asdict(event).items() if value is not None}))
+
+
+def _print_line(event: Event) -> None:
+    prefix = click.style(f"{event.child:>7} |", fg=_COLOURS.get(event.child, "white"))
+    if event.kind == "log":
+        click.echo(f"{prefix} {event.detail}", err=True)
+        return
+    colour = "red" if event.kind in ("crashed", "gave up") else "white"
+    detail = f": {event.detail}" if event.detail else ""
+    click.echo(f"{prefix} {click.style(event.kind + detail, fg=colour, bold=True)}", err=True)
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The YAML file.")
+@click.option("--no-train", is_flag=True, help="Serve and record only.")
+@click.option("--exit-with-train", is_flag=True, help="Stop everything when the trainer has done all its steps.")
+@click.option("--max-restarts", default=5, show_default=True, help="Crashes of one child in a row before giving up.")
+@click.option(
+    "--stop-timeout", default=30.0, show_default=True, help="Seconds a child gets to stop before it is killed."
+)
+@click.option("--json", "as_json", is_flag=True, help="Events as JSON lines on standard output.")
+def up(
+    *, path: Path, no_train: bool, exit_with_train: bool, max_restarts: int, stop_timeout: float, as_json: bool
+) -> None:
+    """Run store, engine, proxy and trainer together, supervised, until Ctrl-C.
+
+    Logs go to <trainer.output>/logs/. A crashed child is restarted; exit code 1 says that one kept crashing.
+    """
+    from tracegrad.tracestore.store import open_store
+
+    if no_train and exit_with_train:
+        raise click.UsageError("--exit-with-train needs a trainer: drop --no-train")
+    try:
+        config = load_config(path)
+        open_store(config.store).close()
+    except TraceStoreError as error:
+        raise click.ClickException(str(error)) from error
+    supervisor = Supervisor(
+        child_specs(config, path.resolve(), train=not no_train),
+        log_dir=Path(config.trainer.output) / "logs",
+        policy=RestartPolicy(max_restarts=max_restarts, stop_timeout_s=stop_timeout),
+        emit=event_printer(as_json=as_json),
+    )
+    sys.exit(supervise(supervisor, exit_with="train" if exit_with_train else None))

@@ -1,0 +1,146 @@
+"""Children of `up`: order, restarts, giving up, stopping in reverse, and no orphan even after SIGKILL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
+from tracegrad.adapters.up import child_specs, supervise
+from tracegrad.tracestore.config import parse_config
+
+FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, steady_s=60.0, stop_timeout_s=2.0)
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", script)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 8.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def make(specs: list[ChildSpec], tmp_path: Path, events: list[Event], policy: RestartPolicy = FAST) -> Supervisor:
+    return Supervisor(specs, log_dir=tmp_path / "logs", policy=policy, emit=events.append, tick_s=0.02)
+
+
+def kinds(events: list[Event], child: str) -> list[str]:
+    return [event.kind for event in events if event.child == child and event.kind != "log"]
+
+
+def test_a_crashing_child_is_restarted_then_given_up_and_the_others_are_stopped(tmp_path: Path) -> None:
+    events: list[Event] = []
+    specs = [
+        ChildSpec(name="steady", command=shell("exec sleep 60")),
+        ChildSpec(name="bad", command=shell("echo boom; exit 3"), ready_urls=("http://127.0.0.1:9/health",)),
+    ]
+    supervisor = make(specs, tmp_path, events)
+    with pytest.raises(ChildGaveUp, match=r"bad exited with code 3, 3 times in a row; see .*bad\.log"):
+        supervisor.start()
+    supervisor.stop()
+    assert kinds(events, "bad") == ["started", "crashed", "started", "crashed", "started", "gave up"]
+    assert kinds(events, "steady") == ["started", "ready", "stopped"]
+    assert (tmp_path / "logs" / "bad.log").read_text() == "boom\n" * 3
+    assert [event.detail for event in events if event.kind == "log"] == ["boom"] * 3
+
+
+def test_children_start_in_order_and_stop_in_reverse(tmp_path: Path) -> None:
+    events: list[Event] = []
+    names = ["engine", "proxy", "train"]
+    supervisor = make([ChildSpec(name=name, command=shell("exec sleep 60")) for name in names], tmp_path, events)
+    assert supervisor.start()
+    supervisor.stop()
+    order = [(event.kind, event.child) for event in events if event.kind != "log"]
+    up = [(kind, name) for name in names for kind in ("started", "ready")]
+    assert order == up + [("stopped", name) for name in reversed(names)]
+    # -SIGTERM: a keeper that was stopped before it had started its command.
+    codes = {event.exit_code for event in events if event.kind == "stopped"}
+    assert codes <= {128 + signal.SIGTERM, -signal.SIGTERM}
+
+
+def test_a_child_that_ignores_the_request_is_killed_with_everything_it_started(tmp_path: Path) -> None:
+    events: list[Event] = []
+    pids = tmp_path / "pids"
+    script = f"trap '' TERM; setsid sleep 61 & echo $! > {pids}; echo $$ >> {pids}; while :; do sleep 0.05; done"
+    quick = RestartPolicy(stop_timeout_s=0.3)
+    supervisor = make([ChildSpec(name="stubborn", command=shell(script))], tmp_path, events, quick)
+    supervisor.start()
+    wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    grandchild, child = map(int, pids.read_text().split())
+    assert alive(grandchild)
+    assert alive(child)
+    supervisor.stop()
+    assert not alive(child)
+    assert not alive(grandchild), "a process in a session of its own was left behind"
+
+
+def test_a_normal_end_of_the_trainer_is_not_a_crash_and_may_end_everything(tmp_path: Path) -> None:
+    events: list[Event] = []
+    specs = [
+        ChildSpec(name="proxy", command=shell("exec sleep 60")),
+        ChildSpec(name="train", command=shell("exit 0"), may_finish=True),
+    ]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert supervise(make(specs, tmp_path, events), exit_with="train") == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert kinds(events, "train")[-1] == "finished"
+    assert kinds(events, "proxy") == ["started", "ready", "stopped"]
+
+
+UP = """
+    import sys
+    from pathlib import Path
+    from tracegrad.adapters.supervisor import ChildSpec, Supervisor
+    from tracegrad.adapters.up import event_printer, supervise
+    script = "sleep 62 & echo $$ $! > {}/{}; wait"
+    specs = [ChildSpec(name=n, command=("/bin/sh", "-c", script.format(sys.argv[1], n))) for n in "ab"]
+    sys.exit(supervise(Supervisor(specs, log_dir=Path(sys.argv[1]), emit=event_printer(as_json=True), tick_s=0.02)))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: int, code: int) -> None:
+    script = textwrap.dedent(UP)
+    up = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    files = [tmp_path / "a", tmp_path / "b"]
+    wait_until(lambda: all(file.exists() and file.read_text().endswith("\n") for file in files))
+    pids = [int(pid) for file in files for pid in file.read_text().split()]
+    assert len(pids) == 4
+    assert all(alive(pid) for pid in pids)
+    os.kill(up.pid, number)
+    out, _ = up.communicate(timeout=10)
+    assert up.returncode == code
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+    started = [json.loads(line)["child"] for line in out.splitlines() if json.loads(line)["kind"] == "started"]
+    assert started == ["a", "b"]
+
+
+def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
+    raw = {"models": {"main": {"checkpoint": "w", "engine": {"url": "http://127.0.0.1:7001/"}}}, "roles": {"*": "main"}}
+    external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
+    assert [spec.name for spec in external] == ["proxy", "train"]
+    raw["models"]["main"]["engine"]["launch"] = ["vllm"]  # type: ignore[index]
+    own = child_specs(parse_config(raw), tmp_path / "c.yaml", train=False)
+    assert [spec.name for spec in own] == ["engine", "proxy"]
+    assert own[0].ready_urls == ("http://127.0.0.1:7001/health",)
+    assert own[0].command[-3:] == ("engine", "--config", str(tmp_path / "c.yaml"))

@@ -1,0 +1,315 @@
+"""The policy: a stock Hugging Face causal LM with a value head, evaluated on the edges of packed rows.
+
+The trunk runs once per row with the row's ancestry mask and depths as positions; logits are made only where a token
+was sampled, a chunk of slots at a time, and again in the backward pass, so that (T, V) is never held. Log-softmax,
+values and master weights are float32. It refuses checkpoints whose attention or head it would evaluate wrongly:
+`verify` compares it with the model's own forward pass. Called by the learner, one process per model.
+
+Precision `bf16`: the trunk's weights are a bfloat16 shadow of float32 masters. Gradients are added to the masters as
+backward makes them, the optimizer steps the masters, and `refresh` rounds them into the shadow again. Precision
+`fp32`: masters and weights are the same tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from tracegrad.trainer.batches import PackedRow, probe_row
+from tracegrad.trainer.errors import UnsupportedModel
+
+Precision = Literal["fp32", "bf16"]
+
+_UNUSUAL_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeOutputs:
+    """One entry per edge of a row, float32. `values_E`: V at the parent. None: not asked for."""
+
+    logprobs_E: Tensor
+    values_E: Tensor | None
+    entropy_E: Tensor | None
+
+
+class ValueHead(nn.Module):
+    """A linear state value on the trunk's last hidden states; its output starts at 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, hidden_SD: Tensor) -> Tensor:
+        """Return (S,) float32 values of (S, D) hidden states."""
+        return self.output(hidden_SD.float()).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """Causal LM + value head.
+
+    `lm` is any decoder-only Hugging Face model with full attention. `detach_value` keeps the value loss out of the
+    trunk. `slot_chunk`: slots whose logits are held at once.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        precision: Precision = "fp32",
+        gradient_checkpointing: bool = False,
+        detach_value: bool = False,
+        slot_chunk: int = 256,
+    ) -> None:
+        super().__init__()
+        _check_supported(lm)
+        self.precision: Precision = precision
+        self.detach_value = detach_value
+        self.slot_chunk = slot_chunk
+        self._masters: dict[str, nn.Parameter] = {}
+        self.lm: Any = self._with_masters(lm.float())
+        self.value_head = ValueHead(lm.config.hidden_size)
+        _no_dropout(self.lm)
+        if gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.lm.train(gradient_checkpointing)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        precision: Precision,
+        *,
+        gradient_checkpointing: bool = False,
+        detach_value: bool = False,
+        slot_chunk: int = 256,
+        verify: bool = True,
+    ) -> "Policy":
+        """Load a folder in Hugging Face format; the value head is new (see `load_value_state`).
+
+        Raises:
+            UnsupportedModel: see `verify`.
+        """
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        policy = cls(
+            lm,
+            precision=precision,
+            gradient_checkpointing=gradient_checkpointing,
+            detach_value=detach_value,
+            slot_chunk=slot_chunk,
+        )
+        if verify:
+            policy.verify()
+        return policy
+
+    def edge_outputs(self, row: PackedRow, *, with_values: bool = True, with_entropy: bool = False) -> EdgeOutputs:
+        """Return logprobs at each edge's temperature, and if asked values and entropies (nats), all (E,) float32."""
+        hidden_TD = self._hidden(row)
+        hidden_SD = hidden_TD[row.slot_parent_S]
+        logprobs_E, entropy_S = self._logprobs(hidden_SD, row, with_entropy)
+        values_E = None
+        if with_values:
+            values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
+            values_E = values_S[row.edge_slot_E]
+        return EdgeOutputs(
+            logprobs_E=logprobs_E,
+            values_E=values_E,
+            entropy_E=None if entropy_S is None else entropy_S[row.edge_slot_E],
+        )
+
+    # -- weights
+
+    def lm_masters(self) -> dict[str, nn.Parameter]:
+        """Name -> float32 master parameter of the LM (a tied head appears once): what the optimizer steps."""
+        return dict(self._masters)
+
+    def value_masters(self) -> dict[str, nn.Parameter]:
+        """Name -> float32 parameter of the value head."""
+        return dict(self.value_head.named_parameters())
+
+    def zero_grads(self) -> None:
+        """Forget the gradients of every master."""
+        for parameter in [*self._masters.values(), *self.value_head.parameters()]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters into the weights that compute. Call after every optimizer step or master load."""
+        for name, weight in self.lm.named_parameters():
+            master = self._masters[name]
+            if master is not weight:
+                weight.copy_(master)
+
+    def lm_state(self) -> dict[str, Tensor]:
+        """Return name -> detached float32 master tensor (not copied): Hugging Face names, a tied head once."""
+        return {name: master.detach() for name, master in self._masters.items()}
+
+    @torch.no_grad()
+    def load_lm_state(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the masters and refresh.
+
+        Raises:
+            UnsupportedModel: names or shapes are not those of `lm_state`.
+        """
+        _same_names(state, self._masters)
+        for name, master in self._masters.items():
+            master.copy_(state[name])
+        self.refresh()
+
+    def value_state(self) -> dict[str, Tensor]:
+        """Return name -> detached float32 tensor of the value head (not copied)."""
+        return {name: tensor.detach() for name, tensor in self.value_head.named_parameters()}
+
+    @torch.no_grad()
+    def load_value_state(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the value head.
+
+        Raises:
+            UnsupportedModel: names are not those of `value_state`.
+        """
+        own = dict(self.value_head.named_parameters())
+        _same_names(state, own)
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+    def save_lm(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the LM (rounded from the masters to `dtype`) and its configuration in Hugging Face format."""
+        state = {name: tensor.to(dtype) for name, tensor in self.lm_state().items()}
+        self.lm.save_pretrained(path, state_dict=state)
+
+    @property
+    def attention_cost(self) -> float:
+        """Multiply-adds of dense attention per token^2 over those of the weights per token: see `packing.pack`."""
+        config = self.lm.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
+        weights = sum(p.numel() for name, p in self._masters.items() if "embed" not in name and "lm_head" not in name)
+        return float(per_pair) / weights
+
+    # -- evaluation
+
+    def _hidden(self, row: PackedRow) -> Tensor:
+        outputs = self.lm.base_model(
+            input_ids=row.token_ids_T[None],
+            attention_mask=row.mask(),
+            position_ids=row.position_ids_T[None],
+            use_cache=False,
+        )
+        return outputs.last_hidden_state[0]
+
+    def _logprobs(self, hidden_SD: Tensor, row: PackedRow, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Chunk by slots; edges follow their slots, then return to the row's order."""
+        order_E = torch.argsort(row.edge_slot_E, stable=True)
+        slot_E, token_E = row.edge_slot_E[order_E], row.edge_token_E[order_E]
+        bounds = range(0, hidden_SD.shape[0], self.slot_chunk)
+        firsts = torch.searchsorted(slot_E, torch.tensor([*bounds, hidden_SD.shape[0]], device=slot_E.device)).tolist()
+        logprobs, entropies = [], []
+        for number, first in enumerate(bounds):
+            edges = slice(firsts[number], firsts[number + 1])
+            chunk = slice(first, first + self.slot_chunk)
+            arguments = (
+                hidden_SD[chunk],
+                row.slot_temperature_S[chunk],
+                slot_E[edges] - first,
+                token_E[edges],
+                with_entropy,
+            )
+            if torch.is_grad_enabled():
+                logprob_e, entropy_s = checkpoint(self._chunk, *arguments, use_reentrant=False)
+            else:
+                logprob_e, entropy_s = self._chunk(*arguments)
+            logprobs.append(logprob_e)
+            entropies.append(entropy_s)
+        sorted_E = torch.cat(logprobs) if logprobs else hidden_SD.new_zeros(0, dtype=torch.float32)
+        logprobs_E = torch.empty_like(sorted_E).index_copy(0, order_E, sorted_E)
+        return logprobs_E, torch.cat(entropies) if with_entropy and entropies else None
+
+    def _chunk(
+        self, hidden_SD: Tensor, temperature_S: Tensor, slot_E: Tensor, token_E: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        head = self.lm.get_output_embeddings()
+        logits_SV = head(hidden_SD).float() / temperature_S[:, None]
+        logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+        entropy_S = -(logprobs_SV.exp() * logprobs_SV).sum(-1) if with_entropy else None
+        return logprobs_SV[slot_E, token_E], entropy_S
+
+    # -- construction
+
+    def _with_masters(self, lm: Any) -> Any:
+        if self.precision == "fp32":
+            self._masters = dict(lm.named_parameters())
+            return lm
+        self._masters = {
+            name: nn.Parameter(parameter.detach().clone(), requires_grad=True)
+            for name, parameter in lm.named_parameters()
+        }
+        lm = lm.to(torch.bfloat16)
+        for name, weight in lm.named_parameters():
+            weight.register_post_accumulate_grad_hook(_into_master(self._masters[name]))
+        return lm
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Compare packed edges with the model's own forward pass on two forked contexts.
+
+        Raises:
+            UnsupportedModel: a log-probability is off by more than rounding (1e-3 nats in fp32, 0.25 in bf16).
+        """
+        vocabulary = self.lm.get_output_embeddings().weight.shape[0]
+        ids = [(7 * place * place + 3 * place + 1) % vocabulary for place in range(24)]
+        contexts = [ids[:16], ids[:8] + ids[16:24], ids[4:12]]
+        row = probe_row(contexts)
+        packed_E = self.edge_outputs(row, with_values=False).logprobs_E
+        own = []
+        for context in contexts:
+            logits_TV = self.lm(input_ids=torch.tensor([context]), use_cache=False).logits[0].float()
+            own.append(torch.log_softmax(logits_TV[-2], dim=-1)[context[-1]])
+        worst = float((packed_E - torch.stack(own)).abs().max())
+        if not worst <= (1e-3 if self.precision == "fp32" else 0.25):
+            raise UnsupportedModel(
+                f"{self.lm.config.model_type}: packed and plain log-probabilities differ by {worst:.3g} nats; "
+                "its attention ignores the ancestry mask, or its head does more than a linear map"
+            )
+
+
+def _into_master(master: nn.Parameter) -> Any:
+    def add(weight: Tensor) -> None:
+        assert weight.grad is not None
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return add
+
+
+def _check_supported(lm: Any) -> None:
+    config = lm.config
+    for name in _UNUSUAL_HEADS:
+        if getattr(config, name, None) not in {None, 1}:
+            raise UnsupportedModel(f"{config.model_type}: `{name}` is set; this head is not implemented")
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if types != {"full_attention"} or sliding is not None:
+        raise UnsupportedModel(f"{config.model_type}: only full attention can be packed; it has {sorted(types)}")
+
+
+def _no_dropout(lm: Any) -> None:
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _same_names(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    if set(given) != set(own):
+        odd = sorted(set(given) ^ set(own))[:5]
+        raise UnsupportedModel(f"the state has other parameters than the model, first of them {odd}")

@@ -1,0 +1,317 @@
+"""Samples: what a model may be trained on, out of recorded runs, and why the rest may not (laws 4, 5, 6).
+
+`build_batch` reads traces (no I/O) and gives one `ChoiceSample` per trainable choice of one model, and one
+`Consumption` per choice of any kind: trained tokens + excluded tokens = the sampled tokens of these runs. It
+refuses runs that can never be leased (open, eval) and rewards given twice. It invents nothing: a choice that no
+counted reward reaches is excluded, not rewarded with 0. Called by the learner with the runs of one lease.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tracegrad.tracestore.records import Call, Choice, Consumption, Reward, RunTrace, Span
+from tracegrad.trainer.errors import SampleError
+
+OTHER_MODEL = "other model"
+NO_ROLE = "no role"
+RUN_FAILED = "run failed"
+FAILED_CALL = "failed call"
+ABORTED = "aborted"
+QUARANTINED = "quarantined: "
+NO_VERSION = "no version"
+VERSION_CHANGED = "version changed"
+NO_PROMPT = "no prompt ids"
+EMPTY = "empty choice"
+NO_LOGPROBS = "no logprobs"
+LENGTH_MISMATCH = "length mismatch"
+NAN_LOGPROB = "nan logprob"
+GREEDY = "greedy"
+CONSTRAINED = "constrained"
+PENALISED = "penalised"
+TRUNCATED = "truncated sampling"
+NO_REWARD = "no reward"
+
+MIN_TEMPERATURE = 0.01
+"""Below this a call counts as greedy: vLLM clamps smaller temperatures, so the recorded one was not used."""
+
+_GRAMMARS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_NAMESPACE_ID = re.compile(r":[^|:]*(?=\||$)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A call's place in its run: superstep and branch path. `None` parts are unknown; arrival order decides nothing.
+
+    `path` holds LangGraph's checkpoint namespace with the execution ids taken out, so that the same place in two
+    runs of a group is equal: ``"plan:1f0a|model:77"`` -> ``"plan|model"``.
+    """
+
+    superstep: int | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceSample:
+    """One trainable sampled completion of one model.
+
+    Invariants: ``len(prompt_ids) >= 1``, ``len(token_ids) == len(behaviour_logprobs) >= 1``, every logprob finite,
+    `temperature` >= MIN_TEMPERATURE. `behaviour_logprobs` are at `temperature`, as recorded when sampled (nats).
+    """
+
+    run_id: str
+    group_id: str | None
+    task_id: str | None
+    call_id: str
+    choice_index: int
+    role: str | None
+    turn: Turn
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    behaviour_logprobs: tuple[float, ...]
+    temperature: float
+    finish_reason: str
+    version_id: int
+
+    @property
+    def group_key(self) -> str:
+        """The group the run is compared in; a run without one is a group of its own."""
+        return self.group_id if self.group_id is not None else self.run_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """The trainable choices of one model in some runs, and an account of every sampled token of these runs.
+
+    `choices` follow the order of the traces, then of the calls in them, then the choice index. `consumption` has
+    one entry per recorded choice, in the same order. `rewards` holds the counted rewards of every run that did not
+    fail (also of those without a trainable choice: they belong to the statistics of their group).
+    """
+
+    choices: tuple[ChoiceSample, ...]
+    consumption: tuple[Consumption, ...]
+    rewards: Mapping[str, tuple[Reward, ...]]
+    run_groups: Mapping[str, str]
+
+    @property
+    def n_trained_tokens(self) -> int:
+        """Sampled tokens that train."""
+        return sum(entry.trained_tokens for entry in self.consumption)
+
+    @property
+    def excluded_tokens(self) -> dict[str, int]:
+        """Exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
+        totals: dict[str, int] = {}
+        for entry in self.consumption:
+            if entry.reason is not None:
+                totals[entry.reason] = totals.get(entry.reason, 0) + entry.excluded_tokens
+        return totals
+
+
+def build_batch(
+    traces: Sequence[RunTrace],
+    *,
+    model: str,
+    role_model: Callable[[str | None], str | None],
+    reward_weights: Mapping[str, float] | None = None,
+) -> Samples:
+    """Turn the traces of a lease into samples of `model`.
+
+    `role_model` is the role map (`Config.model_of`). `reward_weights`: reward name -> weight; empty or None counts
+    every name. The order of `traces` is the order of the plan and is kept.
+
+    Raises:
+        SampleError: an open or eval run, or two current rewards of one name on one target.
+    """
+    choices: list[ChoiceSample] = []
+    consumption: list[Consumption] = []
+    rewards: dict[str, tuple[Reward, ...]] = {}
+    run_groups: dict[str, str] = {}
+    for trace in traces:
+        _check_run(trace)
+        run_id = trace.run.run_id
+        counted = counted_rewards(trace, reward_weights)
+        if trace.run.status == "closed":
+            rewards[run_id] = counted
+            run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
+        for call in trace.calls:
+            for choice in call.choices:
+                reason = exclusion(trace, call, choice, model=model, role_model=role_model, rewards=counted)
+                n_tokens = len(choice.token_ids)
+                consumption.append(
+                    Consumption(
+                        run_id=run_id,
+                        call_id=call.call_id,
+                        choice_index=choice.index,
+                        trained_tokens=n_tokens if reason is None else 0,
+                        excluded_tokens=0 if reason is None else n_tokens,
+                        reason=reason,
+                    )
+                )
+                if reason is None:
+                    choices.append(_sample(trace, call, choice))
+    return Samples(choices=tuple(choices), consumption=tuple(consumption), rewards=rewards, run_groups=run_groups)
+
+
+def counted_rewards(trace: RunTrace, weights: Mapping[str, float] | None) -> tuple[Reward, ...]:
+    """Return the run's rewards whose name counts.
+
+    Raises:
+        SampleError: two rewards of one name on one target; the store's current view holds the newest only.
+    """
+    seen: set[tuple[str, str | None, str | None]] = set()
+    counted = []
+    for reward in trace.rewards:
+        if weights and reward.name not in weights:
+            continue
+        target = (reward.name, reward.call_id, None if reward.call_id is not None else reward.role)
+        if target in seen:
+            raise SampleError(
+                f"run {trace.run.run_id}: reward {reward.name!r} stands twice on one target "
+                f"({reward.reward_id}); pass the current view of the rewards"
+            )
+        seen.add(target)
+        counted.append(reward)
+    return tuple(counted)
+
+
+def reaches(reward: Reward, *, role: str | None, call_id: str) -> bool:
+    """Say whether a reward of the run is credit of this call: on the run, on its own role, or on itself."""
+    if reward.call_id is not None:
+        return reward.call_id == call_id
+    return reward.role is None or reward.role == role
+
+
+def exclusion(
+    trace: RunTrace,
+    call: Call,
+    choice: Choice,
+    *,
+    model: str,
+    role_model: Callable[[str | None], str | None],
+    rewards: Sequence[Reward],
+) -> str | None:
+    """Return why the choice must not train, or None. The first reason that holds is the one counted."""
+    role = call.attribution.role
+    return (
+        _wrong_owner(call, model, role_model)
+        or (RUN_FAILED if trace.run.status == "failed" else None)
+        or _bad_call(call, choice)
+        or _bad_tokens(call, choice)
+        or _not_a_sample_of_the_policy(call, choice)
+        or (None if any(reaches(r, role=role, call_id=call.call_id) for r in rewards) else NO_REWARD)
+    )
+
+
+def turn_of(span: Span | None) -> Turn:
+    """Return the place of a span: superstep and namespace without execution ids."""
+    if span is None:
+        return Turn()
+    path = None if span.namespace is None else _NAMESPACE_ID.sub("", span.namespace)
+    return Turn(superstep=span.superstep, path=path)
+
+
+def effective_temperature(call: Call) -> float:
+    """Return the temperature the engine sampled at; vLLM's own default where the request has none (1.0)."""
+    value = call.effective.get("temperature")
+    return 1.0 if value is None else float(value)
+
+
+def _check_run(trace: RunTrace) -> None:
+    run = trace.run
+    if run.status == "open":
+        raise SampleError(f"run {run.run_id} is still open: only closed runs are leased")
+    if run.purpose == "eval":
+        raise SampleError(f"run {run.run_id} has purpose eval: it is never trained")
+
+
+def _wrong_owner(call: Call, model: str, role_model: Callable[[str | None], str | None]) -> str | None:
+    role = call.attribution.role
+    owner = role_model(role)
+    if call.model != model:
+        return OTHER_MODEL
+    if owner is None:
+        return NO_ROLE
+    return None if owner == model else OTHER_MODEL
+
+
+def _bad_call(call: Call, choice: Choice) -> str | None:
+    if call.status == "failed":
+        return FAILED_CALL
+    if call.status == "aborted" or choice.finish_reason in {None, "abort", "error"}:
+        return ABORTED
+    if call.quarantine is not None:
+        return QUARANTINED + call.quarantine
+    if call.version_dispatched is None:
+        return NO_VERSION
+    return None if call.version_completed == call.version_dispatched else VERSION_CHANGED
+
+
+def _bad_tokens(call: Call, choice: Choice) -> str | None:
+    if not call.prompt_ids:
+        return NO_PROMPT
+    if not choice.token_ids:
+        return EMPTY
+    if choice.logprobs is None:
+        return NO_LOGPROBS
+    if len(choice.logprobs) != len(choice.token_ids):
+        return LENGTH_MISMATCH
+    return None if all(math.isfinite(value) for value in choice.logprobs) else NAN_LOGPROB
+
+
+def _not_a_sample_of_the_policy(call: Call, choice: Choice) -> str | None:
+    """The proxy's flags, and again the parameters themselves: tokens not drawn from softmax(logits / T)."""
+    sent = {**call.request, **call.effective}
+    if "greedy" in choice.flags or effective_temperature(call) < MIN_TEMPERATURE:
+        return GREEDY
+    if "constrained" in choice.flags or _constrained(sent):
+        return CONSTRAINED
+    if "penalised" in choice.flags or _penalised(sent):
+        return PENALISED
+    return TRUNCATED if "truncated_sampling" in choice.flags or _truncated(sent) else None
+
+
+def _constrained(sent: Mapping[str, Any]) -> bool:
+    tool_choice = sent.get("tool_choice") or "auto"
+    return (
+        (sent.get("response_format") or {}).get("type", "text") != "text"
+        or tool_choice not in ("auto", "none")
+        or any(bool(sent.get(key)) for key in _GRAMMARS)
+    )
+
+
+def _penalised(sent: Mapping[str, Any]) -> bool:
+    return (
+        any((sent.get(key) or 0.0) != 0.0 for key in ("presence_penalty", "frequency_penalty", "min_p", "min_tokens"))
+        or (sent.get("repetition_penalty") or 1.0) != 1.0
+        or any(bool(sent.get(key)) for key in ("logit_bias", "bad_words", "allowed_token_ids"))
+    )
+
+
+def _truncated(sent: Mapping[str, Any]) -> bool:
+    top_p = sent.get("top_p")
+    return (top_p is not None and top_p < 1.0) or (sent.get("top_k") or 0) > 0
+
+
+def _sample(trace: RunTrace, call: Call, choice: Choice) -> ChoiceSample:
+    assert call.prompt_ids is not None
+    assert choice.logprobs is not None
+    assert choice.finish_reason is not None
+    assert call.version_dispatched is not None
+    return ChoiceSample(
+        run_id=trace.run.run_id,
+        group_id=trace.run.group_id,
+        task_id=trace.run.task_id,
+        call_id=call.call_id,
+        choice_index=choice.index,
+        role=call.attribution.role,
+        turn=turn_of(call.attribution.span),
+        prompt_ids=call.prompt_ids,
+        token_ids=choice.token_ids,
+        behaviour_logprobs=choice.logprobs,
+        temperature=effective_temperature(call),
+        finish_reason=choice.finish_reason,
+        version_id=call.version_dispatched,
+    )

@@ -249,8 +249,9 @@ class Policy(nn.Module):
             name: nn.Parameter(parameter.detach().clone(), requires_grad=True)
             for name, parameter in lm.named_parameters()
         }
-        lm = lm.to(torch.bfloat16)
         for name, weight in lm.named_parameters():
+            # Weights only: `lm.to(bfloat16)` would also round the rotary frequencies, which vLLM keeps in float32.
+            weight.data = weight.data.to(torch.bfloat16)
             weight.register_post_accumulate_grad_hook(_into_master(self._masters[name]))
         return lm
 

@@ -240,3 +240,80 @@ class StepCommit:
     parent_version_id: int | None
     consumption: Sequence[Consumption]
     metrics: Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRule:
+    """Which groups a job takes. `roles` are those whose calls count (None: every call to `model`).
+
+    `max_staleness` is in steps of the live version; `min_group` is the fewest closed, rewarded members;
+    with `reward_names` a member needs every one of them, else any reward; `project` None means every project.
+    """
+
+    model: str
+    roles: tuple[str, ...] | None = None
+    purposes: tuple[Purpose, ...] = ("train", "live")
+    max_staleness: int
+    min_group: int
+    reward_names: tuple[str, ...] = ()
+    epoch: int = 0
+    project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backlog:
+    """What waits for a job: groups it could lease now, groups it holds, and whether its model is being published."""
+
+    ready_groups: int
+    leased_groups: int
+    publishing: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointRow:
+    """A committed step: the folder named here happened; one that is not named never did (law 7)."""
+
+    job_id: str
+    step: int
+    path: str
+    hash: str
+    version_id: int
+    metrics: Json
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A run in a list. `rewards` is the current view: `name` for the run's own, `role:name` for a role's."""
+
+    run: Run
+    n_calls: int
+    n_sampled_tokens: int
+    rewards: Mapping[str, float]
+    roles: tuple[str, ...]
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConservationReport:
+    """Sampled tokens of the whole store as one job and epoch sees them (law 5)."""
+
+    stored: int
+    trained: int
+    excluded: Mapping[str, int]
+    """Reason -> tokens. The reasons exclude each other and leave nothing over."""
+
+    @property
+    def conserved(self) -> bool:
+        """Whether stored = trained + excluded."""
+        return self.stored == self.trained + sum(self.excluded.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelState:
+    """What a proxy polls: the live version of a model, and the newest publish with its state."""
+
+    model: str
+    live_version: int | None
+    publish_id: int | None
+    state: PublishState | None

@@ -1,0 +1,257 @@
+"""Calls with their choices, written in one transaction before the reply ends (law 3).
+
+Refuses a call whose lengths disagree (law 4) and a call id that says something else the second time; the same call
+again is a no-op. Runs and spans that the call names and the store does not know are opened beside it.
+Called by the proxy (through `group_commit`) and by `Store`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Double, Table, bindparam, func, select, update
+
+from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
+from tracegrad.tracestore.database import insert
+from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import Call, Choice, Span
+from tracegrad.tracestore.runs import lock_runs, open_unknown
+from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, runs, spans
+
+_TOUCH = (
+    update(runs)
+    .where(runs.c.run_id == bindparam("touched"), runs.c.active_at < bindparam("at"))
+    .values(active_at=bindparam("at"))
+)
+CHUNK = 400
+"""Ids in one IN list."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a batch, by table, in the order of insertion."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    payloads: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    choice_payloads: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Calls(Noun):
+    """The part of the store that takes calls in."""
+
+    def append_calls(self, calls: Sequence[Call]) -> None:
+        """Commit calls durably, all or none. Unknown runs are opened as live, spans are written or completed.
+
+        Raises:
+            InvalidRecord: lengths that disagree, a repeated choice index, a span of another run, an unknown version.
+            Conflict: a call id exists with other content.
+            StoreUnavailable: nothing was committed.
+        """
+        batch = _distinct(calls)
+        if not batch:
+            return
+        for call in batch.values():
+            _check(call)
+        with self._db.write() as connection:
+            known = _known(connection, list(batch))
+            for call_id in known:
+                _refuse_other_content(connection, batch[call_id])
+            _insert(connection, [call for call_id, call in batch.items() if call_id not in known], self._db.now())
+
+    def find_call(self, call_or_completion_id: str) -> tuple[str, str | None]:
+        """Return (call id, run id or None) of a call named by our id or by the completion id of its answer.
+
+        Raises:
+            NotFound: neither.
+            Conflict: several calls have that completion id.
+        """
+        with self._db.read() as connection:
+            columns = select(calls.c.call_id, calls.c.run_id)
+            row = connection.execute(columns.where(calls.c.call_id == call_or_completion_id)).one_or_none()
+            if row is not None:
+                return row.call_id, row.run_id
+            rows = connection.execute(columns.where(calls.c.completion_id == call_or_completion_id).limit(2)).all()
+        if not rows:
+            raise NotFound(
+                f"no call has the id or completion id {call_or_completion_id!r}: was it answered by this proxy?"
+            )
+        if len(rows) > 1:
+            raise Conflict(f"several calls have the completion id {call_or_completion_id!r}: name the call id")
+        return rows[0].call_id, rows[0].run_id
+
+
+def _distinct(batch: Sequence[Call]) -> dict[str, Call]:
+    distinct: dict[str, Call] = {}
+    for call in batch:
+        if distinct.setdefault(call.call_id, call) != call:
+            raise Conflict(
+                f"call {call.call_id!r} stands twice in one batch with different content: give each its own id"
+            )
+    return distinct
+
+
+def _check(call: Call) -> None:
+    seen: set[int] = set()
+    for choice in call.choices:
+        if choice.index in seen:
+            raise InvalidRecord(f"call {call.call_id!r} has choice {choice.index} twice: number the choices from 0")
+        seen.add(choice.index)
+        if choice.logprobs is not None and len(choice.logprobs) != len(choice.token_ids):
+            raise InvalidRecord(
+                f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids and "
+                f"{len(choice.logprobs)} logprobs: record logprobs None and quarantine the call"
+            )
+    span = call.attribution.span
+    if span is not None and span.run_id != call.attribution.run_id:
+        raise InvalidRecord(
+            f"call {call.call_id!r} is of run {call.attribution.run_id!r}, its span {span.span_id!r} of {span.run_id!r}"
+        )
+
+
+def _known(connection: Connection, call_ids: list[str]) -> set[str]:
+    known: set[str] = set()
+    for start in range(0, len(call_ids), CHUNK):
+        chosen = select(calls.c.call_id).where(calls.c.call_id.in_(call_ids[start : start + CHUNK]))
+        known.update(connection.execute(chosen).scalars())
+    return known
+
+
+def _insert(connection: Connection, batch: list[Call], now: float) -> None:
+    if not batch:
+        return
+    active = {call.attribution.run_id: now for call in batch if call.attribution.run_id is not None}
+    if active:
+        open_unknown(connection, active, "default", now)
+        lock_runs(connection, active)
+        connection.execute(_TOUCH, [{"touched": run_id, "at": at} for run_id, at in active.items()])
+    _upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
+    rows = _rows(batch)
+    for table, table_rows in (
+        (calls, rows.calls),
+        (call_payloads, rows.payloads),
+        (choices, rows.choices),
+        (choice_payloads, rows.choice_payloads),
+    ):
+        if table_rows:
+            connection.execute(table.insert(), table_rows)
+
+
+def _upsert_spans(connection: Connection, batch: list[Span]) -> None:
+    if not batch:
+        return
+    latest = {(span.run_id, span.span_id): span for span in batch}
+    statement = insert(connection, spans)
+    given = statement.excluded
+    completed = {
+        name: func.coalesce(given[name], spans.c[name]) for name in ("parent_span_id", "namespace", "superstep")
+    }
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["run_id", "span_id"],
+            set_={"name": given["name"], "kind": given["kind"], "triggers": given["triggers"], **completed},
+        ),
+        [
+            {
+                "run_id": span.run_id,
+                "span_id": span.span_id,
+                "name": span.name,
+                "kind": span.kind,
+                "parent_span_id": span.parent_span_id,
+                "namespace": span.namespace,
+                "superstep": span.superstep,
+                "triggers": span.triggers,
+            }
+            for span in latest.values()
+        ],
+    )
+
+
+def _rows(batch: Sequence[Call]) -> _Rows:
+    rows = _Rows()
+    for call in batch:
+        rows.calls.append(_call_row(call))
+        rows.payloads.append(_payload_row(call))
+        for choice in call.choices:
+            key = {"call_id": call.call_id, "choice_index": choice.index, "n_tokens": len(choice.token_ids)}
+            rows.choices.append({**key, **_choice_row(choice)})
+            rows.choice_payloads.append({**key, **_choice_payload_row(choice)})
+    return rows
+
+
+def _call_row(call: Call) -> dict[str, Any]:
+    who, when = call.attribution, call.timing
+    return {
+        "call_id": call.call_id,
+        "completion_id": call.completion_id,
+        "run_id": who.run_id,
+        "run_source": who.run_source,
+        "role": who.role,
+        "role_source": who.role_source,
+        "span_id": None if who.span is None else who.span.span_id,
+        "model": call.model,
+        "requested_model": call.requested_model,
+        "version_dispatched": call.version_dispatched,
+        "version_completed": call.version_completed,
+        "status": call.status,
+        "received_at": when.received_at,
+        "dispatched_at": when.dispatched_at,
+        "first_token_at": when.first_token_at,
+        "completed_at": when.completed_at,
+        "stream": call.stream,
+        "quarantine": call.quarantine,
+        "error": call.error,
+    }
+
+
+def _payload_row(call: Call) -> dict[str, Any]:
+    return {
+        "call_id": call.call_id,
+        "n_prompt": None if call.prompt_ids is None else len(call.prompt_ids),
+        "prompt_ids": call.prompt_ids,
+        "request": call.request,
+        "requested": call.requested,
+        "effective": call.effective,
+    }
+
+
+def _choice_row(choice: Choice) -> dict[str, Any]:
+    return {"finish_reason": choice.finish_reason, "flags": choice.flags}
+
+
+def _choice_payload_row(choice: Choice) -> dict[str, Any]:
+    return {"token_ids": choice.token_ids, "logprobs": choice.logprobs, "message": choice.message}
+
+
+def _refuse_other_content(connection: Connection, call: Call) -> None:
+    """Compare what is stored with `call`, bytes with bytes (so that NaN equals NaN)."""
+    rows = _rows([call])
+    for table, wanted in (
+        (calls, rows.calls),
+        (call_payloads, rows.payloads),
+        (choices, rows.choices),
+        (choice_payloads, rows.choice_payloads),
+    ):
+        columns = [table.c[name] for name in (wanted[0] if wanted else {"call_id": None})]
+        stored = connection.execute(select(*columns).where(table.c.call_id == call.call_id)).all()
+        if sorted(_canonical(table, row._mapping) for row in stored) != sorted(
+            _canonical(table, row) for row in wanted
+        ):
+            raise Conflict(
+                f"call {call.call_id!r} is stored with other content ({table.name}): give each call its own id"
+            )
+
+
+def _canonical(table: Table, row: Any) -> list[str]:
+    """Return the row as sortable text, each value as it is stored."""
+    encoders = {"prompt_ids": encode_int32, "token_ids": encode_int32, "logprobs": encode_float32}
+    words = []
+    for name in sorted(row):
+        value = row[name]
+        if name in encoders and value is not None:
+            words.append(f"{name}={encoders[name](value).hex()}")
+        else:
+            as_stored = float(value) if isinstance(value, int) and isinstance(table.c[name].type, Double) else value
+            words.append(f"{name}={encode_json(as_stored)}")
+    return words

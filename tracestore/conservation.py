@@ -1,0 +1,125 @@
+"""Conservation as a query: sampled tokens stored = trained + excluded by reason, over the whole store (law 5).
+
+A choice that a step accounted for has its consumption row. Every other choice falls into exactly one reason of a CASE
+(the first that applies, the last applies always): so nothing is counted twice and nothing is left over. The stored
+total is counted apart, without any join, so that the report can fail. Called by the trainer and the demo's summary.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, literal, not_, select
+
+from tracegrad.tracestore.leases import rule_of
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.publishes import live_step
+from tracegrad.tracestore.readiness import (
+    UNIT,
+    calls_that_count,
+    is_allowed,
+    is_complete,
+    is_fresh,
+    is_held,
+    is_large_enough,
+    is_rewarded,
+    is_trained,
+    members,
+    units,
+)
+from tracegrad.tracestore.records import ConservationReport, LeaseRule
+from tracegrad.tracestore.schema import calls, choices, consumption, jobs, runs
+
+
+class Conservation(Noun):
+    """The part of the store that adds up."""
+
+    def consumption(self, job_id: str, epoch: int | None = None) -> ConservationReport:
+        """Return what became of every sampled token, for one job and epoch (default: the job's current one).
+
+        Reasons of choices that no step accounted for, the first that applies: `no run`, `eval`, `leased` (being
+        trained), `arrived after the lease` (its run is trained, it came later), `other model`, `open`, `run failed`,
+        `quarantined: …`, `no reward`, `other purpose`, `other role`, `group trained without it`, `group open`,
+        `group too small`, `too stale`, `not leased` (ready, waiting). Those after `no reward` are judged by the rule
+        that the job last leased by; before its first lease such choices are `not leased`.
+        """
+        with self._db.read() as connection:
+            job = connection.execute(select(jobs.c.model, jobs.c.rule).where(jobs.c.job_id == job_id)).one_or_none()
+            rule = None if job is None else rule_of(job.rule)
+            if epoch is None:
+                epoch = 0 if rule is None else rule.epoch
+            stored = connection.execute(select(func.coalesce(func.sum(choices.c.n_tokens), 0))).scalar_one()
+            trained, excluded = _accounted(connection, job_id, epoch)
+            model = None if job is None else str(job.model)
+            for reason, tokens in connection.execute(_unaccounted(connection, job_id, model, epoch, rule)):
+                excluded[reason] = excluded.get(reason, 0) + int(tokens)
+            return ConservationReport(stored=int(stored), trained=trained, excluded=dict(sorted(excluded.items())))
+
+
+def _accounted(connection: Connection, job_id: str, epoch: int) -> tuple[int, dict[str, int]]:
+    mine = and_(consumption.c.job_id == job_id, consumption.c.epoch == epoch)
+    rows = connection.execute(
+        select(
+            consumption.c.reason,
+            func.sum(consumption.c.trained_tokens).label("trained"),
+            func.sum(consumption.c.excluded_tokens).label("excluded"),
+        )
+        .where(mine)
+        .group_by(consumption.c.reason)
+    ).all()
+    trained = sum(int(row.trained) for row in rows)
+    return trained, {row.reason: int(row.excluded) for row in rows if row.reason is not None}
+
+
+def _unaccounted(
+    connection: Connection, job_id: str, model: str | None, epoch: int, rule: LeaseRule | None
+) -> Select[Any]:
+    """Select (reason, tokens) over the choices that have no consumption row of this job and epoch."""
+    told = and_(
+        consumption.c.job_id == job_id,
+        consumption.c.epoch == epoch,
+        consumption.c.call_id == choices.c.call_id,
+        consumption.c.choice_index == choices.c.choice_index,
+    )
+    joined = choices.join(calls, calls.c.call_id == choices.c.call_id).outerjoin(runs, runs.c.run_id == calls.c.run_id)
+    whens = _before_the_rule(job_id, model, epoch, rule)
+    if rule is not None:
+        unit = units(members(job_id, replace(rule, epoch=epoch)))
+        joined = joined.outerjoin(unit, unit.c.unit == UNIT)
+        step = live_step(connection, rule.model)
+        whens += [
+            (not_(is_allowed(rule)), literal("other purpose")),
+            (not_(calls_that_count(rule)), literal("other role")),
+            (unit.c.trained == 1, literal("group trained without it")),
+            (unit.c.held == 1, literal("group trained without it")),
+            (not_(is_complete(unit)), literal("group open")),
+            (not_(is_large_enough(unit, rule)), literal("group too small")),
+            (not_(is_fresh(unit, rule, step)), literal("too stale")),
+        ]
+    reasons = (
+        select(case(*whens, else_=literal("not leased")).label("reason"), choices.c.n_tokens)
+        .select_from(joined.outerjoin(consumption, told))
+        .where(consumption.c.call_id.is_(None))
+        .subquery("reasons")
+    )
+    return select(reasons.c.reason, func.sum(reasons.c.n_tokens)).group_by(reasons.c.reason)
+
+
+def _before_the_rule(
+    job_id: str, model: str | None, epoch: int, rule: LeaseRule | None
+) -> list[tuple[ColumnElement[bool], ColumnElement[str]]]:
+    whens: list[tuple[ColumnElement[bool], ColumnElement[str]]] = [
+        (calls.c.run_id.is_(None), literal("no run")),
+        (runs.c.purpose == "eval", literal("eval")),
+        (is_held(job_id), literal("leased")),
+        (is_trained(job_id, epoch), literal("arrived after the lease")),
+    ]
+    if model is not None:
+        whens.append((calls.c.model != model, literal("other model")))
+    anything = LeaseRule(model="", max_staleness=0, min_group=1)
+    return [
+        *whens,
+        (runs.c.status == "open", literal("open")),
+        (runs.c.status == "failed", literal("run failed")),
+        (calls.c.quarantine.is_not(None), literal("quarantined: ") + calls.c.quarantine),
+        (not_(is_rewarded(rule or anything)), literal("no reward")),
+    ]

@@ -1,0 +1,184 @@
+"""The engine under the store: connections, transactions, and what their errors mean.
+
+SQLite: WAL, synchronous FULL, foreign keys on, and every writing transaction opened by BEGIN IMMEDIATE (a deferred one
+that upgrades fails at once with "database is locked" instead of waiting). The driver's own transaction handling is
+switched off; SQLAlchemy's begin event says BEGIN. Writers of one process take turns on a lock, because SQLite's own
+waiting is a sleep. PostgreSQL: psycopg, REPEATABLE READ for reads so that one method sees one snapshot.
+
+Refuses in-memory SQLite (two processes cannot share it) and other databases. Called by the modules of this package.
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, StoreUnavailable, TraceStoreError
+
+BUSY_TIMEOUT_S = 30.0
+_WRITES = "tracegrad_writes"
+_UNIQUE_VIOLATION = "23505"
+
+
+class Database:
+    """One engine, and the only two ways to use it: `read` and `write`, each one transaction."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        self.url = parse_url(url)
+        self.engine = _sqlite_engine(self.url) if self.is_sqlite else _postgres_engine(self.url)
+        self.now = clock
+        self._writer = self.engine.execution_options(**{_WRITES: True})
+        self._reader = (
+            self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
+        )
+        self._turn = threading.Lock() if self.is_sqlite else nullcontext()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the backend is SQLite (else it is PostgreSQL)."""
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One snapshot. Raises StoreUnavailable."""
+        with _translated(self.url), self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One durable transaction: committed when the block ends, rolled back when it raises.
+
+        Raises:
+            StoreUnavailable: the database cannot be reached or cannot commit.
+            Conflict: a unique key is taken.
+            InvalidRecord: another constraint refuses the row.
+        """
+        with self._turn, _translated(self.url), self._writer.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+
+def parse_url(url: str) -> URL:
+    """Return the SQLAlchemy URL, with psycopg as PostgreSQL's driver. Raises ConfigError."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(f"store URL {url!r} cannot be read: write sqlite:///PATH or postgresql://...") from error
+    name = parsed.get_backend_name()
+    if name == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise ConfigError("an in-memory SQLite store cannot be shared: name a file, sqlite:///PATH")
+        return parsed.set(drivername="sqlite+pysqlite")
+    if name in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    raise ConfigError(f"the store speaks SQLite and PostgreSQL, not {name!r}: write sqlite:///PATH or postgresql://...")
+
+
+def insert(connection: Connection, table: Table) -> Any:
+    """Return the backend's INSERT, which knows ON CONFLICT."""
+    made: Insert = sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+    return made
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    engine = create_engine(
+        url, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}, pool_size=8, max_overflow=56
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # the driver must not open or close transactions behind our back
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA temp_store=MEMORY")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(_WRITES, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres_engine(url: URL) -> Engine:
+    try:
+        return create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=56)
+    except ImportError as error:
+        raise ConfigError("PostgreSQL needs psycopg: pip install 'tracegrad[postgres]'") from error
+
+
+def use_wal(path: Path) -> None:
+    """Put the SQLite file into WAL mode, which it then keeps. Raises StoreUnavailable.
+
+    The switch needs the file alone and does not wait on SQLite's busy handler: concurrent openers retry here.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        connection = None
+        try:
+            connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode == "wal":
+                return
+            raise StoreUnavailable(f"{path} stays in journal mode {mode!r}: put the store on a disk that can do WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise StoreUnavailable(f"cannot open the store {path}: {error}") from error
+            time.sleep(0.01)
+        except sqlite3.DatabaseError as error:
+            raise StoreUnavailable(f"{path} is not a usable SQLite file: {error}") from error
+        finally:
+            if connection is not None:
+                connection.close()
+
+
+@contextmanager
+def _translated(url: URL) -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        raise _refused(error) from error
+    except DataError as error:
+        raise InvalidRecord(f"the database refused a value: {_plain(error)}") from error
+    except DBAPIError as error:
+        where = url.render_as_string(hide_password=True)
+        raise StoreUnavailable(
+            f"the store {where} is unavailable: {_plain(error)}; check that it is reachable and has room"
+        ) from error
+    except StatementError as error:
+        if isinstance(error.orig, TraceStoreError):
+            raise error.orig from error
+        raise InvalidRecord(f"a value does not fit its column: {_plain(error)}") from error
+    except PoolTimeout as error:
+        raise StoreUnavailable(f"no free connection to the store {url.render_as_string(hide_password=True)}") from error
+
+
+def _refused(error: IntegrityError) -> TraceStoreError:
+    text = _plain(error)
+    if getattr(error.orig, "sqlstate", None) == _UNIQUE_VIOLATION or text.startswith("UNIQUE"):
+        return Conflict(f"a row with that key exists already ({text}): read it back before writing again")
+    return InvalidRecord(f"a constraint refuses the row ({text}): see tracestore/schema.py for what it guards")
+
+
+def _plain(error: StatementError) -> str:
+    """Return the driver's words on one line, without the statement and its parameters (they hold prompts)."""
+    return " ".join(str(error.orig).split())
+
+
+def row_dict(row: Any) -> dict[str, Any]:
+    """Return a result row as a dict of column name to value."""
+    mapping: Mapping[str, Any] = row._mapping
+    return dict(mapping)

@@ -1,0 +1,58 @@
+"""Training jobs and what waits for them.
+
+A job is one trainer configuration with its own checkpoints and ledger; several may read the same runs.
+Called by the trainer and by the proxy's backlog endpoint, through `Store`.
+"""
+
+from typing import Any
+
+from sqlalchemy import Connection, func, select, update
+
+from tracegrad.tracestore.database import insert
+from tracegrad.tracestore.errors import Conflict, NotFound
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.publishes import is_publishing, live_step
+from tracegrad.tracestore.readiness import is_ready, members, units
+from tracegrad.tracestore.records import Backlog, Json, LeaseRule
+from tracegrad.tracestore.schema import jobs
+
+
+class Jobs(Noun):
+    """The part of the store that knows training jobs."""
+
+    def register_job(self, job_id: str, model: str, config: Json) -> None:
+        """Announce a job. Registering it again keeps its ledger and takes the new configuration.
+
+        Raises:
+            Conflict: the job trains another model.
+        """
+        with self._db.write() as connection:
+            row = {"job_id": job_id, "model": model, "config": config, "created_at": self._db.now()}
+            connection.execute(insert(connection, jobs).on_conflict_do_nothing(index_elements=["job_id"]), [row])
+            stored = existing_job(connection, job_id)
+            if stored.model != model:
+                raise Conflict(
+                    f"job {job_id!r} trains {stored.model!r}, not {model!r}: give the new job a name of its own"
+                )
+            connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(config=config))
+
+    def backlog(self, job_id: str, rule: LeaseRule) -> Backlog:
+        """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
+        with self._db.read() as connection:
+            unit = units(members(job_id, rule))
+            ready = connection.execute(
+                select(func.count()).select_from(unit).where(is_ready(unit, rule, live_step(connection, rule.model)))
+            ).scalar_one()
+            leased = connection.execute(
+                select(func.count()).select_from(unit).where(unit.c.held == 1, unit.c.eligible > 0)
+            ).scalar_one()
+            return Backlog(ready_groups=ready, leased_groups=leased, publishing=is_publishing(connection, rule.model))
+
+
+def existing_job(connection: Connection, job_id: str, *, lock: bool = False) -> Any:
+    """Return the row of a job. Raises NotFound."""
+    chosen = select(jobs).where(jobs.c.job_id == job_id)
+    row = connection.execute(chosen.with_for_update() if lock else chosen).one_or_none()
+    if row is None:
+        raise NotFound(f"no training job {job_id!r}: register_job first")
+    return row

@@ -1,0 +1,192 @@
+"""The commit of a step: one transaction in which checkpoint, version, ledger and consumption come to be.
+
+The ledger row that names the checkpoint's hash *is* the commit (law 7): a folder on disk that no row names never
+happened. Each run is entered once per (run, job, epoch), by key. Refuses a fenced trainer, and consumption that does
+not account for every choice the lease planned (law 5). Called by the trainer, through `Store`.
+"""
+
+from typing import Any
+
+from sqlalchemy import Connection, func, select, update
+
+from tracegrad.tracestore.errors import Conflict, InvalidRecord
+from tracegrad.tracestore.jobs import existing_job
+from tracegrad.tracestore.leases import claimed, drop_holds
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import CheckpointRow, Consumption, Lease, PolicyVersion, StepCommit
+from tracegrad.tracestore.schema import calls, checkpoints, choices, consumption, holds, leases, ledger
+from tracegrad.tracestore.versions import add, existing
+
+
+class Ledger(Noun):
+    """The part of the store that says what was trained."""
+
+    def commit_step(self, lease: Lease, commit: StepCommit) -> PolicyVersion:
+        """Commit a finished step and return its policy version (kind `step`).
+
+        Committing the same checkpoint by the same lease again returns the version, so StoreUnavailable may be retried.
+
+        Raises:
+            LeaseLost: the lease was reclaimed, released or acknowledged otherwise.
+            Conflict: the job committed this step already, or trained one of the runs in this epoch.
+            InvalidRecord: another model, an unknown parent, or consumption that does not add up to the planned choices.
+        """
+        with self._db.write() as connection:
+            job = existing_job(connection, lease.job_id, lock=True)
+            done = _done(connection, lease, commit)
+            if done is not None:
+                return done
+            row = claimed(connection, lease)
+            if job.model != commit.model:
+                raise InvalidRecord(f"job {lease.job_id!r} trains {job.model!r}, its step commits {commit.model!r}")
+            _check_accounted(connection, row, commit.consumption)
+            _check_new(connection, row)
+            version = add(
+                connection,
+                model=commit.model,
+                kind="step",
+                parent_id=commit.parent_version_id,
+                checkpoint_path=commit.checkpoint_path,
+                checkpoint_hash=commit.checkpoint_hash,
+                step=row.step,
+                job_id=row.job_id,
+                now=self._db.now(),
+            )
+            _enter(connection, row, commit, version, self._db.now())
+            connection.execute(update(leases).where(leases.c.lease_id == row.lease_id).values(state="acknowledged"))
+            drop_holds(connection, row.lease_id)
+            return version
+
+    def last_checkpoint(self, job_id: str) -> CheckpointRow | None:
+        """Return the newest committed step of a job, or None."""
+        with self._db.read() as connection:
+            row = connection.execute(
+                select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step.desc()).limit(1)
+            ).one_or_none()
+        if row is None:
+            return None
+        return CheckpointRow(
+            job_id=row.job_id,
+            step=row.step,
+            path=row.path,
+            hash=row.hash,
+            version_id=row.version_id,
+            metrics=row.metrics,
+            created_at=row.created_at,
+        )
+
+
+def _done(connection: Connection, lease: Lease, commit: StepCommit) -> PolicyVersion | None:
+    """Return the version that this very commit made before, or None."""
+    row = connection.execute(
+        select(checkpoints.c.version_id)
+        .join(leases, leases.c.lease_id == checkpoints.c.lease_id)
+        .where(
+            checkpoints.c.lease_id == lease.lease_id,
+            checkpoints.c.hash == commit.checkpoint_hash,
+            leases.c.token == lease.token,
+        )
+    ).one_or_none()
+    return None if row is None else existing(connection, row.version_id)
+
+
+def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
+    """Every choice that stood when the lease was made is accounted for, and only choices of the plan's runs are."""
+    planned = set(lease.run_ids)
+    given: set[tuple[str, int]] = set()
+    for entry in entries:
+        key = (entry.call_id, entry.choice_index)
+        if key in given:
+            raise InvalidRecord(f"choice {key} of run {entry.run_id!r} is accounted for twice in step {lease.step}")
+        if entry.run_id not in planned:
+            raise InvalidRecord(f"choice {key} is of run {entry.run_id!r}, which lease {lease.lease_id} does not hold")
+        given.add(key)
+    stored = connection.execute(
+        select(calls.c.run_id, choices.c.call_id, choices.c.choice_index, choices.c.n_tokens, calls.c.seq)
+        .join(calls, calls.c.call_id == choices.c.call_id)
+        .join(holds, holds.c.run_id == calls.c.run_id)
+        .where(holds.c.lease_id == lease.lease_id)
+    ).all()
+    required = {(row.call_id, row.choice_index) for row in stored if row.seq <= lease.calls_through}
+    if required - given:
+        raise InvalidRecord(
+            f"step {lease.step} of job {lease.job_id!r} leaves out {len(required - given)} choices, such as "
+            f"{min(required - given)}: account for each as trained or excluded with a reason"
+        )
+    sizes = {(row.call_id, row.choice_index): (row.run_id, row.n_tokens) for row in stored}
+    for entry in entries:
+        _check_entry(entry, sizes.get((entry.call_id, entry.choice_index)))
+
+
+def _check_entry(entry: Consumption, stored: tuple[str, int] | None) -> None:
+    who = f"choice {entry.choice_index} of call {entry.call_id!r}"
+    if stored is None:
+        raise InvalidRecord(f"{who} is accounted for but not stored: read the traces of the lease again")
+    run_id, n_tokens = stored
+    if entry.run_id != run_id:
+        raise InvalidRecord(f"{who} is accounted for under run {entry.run_id!r}, it is of {run_id!r}")
+    if entry.trained_tokens + entry.excluded_tokens != n_tokens or min(entry.trained_tokens, entry.excluded_tokens) < 0:
+        raise InvalidRecord(
+            f"{who} has {n_tokens} sampled tokens, accounted for are {entry.trained_tokens} trained + "
+            f"{entry.excluded_tokens} excluded"
+        )
+    if entry.excluded_tokens and entry.reason is None:
+        raise InvalidRecord(f"{who} excludes {entry.excluded_tokens} tokens without a reason: name it")
+
+
+def _check_new(connection: Connection, lease: Any) -> None:
+    step = connection.execute(
+        select(checkpoints.c.hash).where(checkpoints.c.job_id == lease.job_id, checkpoints.c.step == lease.step)
+    ).scalar()
+    if step is not None:
+        raise Conflict(f"job {lease.job_id!r} committed step {lease.step} already (checkpoint {step}): resume after it")
+    held = select(holds.c.run_id).where(holds.c.lease_id == lease.lease_id)
+    trained = connection.execute(
+        select(ledger.c.run_id, ledger.c.step)
+        .where(ledger.c.job_id == lease.job_id, ledger.c.epoch == lease.epoch, ledger.c.run_id.in_(held))
+        .limit(1)
+    ).one_or_none()
+    if trained is not None:
+        raise Conflict(
+            f"run {trained.run_id!r} was trained by job {lease.job_id!r} in epoch {lease.epoch}, step {trained.step}"
+        )
+    count = connection.execute(select(func.count()).select_from(holds).where(holds.c.lease_id == lease.lease_id))
+    if count.scalar_one() != len(lease.run_ids):
+        raise Conflict(f"lease {lease.lease_id} does not hold all the runs of its plan: release it and lease again")
+
+
+def _enter(connection: Connection, lease: Any, commit: StepCommit, version: PolicyVersion, now: float) -> None:
+    connection.execute(
+        checkpoints.insert(),
+        {
+            "job_id": lease.job_id,
+            "step": lease.step,
+            "path": commit.checkpoint_path,
+            "hash": commit.checkpoint_hash,
+            "version_id": version.version_id,
+            "lease_id": lease.lease_id,
+            "metrics": commit.metrics,
+            "created_at": now,
+        },
+    )
+    held = connection.execute(select(holds.c.run_id, holds.c.purpose).where(holds.c.lease_id == lease.lease_id)).all()
+    common = {"job_id": lease.job_id, "epoch": lease.epoch}
+    entered = {"step": lease.step, "checkpoint_hash": commit.checkpoint_hash, "rewards_through": lease.rewards_through}
+    connection.execute(
+        ledger.insert(), [{**common, **entered, "run_id": row.run_id, "purpose": row.purpose} for row in held]
+    )
+    rows = [{**common, **_consumption_row(entry)} for entry in commit.consumption]
+    if rows:
+        connection.execute(consumption.insert(), rows)
+
+
+def _consumption_row(entry: Consumption) -> dict[str, Any]:
+    return {
+        "call_id": entry.call_id,
+        "choice_index": entry.choice_index,
+        "run_id": entry.run_id,
+        "trained_tokens": entry.trained_tokens,
+        "excluded_tokens": entry.excluded_tokens,
+        "n_tokens": entry.trained_tokens + entry.excluded_tokens,
+        "reason": entry.reason if entry.excluded_tokens else None,
+    }

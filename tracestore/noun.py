@@ -1,0 +1,9 @@
+"""What every part of the store has: its database. `Store` is the parts put together."""
+
+from tracegrad.tracestore.database import Database
+
+
+class Noun:
+    """A part of the store. Each of its methods is one transaction."""
+
+    _db: Database

@@ -1,0 +1,56 @@
+"""The meeting place of proxy and trainer (law 10): one object, one method per transaction.
+
+Synchronous and thread-safe. Every method either did all it says, durably, or raised an error of
+`tracegrad.tracestore.errors` and did nothing; any failure to reach or commit to the database is StoreUnavailable.
+The methods live by noun in the modules beside this one.
+"""
+
+import time
+from collections.abc import Callable
+
+from tracegrad.tracestore import migrate
+from tracegrad.tracestore.calls import Calls
+from tracegrad.tracestore.conservation import Conservation
+from tracegrad.tracestore.database import Database
+from tracegrad.tracestore.jobs import Jobs
+from tracegrad.tracestore.leases import Leases
+from tracegrad.tracestore.ledger import Ledger
+from tracegrad.tracestore.publishes import Publishes
+from tracegrad.tracestore.rewards import Rewards
+from tracegrad.tracestore.run_list import RunList
+from tracegrad.tracestore.runs import Runs
+from tracegrad.tracestore.tasks import Tasks
+from tracegrad.tracestore.traces import Traces
+from tracegrad.tracestore.versions import Versions
+
+
+class Store(Tasks, Runs, RunList, Calls, Traces, Rewards, Jobs, Leases, Ledger, Conservation, Versions, Publishes):
+    """A trace store. Made by `open_store`."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self.url = database.url.render_as_string(hide_password=False)
+
+    def close(self) -> None:
+        """Give the connections back. The store is not used afterwards."""
+        self._db.close()
+
+
+def open_store(url: str, *, create: bool = True, clock: Callable[[], float] = time.time) -> Store:
+    """Open the store at a SQLAlchemy URL (``sqlite:///PATH`` or ``postgresql://…``).
+
+    With `create` the schema is made or migrated first; any number of processes may do so at once. `clock` gives Unix
+    seconds; tests replace it.
+
+    Raises:
+        ConfigError: the URL names no database that the store speaks.
+        StoreUnavailable: it cannot be reached, or does not exist and `create` is False.
+        SchemaMismatch: it was made by a newer version, or by an older one and `create` is False.
+    """
+    database = Database(url, clock=clock)
+    try:
+        migrate.prepare(database, create=create)
+    except BaseException:
+        database.close()
+        raise
+    return Store(database)

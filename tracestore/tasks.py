@@ -1,0 +1,121 @@
+"""Tasks and groups: what is to be run, and how often.
+
+Both are written once: the same content again is a no-op, other content under the same id is refused, because runs,
+rewards and advantages already refer to it. Called by the rollout driver and the proxy, through `Store`.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, select
+
+from tracegrad.tracestore.codec import decode_json, encode_json
+from tracegrad.tracestore.database import insert
+from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import Group, Task
+from tracegrad.tracestore.schema import groups, tasks
+
+
+class Tasks(Noun):
+    """The part of the store that knows tasks and groups."""
+
+    def put_tasks(self, tasks: Sequence[Task]) -> None:
+        """Write tasks, all or none.
+
+        Raises:
+            Conflict: an id exists with another input, reference or project.
+        """
+        if not tasks:
+            return
+        with self._db.write() as connection:
+            now = self._db.now()
+            for task in tasks:
+                _put_task(connection, task, now)
+
+    def put_groups(self, groups: Sequence[Group]) -> None:
+        """Write groups, all or none; their tasks exist already.
+
+        Raises:
+            Conflict: an id exists with another task, size or purpose.
+            InvalidRecord: the task is unknown, or the planned size is below 1.
+        """
+        if not groups:
+            return
+        with self._db.write() as connection:
+            now = self._db.now()
+            for group in groups:
+                _put_group(connection, group, now)
+
+    def get_task(self, task_id: str) -> Task:
+        """Return one task. Raises NotFound."""
+        with self._db.read() as connection:
+            task = find_task(connection, task_id)
+        if task is None:
+            raise NotFound(f"no task {task_id!r}: put it with put_tasks (POST /tracegrad/v1/tasks)")
+        return task
+
+    def get_group(self, group_id: str) -> Group:
+        """Return one group. Raises NotFound."""
+        with self._db.read() as connection:
+            group = find_group(connection, group_id)
+        if group is None:
+            raise NotFound(f"no group {group_id!r}: put it with put_groups (POST /tracegrad/v1/groups)")
+        return group
+
+
+def find_task(connection: Connection, task_id: str) -> Task | None:
+    """Return the stored task, or None."""
+    row = connection.execute(select(tasks).where(tasks.c.task_id == task_id)).one_or_none()
+    if row is None:
+        return None
+    return Task(task_id=row.task_id, input=row.input, reference=row.reference, project=row.project)
+
+
+def find_group(connection: Connection, group_id: str) -> Group | None:
+    """Return the stored group, or None."""
+    row = connection.execute(select(groups).where(groups.c.group_id == group_id)).one_or_none()
+    if row is None:
+        return None
+    return Group(group_id=row.group_id, task_id=row.task_id, planned_size=row.planned_size, purpose=row.purpose)
+
+
+def _put_task(connection: Connection, task: Task, now: float) -> None:
+    statement = insert(connection, tasks).values(
+        task_id=task.task_id, project=task.project, input=task.input, reference=task.reference, created_at=now
+    )
+    if connection.execute(statement.on_conflict_do_nothing(index_elements=["task_id"])).rowcount == 1:
+        return
+    stored = find_task(connection, task.task_id)
+    same = stored is not None and (
+        (stored.project, stored.input, stored.reference)
+        == (task.project, _as_stored(task.input), _as_stored(task.reference))
+    )
+    if not same:
+        raise Conflict(f"task {task.task_id!r} exists with other content: give the changed task an id of its own")
+
+
+def _as_stored(value: object) -> object:
+    return decode_json(encode_json(value))
+
+
+def _put_group(connection: Connection, group: Group, now: float) -> None:
+    if group.planned_size < 1:
+        raise InvalidRecord(f"group {group.group_id!r} plans {group.planned_size} runs: plan at least 1")
+    stored = find_group(connection, group.group_id)
+    if stored is None:
+        if find_task(connection, group.task_id) is None:
+            raise InvalidRecord(
+                f"group {group.group_id!r} names the unknown task {group.task_id!r}: put the task first"
+            )
+        statement = insert(connection, groups).values(
+            group_id=group.group_id,
+            task_id=group.task_id,
+            planned_size=group.planned_size,
+            purpose=group.purpose,
+            created_at=now,
+        )
+        if connection.execute(statement.on_conflict_do_nothing(index_elements=["group_id"])).rowcount == 1:
+            return
+        stored = find_group(connection, group.group_id)
+    if stored != group:
+        raise Conflict(f"group {group.group_id!r} exists as {stored}: give the changed group an id of its own")

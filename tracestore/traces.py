@@ -1,0 +1,162 @@
+"""Runs with everything training needs: calls by dispatch time, choices by index, the current view of the rewards.
+
+Read only. Called by the trainer (`traces`, `lease_traces`) and by whoever shows a run, through `Store`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, select, true
+
+from tracegrad.tracestore.calls import CHUNK
+from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Lease, Reward, Run, RunTrace, Span
+from tracegrad.tracestore.rewards import current_rewards
+from tracegrad.tracestore.runs import run_of
+from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs, spans
+
+
+class Traces(Noun):
+    """The part of the store that gives runs back whole."""
+
+    def trace(self, run_id: str) -> RunTrace:
+        """Return one run with its calls and current rewards. Raises NotFound."""
+        return self.traces([run_id])[0]
+
+    def traces(self, run_ids: Sequence[str]) -> list[RunTrace]:
+        """Return the runs in the order asked for, from one snapshot. Raises NotFound for an unknown one."""
+        with self._db.read() as connection:
+            return _traces(connection, run_ids, None, None)
+
+    def lease_traces(self, lease: Lease) -> list[RunTrace]:
+        """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.
+
+        A reclaimed lease therefore gives the same data as the first claim did. Raises NotFound.
+        """
+        with self._db.read() as connection:
+            row = connection.execute(
+                select(leases.c.calls_through, leases.c.rewards_through).where(leases.c.lease_id == lease.lease_id)
+            ).one_or_none()
+            if row is None:
+                raise NotFound(f"no lease {lease.lease_id}: lease again")
+            return _traces(connection, lease.plan.run_ids, row.calls_through, row.rewards_through)
+
+
+def _traces(
+    connection: Connection, run_ids: Sequence[str], calls_through: int | None, rewards_through: int | None
+) -> list[RunTrace]:
+    found: dict[str, Run] = {}
+    by_run: dict[str, list[Call]] = defaultdict(list)
+    rewards: dict[str, list[Reward]] = defaultdict(list)
+    wanted = list(dict.fromkeys(run_ids))
+    for start in range(0, len(wanted), CHUNK):
+        some = wanted[start : start + CHUNK]
+        found.update(
+            (row.run_id, run_of(row)) for row in connection.execute(select(runs).where(runs.c.run_id.in_(some)))
+        )
+        for call in _calls(connection, some, calls_through):
+            by_run[str(call.attribution.run_id)].append(call)
+        for reward in current_rewards(connection, some, rewards_through):
+            rewards[reward.run_id].append(reward)
+    missing = [run_id for run_id in wanted if run_id not in found]
+    if missing:
+        raise NotFound(f"no run {missing[0]!r}: open it first (POST /tracegrad/v1/runs)")
+    return [
+        RunTrace(run=found[run_id], calls=tuple(by_run[run_id]), rewards=tuple(rewards[run_id])) for run_id in run_ids
+    ]
+
+
+def _calls(connection: Connection, run_ids: Sequence[str], through: int | None) -> Iterator[Call]:
+    within = and_(calls.c.run_id.in_(run_ids), true() if through is None else calls.c.seq <= through)
+    sampled = _choices(connection, select(choices.c.call_id, choices.c.finish_reason, choices.c.flags), within)
+    known = {
+        (row.run_id, row.span_id): _span(row)
+        for row in connection.execute(select(spans).where(spans.c.run_id.in_(run_ids)))
+    }
+    rows = connection.execute(
+        select(calls, call_payloads)
+        .join(call_payloads, call_payloads.c.call_id == calls.c.call_id)
+        .where(within)
+        .order_by(calls.c.dispatched_at, calls.c.seq)
+    )
+    for row in rows.mappings():
+        span = known[row[calls.c.run_id], row[calls.c.span_id]] if row[calls.c.span_id] is not None else None
+        yield _call(row, span, tuple(sampled[row[calls.c.call_id]]))
+
+
+def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[str, list[Choice]]:
+    statement = (
+        columns.add_columns(
+            choices.c.choice_index, choice_payloads.c.token_ids, choice_payloads.c.logprobs, choice_payloads.c.message
+        )
+        .join(
+            choice_payloads,
+            (choice_payloads.c.call_id == choices.c.call_id)
+            & (choice_payloads.c.choice_index == choices.c.choice_index),
+        )
+        .join(calls, calls.c.call_id == choices.c.call_id)
+        .where(within)
+        .order_by(choices.c.call_id, choices.c.choice_index)
+    )
+    by_call: dict[str, list[Choice]] = defaultdict(list)
+    for row in connection.execute(statement):
+        by_call[row.call_id].append(
+            Choice(
+                index=row.choice_index,
+                token_ids=row.token_ids,
+                logprobs=row.logprobs,
+                finish_reason=row.finish_reason,
+                message=row.message,
+                flags=tuple(row.flags),
+            )
+        )
+    return by_call
+
+
+def _span(row: Any) -> Span:
+    return Span(
+        span_id=row.span_id,
+        run_id=row.run_id,
+        name=row.name,
+        kind=row.kind,
+        parent_span_id=row.parent_span_id,
+        namespace=row.namespace,
+        superstep=row.superstep,
+        triggers=tuple(row.triggers),
+    )
+
+
+def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...]) -> Call:
+    column = calls.c
+    return Call(
+        call_id=row[column.call_id],
+        completion_id=row[column.completion_id],
+        attribution=Attribution(
+            run_id=row[column.run_id],
+            run_source=row[column.run_source],
+            role=row[column.role],
+            role_source=row[column.role_source],
+            span=span,
+        ),
+        model=row[column.model],
+        requested_model=row[column.requested_model],
+        version_dispatched=row[column.version_dispatched],
+        version_completed=row[column.version_completed],
+        prompt_ids=row[call_payloads.c.prompt_ids],
+        choices=sampled,
+        status=row[column.status],
+        timing=CallTiming(
+            received_at=row[column.received_at],
+            dispatched_at=row[column.dispatched_at],
+            first_token_at=row[column.first_token_at],
+            completed_at=row[column.completed_at],
+        ),
+        request=row[call_payloads.c.request],
+        requested=row[call_payloads.c.requested],
+        effective=row[call_payloads.c.effective],
+        stream=row[column.stream],
+        quarantine=row[column.quarantine],
+        error=row[column.error],
+    )

@@ -91,6 +91,14 @@ class Publishes(Noun):
             ).one_or_none()
             return None if row is None else _publish(row)
 
+    def list_publishes(self, model: str | None = None) -> list[Publish]:
+        """Return the publishes, of one model or of all, oldest first."""
+        chosen = select(publishes).order_by(publishes.c.publish_id)
+        if model is not None:
+            chosen = chosen.where(publishes.c.model == model)
+        with self._db.read() as connection:
+            return [_publish(row) for row in connection.execute(chosen)]
+
     def register_proxy(self, proxy_id: str, url: str) -> None:
         """Announce a proxy, or renew its announcement; it is waited for from now on."""
         now = self._db.now()

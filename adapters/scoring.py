@@ -56,8 +56,8 @@ def read_rewards(result: Any) -> tuple[RewardSpec, ...]:
 
 
 def run_scores(specs: Sequence[RewardSpec]) -> dict[str, float]:
-    """Return the rewards by display name: `name`, or `name@role` for a role's."""
-    return {spec.name if spec.role is None else f"{spec.name}@{spec.role}": float(spec.value) for spec in specs}
+    """Return the rewards by display name: `name`, or `role:name` for a role's (as `RunSummary` has them)."""
+    return {spec.name if spec.role is None else f"{spec.role}:{spec.name}": float(spec.value) for spec in specs}
 
 
 def _specs(result: Any) -> list[RewardSpec]:

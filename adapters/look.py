@@ -1,0 +1,243 @@
+"""`tracegrad runs` and `tracegrad show RUN`: what is in the store, for people, or as JSON with --json.
+
+Reads the store itself, so it needs no proxy. Refuses to create a store that is not there. Prompts and answers are
+shortened in tables and whole in JSON.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.errors import NotFound, TraceStoreError
+from tracegrad.tracestore.records import Call, Purpose, Reward, RunStatus, RunSummary, RunTrace
+from tracegrad.tracestore.store import Store, open_store
+
+_SHORT = 160
+_DEFAULT_CONFIG = Path("tracegrad.yaml")
+_COLOURS = {"open": "yellow", "closed": "green", "failed": "red"}
+
+
+@click.command()
+@click.option(
+    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+)
+@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@click.option("--purpose", type=click.Choice(["train", "eval", "live"]), help="Only runs made for this.")
+@click.option("--status", type=click.Choice(["open", "closed", "failed"]), help="Only runs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--before", help="Only runs older than this run: the next page.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def runs(
+    *,
+    config_path: Path | None,
+    url: str | None,
+    purpose: Purpose | None,
+    status: RunStatus | None,
+    limit: int,
+    before: str | None,
+    as_json: bool,
+) -> None:
+    """List the newest runs."""
+    store = _open(config_path, url)
+    try:
+        found = store.list_runs(purpose=purpose, status=status, limit=limit, before=before)
+    except NotFound as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        store.close()
+    if as_json:
+        _print_json([asdict(summary) for summary in found])
+        return
+    if not found:
+        click.echo("no such runs")
+        return
+    Console().print(runs_table(found))
+
+
+@click.command()
+@click.argument("run_id", metavar="RUN")
+@click.option(
+    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+)
+@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@click.option("--full", is_flag=True, help="Do not shorten texts.")
+@click.option("--json", "as_json", is_flag=True, help="The whole trace, token ids included.")
+def show(*, run_id: str, config_path: Path | None, url: str | None, full: bool, as_json: bool) -> None:
+    """Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well."""
+    store = _open(config_path, url)
+    try:
+        trace = store.trace(_owning_run(store, run_id))
+    except NotFound as error:
+        raise click.ClickException(f"{error}; `tracegrad runs` lists what there is") from error
+    finally:
+        store.close()
+    if as_json:
+        _print_json(asdict(trace))
+        return
+    print_trace(Console(), trace, longest=None if full else _SHORT)
+
+
+def runs_table(found: list[RunSummary]) -> Table:
+    """Return runs as a table, a line each."""
+    table = Table()
+    for heading in ("run", "opened", "purpose", "status", "roles", "calls", "tokens", "versions", "rewards"):
+        table.add_column(
+            heading, justify="right" if heading in ("calls", "tokens") else "left", no_wrap=heading == "run"
+        )
+    for summary in found:
+        run = summary.run
+        table.add_row(
+            escape(run.run_id),
+            _time(run.opened_at),
+            run.purpose,
+            f"[{_COLOURS[run.status]}]{run.status}[/]",
+            escape(", ".join(summary.roles)),
+            str(summary.n_calls),
+            str(summary.n_sampled_tokens),
+            _versions(summary.versions),
+            escape("  ".join(f"{name} {value:.3g}" for name, value in summary.rewards.items())),
+        )
+    return table
+
+
+def print_trace(console: Console, trace: RunTrace, *, longest: int | None) -> None:
+    """Print a run: what it is, its calls with prompts and answers, its rewards. `longest` shortens texts."""
+    run = trace.run
+    facts = Table(show_header=False, title=f"run {escape(run.run_id)}", title_justify="left")
+    ended = "" if run.ended_at is None else f" by {run.ended_by} after {run.ended_at - run.opened_at:.2f} s"
+    facts.add_row("status", f"[{_COLOURS[run.status]}]{run.status}[/]{ended}")
+    facts.add_row("purpose", run.purpose)
+    facts.add_row("opened", _time(run.opened_at))
+    if run.task_id is not None:
+        facts.add_row("task", escape(run.task_id))
+    if run.group_id is not None:
+        facts.add_row("group", f"{escape(run.group_id)}, member {run.member}")
+    if run.error is not None:
+        facts.add_row("error", f"[red]{escape(_shorten(run.error, longest))}[/]")
+    console.print(facts)
+    for number, call in enumerate(trace.calls, start=1):
+        _print_call(console, number, call, longest)
+    if trace.rewards:
+        console.print(_rewards_table(trace.rewards))
+
+
+def _print_call(console: Console, number: int, call: Call, longest: int | None) -> None:
+    who = call.attribution
+    title = f"call {number}  {who.role or '(no role)'} → {call.model}  [{call.status}]"
+    table = Table(show_header=False, title=escape(title), title_justify="left")
+    table.add_row("id", escape(call.call_id))
+    sampled = " + ".join(str(len(choice.token_ids)) for choice in call.choices) or "0"
+    prompt = "?" if call.prompt_ids is None else str(len(call.prompt_ids))
+    seconds = call.timing.completed_at - call.timing.received_at
+    table.add_row("tokens", f"{prompt} prompt, {sampled} sampled, {seconds:.2f} s")
+    table.add_row("version", _passage(call))
+    table.add_row("sampling", escape(_sampling(call)))
+    if who.span is not None:
+        step = "" if who.span.superstep is None else f", superstep {who.span.superstep}"
+        table.add_row("span", escape(f"{who.span.name}{step}"))
+    if call.quarantine is not None:
+        table.add_row("quarantined", f"[red]{escape(call.quarantine)}[/]")
+    if call.error is not None:
+        table.add_row("error", f"[red]{escape(_shorten(call.error, longest))}[/]")
+    for message in call.request.get("messages", ()):
+        table.add_row(escape(str(message.get("role"))), escape(_shorten(message_text(message), longest)))
+    for choice in call.choices:
+        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags]))})[/]"
+        answer = escape(_shorten(message_text(choice.message), longest))
+        table.add_row(f"[bold]answer {choice.index}[/]", f"[bold]{answer}[/]{ending}")
+    console.print(table)
+
+
+def message_text(message: Any) -> str:
+    """Return a chat message as text: its content (parts joined), then its tool calls."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text", f"<{part.get('type')}>") for part in content)
+    called = [call.get("function") or {} for call in message.get("tool_calls") or ()]
+    return " ".join(filter(None, [content, *(f"{c.get('name')}({c.get('arguments')})" for c in called)]))
+
+
+def _rewards_table(rewards: tuple[Reward, ...]) -> Table:
+    table = Table(title="rewards", title_justify="left")
+    for heading in ("name", "value", "on", "source", "late for"):
+        table.add_column(heading)
+    for reward in rewards:
+        target = f"call {reward.call_id}" if reward.call_id else f"role {reward.role}" if reward.role else "run"
+        cells = (reward.name, f"{reward.value:.6g}", target, reward.source, ", ".join(reward.late_for))
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _passage(call: Call) -> str:
+    if call.version_dispatched is None:
+        return "unknown"
+    changed = call.version_completed not in (None, call.version_dispatched)
+    return f"{call.version_dispatched} → {call.version_completed}" if changed else str(call.version_dispatched)
+
+
+def _sampling(call: Call) -> str:
+    """The effective parameters; where they are not the client's own, what the client asked for."""
+    shown = []
+    for name in sorted({*call.requested, *call.effective}):
+        asked, used = call.requested.get(name), call.effective.get(name)
+        shown.append(f"{name} {used}" if asked == used else f"{name} {used} (asked: {asked})")
+    return ", ".join(shown) or "engine's defaults"
+
+
+def _owning_run(store: Store, named: str) -> str:
+    try:
+        return store.get_run(named).run_id
+    except NotFound:
+        call_id, run_id = store.find_call(named)
+        if run_id is None:
+            raise NotFound(f"the call {call_id} belongs to no run") from None
+        return run_id
+
+
+def _open(config_path: Path | None, url: str | None) -> Store:
+    """Open the store that the options name, without making one.
+
+    Raises:
+        click.ClickException: no store is named, or it is not there.
+    """
+    if url is None:
+        path = config_path or _DEFAULT_CONFIG
+        if config_path is None and not path.exists():
+            raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
+        try:
+            url = load_config(path).store
+        except TraceStoreError as error:
+            raise click.ClickException(str(error)) from error
+    try:
+        return open_store(url, create=False)
+    except TraceStoreError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _versions(versions: tuple[int, ...]) -> str:
+    if not versions:
+        return ""
+    return str(versions[0]) if len(versions) == 1 else f"{min(versions)}–{max(versions)}"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _shorten(text: str, longest: int | None) -> str:
+    text = " ".join(text.split()) if longest is not None else text
+    return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,113 @@
+"""`tracegrad engine`: start the configured engines, check them, watch them until told to stop.
+
+Exit codes: 0 stopped by Ctrl-C or SIGTERM (or, with `--preflight`, everything is in order); 1 an engine cannot be
+started, or died too often; 2 the command line or the configuration is wrong; 3 the preflight found something missing.
+No torch: the engine is a process of its own.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from tracegrad.tracestore.config import Config, ModelConfig, load_config
+from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.store import open_store
+from tracegrad.trainer.engine import EngineProcess
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import EngineNotReady
+from tracegrad.trainer.errors import EngineError
+from tracegrad.trainer.preflight import check
+
+START_FAILED, USAGE, NOT_READY = 1, 2, 3
+
+
+@click.command()
+@click.option(
+    "--config", "config_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The YAML file."
+)
+@click.option("--model", "model_name", help="Only the engine of this model. Default: every model's.")
+@click.option("--preflight", "only_check", is_flag=True, help="Start nothing: check the engines that run.")
+def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
+    """Start the engines (vLLM) of the configuration and keep them up, on the newest live weights."""
+    try:
+        config = load_config(config_path)
+        models = _chosen(config, model_name)
+        if only_check:
+            for name, model in models.items():
+                check(EngineClient(model.engine.url, name), model)
+                click.echo(f"engine {name} at {model.engine.url} is ready for training")
+            return
+        _serve(config, models)
+    except EngineNotReady as error:
+        _fail(error, NOT_READY)
+    except EngineError as error:
+        _fail(error, START_FAILED)
+    except TraceStoreError as error:
+        _fail(error, USAGE)
+
+
+def _chosen(config: Config, name: str | None) -> Mapping[str, ModelConfig]:
+    if not config.models:
+        raise click.UsageError("the configuration has no models: add `models: {main: {checkpoint: FOLDER}}`")
+    if name is None:
+        return config.models
+    if name not in config.models:
+        raise click.UsageError(f"the configuration has no model {name!r} (it has {', '.join(config.models)})")
+    return {name: config.models[name]}
+
+
+def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
+    """Start, check and watch; returns when told to stop, raises the first engine's error."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    stop = threading.Event()
+    failures: list[EngineError] = []
+    with ExitStack() as stack:
+        store = open_store(config.store)
+        stack.callback(store.close)
+        try:
+            engines = []
+            for name, model in models.items():
+                process = EngineProcess(name, model, live=partial(store.live_version, name), say=_say)
+                engines.append(stack.enter_context(process))
+                check(process.client, model)
+                _say(f"engine {name}: ready (log: {process.log_path})")
+            watchers = [threading.Thread(target=_watch, args=(e, stop, failures), daemon=True) for e in engines]
+            for watcher in watchers:
+                watcher.start()
+            while not stop.wait(0.5):
+                pass
+        except KeyboardInterrupt:
+            _say("stopping")
+        finally:
+            stop.set()
+    if failures:
+        raise failures[0]
+
+
+def _watch(process: EngineProcess, stop: threading.Event, failures: list[EngineError]) -> None:
+    try:
+        process.watch(stop)
+    except EngineError as error:
+        failures.append(error)
+        stop.set()
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(code)

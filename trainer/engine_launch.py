@@ -1,0 +1,103 @@
+"""The command and environment that start an engine, from its section of the configuration. No I/O but one folder.
+
+`launch` in the configuration replaces the front of the command (another venv's python, `vllm serve {model}`, a
+container); tracegrad's own flags follow, then `args`, which therefore win. A flag whose placeholder already stands
+in `launch` is not repeated. Called by `tracegrad.trainer.engine` and the preflight's hints.
+
+Refuses an address that is not loopback: vLLM's control endpoints (`/collective_rpc`, `/pause`, ...) have no
+authentication, whatever `--api-key` says.
+"""
+
+import ipaddress
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tracegrad.tracestore.config import EngineConfig
+from tracegrad.trainer.engine_errors import EngineStartFailed
+
+DEFAULT_LAUNCH = ("{python}", "-m", "vllm.entrypoints.openai.api_server")
+EXTENSION = "tracegrad.trainer.worker_extension.TracegradWorkerExtension"
+ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What the engine gets besides our own environment; the configuration's `env` overrides it."""
+
+
+def address(config: EngineConfig) -> tuple[str, int]:
+    """Return the (host, port) to listen on.
+
+    Raises:
+        EngineStartFailed: the url names no port, or a host that is not loopback.
+    """
+    parts = urlsplit(config.url)
+    host, port = parts.hostname or "", parts.port
+    if port is None:
+        raise EngineStartFailed(f"engine.url {config.url!r} names no port: write http://127.0.0.1:8000")
+    if host != "localhost" and not _loopback(host):
+        raise EngineStartFailed(
+            f"engine.url {config.url!r} is not loopback: the engine's control endpoints have no authentication. "
+            "Use 127.0.0.1, or start that engine yourself and only name it here"
+        )
+    return host, port
+
+
+def command(name: str, model: str, tokenizer: str, config: EngineConfig) -> list[str]:
+    """Return the engine's command line: serve the checkpoint `model` as `name`."""
+    host, port = address(config)
+    values = {"python": sys.executable, "model": model, "name": name, "host": host, "port": str(port)}
+    launch = config.launch or DEFAULT_LAUNCH
+    own = {
+        "{model}": ["--model", model],
+        "{name}": ["--served-model-name", name],
+        "{host}": ["--host", host],
+        "{port}": ["--port", str(port)],
+    }
+    flags = [f for placeholder, pair in own.items() if not any(placeholder in part for part in launch) for f in pair]
+    flags += ["--tokenizer", tokenizer, "--dtype", config.dtype, "--max-model-len", str(config.max_model_len)]
+    flags += ["--max-num-seqs", str(config.max_num_seqs), "--enforce-eager", "--enable-scale-out"]
+    flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    flags += ["--worker-extension-cls", EXTENSION]
+    return [_fill(part, values) for part in launch] + flags + [_fill(part, values) for part in config.args]
+
+
+def environment(config: EngineConfig, extension_home: Path) -> dict[str, str]:
+    """Return the engine's whole environment. `extension_home` goes first on its PYTHONPATH."""
+    env = {**os.environ, **ENVIRONMENT, **config.env}
+    path = [str(extension_home), *([env["PYTHONPATH"]] if env.get("PYTHONPATH") else [])]
+    return {**env, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def lay_out_extension(folder: Path) -> Path:
+    """Copy the worker extension, alone, into ``folder/tracegrad/trainer`` and return `folder`.
+
+    `tracegrad` is a namespace package, so the engine's interpreter finds this module beside (or without) any other part
+    of tracegrad, and nothing of our site-packages comes before its own.
+    """
+    home = folder / "tracegrad" / "trainer"
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("worker_extension.py"), home / "worker_extension.py")
+    return folder
+
+
+def _fill(part: str, values: Mapping[str, str]) -> str:
+    """Replace the known placeholders; other braces (JSON arguments) stay as they are."""
+    for key, value in values.items():
+        part = part.replace("{" + key + "}", value)
+    return part
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,59 @@
+"""What became of a publish: how long each part took and what the probe saw. Kept in the store as JSON.
+
+Made by `tracegrad.trainer.publish`, read by the trainer's metrics and `tracegrad versions`.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tracegrad.trainer.probe import ProbeResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishReport:
+    """A publish that went live: how long each state took, and what was seen. `probe` is None where none was given.
+
+    `swap_s` is loading the weights into all engines; with a canary, `canary_s` (loading and probing the perturbed
+    weights) comes before it. `total_s` is from the request to `live`.
+    """
+
+    publish_id: int
+    version_id: int
+    model: str
+    drain_s: float
+    canary_s: float
+    swap_s: float
+    probe_s: float
+    total_s: float
+    probe: ProbeResult | None
+    canary: ProbeResult | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the times and results as a JSON object: what the store keeps of the publish."""
+        times = {k: round(getattr(self, k), 4) for k in ("drain_s", "canary_s", "swap_s", "probe_s", "total_s")}
+        seen = {"result": self.probe, "canary": self.canary}
+        return {**times, **{k: None if v is None else v.as_json() for k, v in seen.items()}}
+
+
+class Stopwatch:
+    """Seconds spent in each part of a publish."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.spent = {"drain_s": 0.0, "canary_s": 0.0, "swap_s": 0.0, "probe_s": 0.0}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds inside the block to `part`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[part] += time.monotonic() - start
+
+    def total_s(self) -> float:
+        """Return the seconds since the stopwatch was made."""
+        return time.monotonic() - self._start

@@ -20,7 +20,6 @@ from tracegrad.adapters.supervisor import ChildGaveUp, Event, RestartPolicy, Sup
 from tracegrad.adapters.up import child_specs
 from tracegrad.tracestore.config import Config, EngineConfig, ModelConfig, ProxyConfig, dump_config
 
-DEFAULT_LAUNCH = ("{python}", "-m", "vllm.entrypoints.openai.api_server")
 _LOG_TAIL = 15
 
 
@@ -85,7 +84,7 @@ def serving(
 
 def _engine_of_our_own(engine: EngineConfig) -> EngineConfig:
     url = f"http://127.0.0.1:{_free_port()}"
-    return msgspec.structs.replace(engine, url=url, launch=engine.launch or DEFAULT_LAUNCH, log=None)
+    return msgspec.structs.replace(engine, url=url, external=False, log=None)
 
 
 def _free_port() -> int:

@@ -25,12 +25,12 @@ _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
 def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, ...]:
     """Return the commands of a configuration in the order they depend on one another.
 
-    An engine that is somebody else's to start (no `launch`) is not started, only waited for by the proxy's users.
+    An engine that is somebody else's (`external`) is not started, only waited for by the proxy's users.
     """
     file = ("--config", str(path))
-    engines = [model.engine for model in config.models.values()]
+    engines = [model.engine for model in config.models.values() if not model.engine.external]
     specs: list[ChildSpec] = []
-    if any(engine.launch for engine in engines):
+    if engines:
         specs.append(
             ChildSpec(
                 name="engine",

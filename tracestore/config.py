@@ -21,11 +21,14 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class EngineConfig(_Section, frozen=True, kw_only=True):
-    """The vLLM that serves one model. With `launch` empty the engine at `url` is somebody else's to start."""
+    """The vLLM that serves one model."""
 
     url: str = "http://127.0.0.1:8000"
+    external: bool = False
+    """The engine at `url` is somebody else's to start and to watch."""
     launch: tuple[str, ...] = ()
-    """Command that starts the engine; `{python}`, `{model}`, `{name}`, `{host}` and `{port}` are filled in."""
+    """Front of the command that starts the engine, in place of the default (`python -m vllm…`); `{python}`,
+    `{model}`, `{name}`, `{host}` and `{port}` are filled in."""
     args: tuple[str, ...] = ()
     """Further arguments, after tracegrad's own."""
     env: Mapping[str, str] = {}

@@ -57,11 +57,9 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
 def _chosen(config: Config, name: str | None) -> Mapping[str, ModelConfig]:
     if not config.models:
         raise click.UsageError("the configuration has no models: add `models: {main: {checkpoint: FOLDER}}`")
-    if name is None:
-        return config.models
-    if name not in config.models:
+    if name is not None and name not in config.models:
         raise click.UsageError(f"the configuration has no model {name!r} (it has {', '.join(config.models)})")
-    return {name: config.models[name]}
+    return config.models if name is None else {name: config.models[name]}
 
 
 def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
@@ -75,6 +73,9 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
         try:
             engines = []
             for name, model in models.items():
+                if model.engine.external:
+                    _say(f"engine {name} at {model.engine.url} is external: neither started nor watched")
+                    continue
                 process = EngineProcess(name, model, live=partial(store.live_version, name), say=_say)
                 engines.append(stack.enter_context(process))
                 check(process.client, model)

@@ -7,12 +7,13 @@ Called by the proxy (through `group_commit`) and by `Store`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Double, Table, bindparam, func, select, update
+from sqlalchemy import Connection, Double, Executable, Table, bindparam, func, select, update
 
 from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
-from tracegrad.tracestore.database import insert
+from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Call, Choice, Span
@@ -135,23 +136,15 @@ def _insert(connection: Connection, batch: list[Call], now: float) -> None:
         (choice_payloads, rows.choice_payloads),
     ):
         if table_rows:
-            connection.execute(table.insert(), table_rows)
+            connection.execute(_INSERTS[table.name], table_rows)
 
 
 def _upsert_spans(connection: Connection, batch: list[Span]) -> None:
     if not batch:
         return
     latest = {(span.run_id, span.span_id): span for span in batch}
-    statement = insert(connection, spans)
-    given = statement.excluded
-    completed = {
-        name: func.coalesce(given[name], spans.c[name]) for name in ("parent_span_id", "namespace", "superstep")
-    }
     connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["run_id", "span_id"],
-            set_={"name": given["name"], "kind": given["kind"], "triggers": given["triggers"], **completed},
-        ),
+        _span_upsert(connection.dialect.name),
         [
             {
                 "run_id": span.run_id,
@@ -166,6 +159,20 @@ def _upsert_spans(connection: Connection, batch: list[Span]) -> None:
             for span in latest.values()
         ],
     )
+
+
+@cache
+def _span_upsert(dialect: str) -> Executable:
+    """A span seen again takes the newer name and triggers; what it knew of its place it does not forget."""
+    statement = insert_for(dialect, spans)
+    given = statement.excluded
+    changed = {name: given[name] for name in ("name", "kind", "triggers")}
+    kept = {name: func.coalesce(given[name], spans.c[name]) for name in ("parent_span_id", "namespace", "superstep")}
+    upsert: Executable = statement.on_conflict_do_update(index_elements=["run_id", "span_id"], set_={**changed, **kept})
+    return upsert
+
+
+_INSERTS = {table.name: table.insert() for table in (calls, call_payloads, choices, choice_payloads)}
 
 
 def _rows(batch: Sequence[Call]) -> _Rows:

@@ -89,7 +89,12 @@ def parse_url(url: str) -> URL:
 
 def insert(connection: Connection, table: Table) -> Any:
     """Return the backend's INSERT, which knows ON CONFLICT."""
-    made: Insert = sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+    return insert_for(connection.dialect.name, table)
+
+
+def insert_for(dialect: str, table: Table) -> Any:
+    """Return `insert` for a dialect by name, for statements that are built once and kept."""
+    made: Insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
     return made
 
 

@@ -6,11 +6,12 @@ Called by the proxy and the rollout driver, through `Store`; `open_unknown` and 
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Executable, select, update
 
-from tracegrad.tracestore.database import insert
+from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import EndedBy, Run, RunStatus
@@ -213,4 +214,10 @@ def _row(run: Run, now: float) -> dict[str, Any]:
 
 
 def _insert_ignore(connection: Connection, rows: list[dict[str, Any]]) -> None:
-    connection.execute(insert(connection, runs).on_conflict_do_nothing(), rows)
+    connection.execute(_insert_ignore_for(connection.dialect.name), rows)
+
+
+@cache
+def _insert_ignore_for(dialect: str) -> Executable:
+    statement: Executable = insert_for(dialect, runs).on_conflict_do_nothing()
+    return statement

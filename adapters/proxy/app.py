@@ -1,0 +1,167 @@
+"""The proxy as one pure ASGI application: lifespan, routing, and the boundary where errors become answers.
+
+Only the listed paths exist; nothing else reaches an engine. Starting fails where the store cannot be reached or a
+publish state cannot be read. Called by uvicorn (see `command`).
+"""
+
+import asyncio
+import logging
+
+import msgspec
+
+from tracegrad.adapters.proxy.attribution import Route, split_path
+from tracegrad.adapters.proxy.chat import ChatEndpoint
+from tracegrad.adapters.proxy.control import PREFIX, Control
+from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
+from tracegrad.adapters.proxy.hold import Hold
+from tracegrad.adapters.proxy.purposes import Purposes
+from tracegrad.adapters.proxy.upstream import Upstream
+from tracegrad.adapters.proxy.wire import JSON_HEADERS, ClientGone, Receive, Reply, Request, Scope, Send
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.group_commit import GroupCommitter
+from tracegrad.tracestore.ids import new_id
+from tracegrad.tracestore.store import Store
+
+log = logging.getLogger("tracegrad.proxy")
+
+
+class ProxyApp:
+    """One proxy in front of the configured engines, writing to one store. The caller closes the store."""
+
+    def __init__(self, config: Config, store: Store, *, url: str = "") -> None:
+        self.config = config
+        self.store = store
+        self.proxy_id = new_id("proxy")
+        self.url = url
+        self.hold = Hold(
+            store,
+            config.models,
+            proxy_id=self.proxy_id,
+            url=url,
+            poll_s=config.proxy.poll_s,
+            expires_s=config.proxy.heartbeat_expires_s,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Speak ASGI 3: `lifespan` and `http`."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._start()
+        except (TraceStoreError, ProxyError) as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _start(self) -> None:
+        proxy = self.config.proxy
+        purposes = Purposes(self.store, self.config.project)
+        await self.hold.start()
+        engines = {name: model.engine.url for name, model in self.config.models.items()}
+        self.upstream = Upstream(engines, timeout_s=proxy.upstream_timeout_s)
+        self.committer = GroupCommitter(self.store)
+        self.control = Control(self.config, self.store, purposes)
+        self.chat = ChatEndpoint(
+            self.config, upstream=self.upstream, hold=self.hold, committer=self.committer, purposes=purposes
+        )
+        self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
+
+    async def _stop(self) -> None:
+        self._closing_idle.cancel()
+        await asyncio.wait([self._closing_idle])
+        await asyncio.to_thread(self.committer.close)
+        await self.hold.stop()
+        await self.upstream.close()
+
+    async def _close_idle_runs(self) -> None:
+        """Live runs that nothing was heard of for `proxy.idle_close_s` end by time-out."""
+        idle_s = self.config.proxy.idle_close_s
+        while True:
+            await asyncio.sleep(idle_s / 4)
+            try:
+                await asyncio.to_thread(self.store.close_idle_runs, self.config.project, idle_s)
+            except TraceStoreError as error:
+                log.warning("idle runs could not be closed: %s; tried again in %.1f s", error, idle_s / 4)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        try:
+            route = split_path(scope.get("raw_path") or scope["path"].encode())
+            limit = self.config.proxy.max_body_bytes
+            await self._route(Request(scope, receive, route, max_body_bytes=limit), route, reply)
+        except ClientGone:
+            return
+        except ProxyError as error:
+            await reply.error(error)
+        except Exception:  # the boundary: a fault of ours is logged and answered, and the server lives on
+            log.exception("unexpected error in %s %s", scope["method"], scope["path"])
+            await reply.error(ProxyError("the proxy failed; its log says why"))
+
+    async def _route(self, request: Request, route: Route, reply: Reply) -> None:
+        if route.path == "/v1/chat/completions":
+            _check_method(request, route.path, "POST")
+            await self.chat(request, reply)
+        elif route.path == "/v1/models":
+            _check_method(request, route.path, "GET")
+            await self._models(reply)
+        elif route.path == "/health":
+            _check_method(request, route.path, "GET")
+            await self._health(reply)
+        elif route.path.startswith(PREFIX) and (handlers := self.control.find(route.path)):
+            _check_method(request, route.path, *handlers)
+            await reply.whole(200, JSON_HEADERS, await self.control.answer(handlers[request.method], request))
+        else:
+            raise UnknownPath(f"{route.path} is not a path of this proxy")
+
+    async def _models(self, reply: Reply) -> None:
+        """Every engine's list, one after the other; an engine's error is passed on."""
+        cards: list[msgspec.Raw] = []
+        for model in self.config.models:
+            answer = await self.upstream.get(model, "v1/models")
+            body = await answer.read()
+            if answer.status != 200:
+                await reply.whole(answer.status, answer.headers, body)
+                return
+            cards += msgspec.json.decode(body, type=_ModelList).data
+        await reply.whole(200, JSON_HEADERS, msgspec.json.encode({"object": "list", "data": cards}))
+
+    async def _health(self, reply: Reply) -> None:
+        """200 where the store answers and every engine is healthy, 503 otherwise; the body says what is wrong."""
+        models = {}
+        for name, gate in self.hold.gates.items():
+            models[name] = {
+                "engine": await self._engine_health(name),
+                "live_version": gate.live_version,
+                "holding": gate.holding,
+                "in_flight": gate.in_flight,
+            }
+        store = "ok" if self.hold.fresh else "unreachable"
+        well = store == "ok" and all(model["engine"] == "ok" for model in models.values())
+        report = {"status": "ok" if well else "unwell", "proxy_id": self.proxy_id, "store": store, "models": models}
+        await reply.whole(200 if well else 503, JSON_HEADERS, msgspec.json.encode(report))
+
+    async def _engine_health(self, model: str) -> str:
+        try:
+            answer = await self.upstream.get(model, "health")
+            await answer.read()
+        except ProxyError as error:
+            return f"unreachable: {error}"
+        return "ok" if answer.status == 200 else f"HTTP {answer.status}"
+
+
+class _ModelList(msgspec.Struct):
+    data: list[msgspec.Raw] = []
+
+
+def _check_method(request: Request, path: str, *allowed: str) -> None:
+    if request.method not in allowed:
+        raise MethodNotAllowed(f"{path} takes {' or '.join(allowed)}, not {request.method}")

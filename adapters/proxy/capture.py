@@ -1,0 +1,196 @@
+"""What is added to a request so that it can be recorded, and taken out of the answer again.
+
+Upstream: `return_token_ids`, `logprobs` and, for streams, `stream_options.include_usage`, each only where the client
+did not ask for it itself and where adding it cannot turn an error of the engine into an answer. Downstream: the same
+fields become the `null` that vLLM writes where they are not asked for, and the chunks that exist only because of them
+are dropped. Everything else passes as the bytes that came (values are never decoded and encoded again).
+Refuses fields by which a client could reach into the engine (`kv_transfer_params`). Called by `chat`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from tracegrad.adapters.proxy.errors import InvalidRequest
+
+REFUSED_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+_OFF = (None, False)
+_NULL = msgspec.Raw(b"null")
+_TRUE = msgspec.Raw(b"true")
+
+RawObject = dict[str, msgspec.Raw]
+_decode_object = msgspec.json.Decoder(RawObject).decode
+_decode_objects = msgspec.json.Decoder(list[RawObject]).decode
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The client's request, decoded twice: `raw` keeps the bytes of each field, `body` has the values."""
+
+    raw: RawObject
+    body: dict[str, Any]
+
+    @property
+    def model(self) -> str | None:
+        """The model name as requested, None where the request has none."""
+        value = self.body.get("model")
+        return value if isinstance(value, str) else None
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client wants server-sent events."""
+        return self.body.get("stream") is True
+
+    @property
+    def n(self) -> int:
+        """How many choices the client wants; what is no count is the engine's to refuse."""
+        value = self.body.get("n")
+        return value if isinstance(value, int) and value > 0 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """Which of the three fields we added."""
+
+    token_ids: bool
+    logprobs: bool
+    usage: bool
+
+
+def read_ask(body: bytes) -> Ask:
+    """Decode a request body.
+
+    Raises:
+        InvalidRequest: the body is not a JSON object, or has a field that clients must not send.
+    """
+    try:
+        raw = _decode_object(body)
+        values = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body must be a JSON object: {error}", code="invalid_json") from error
+    extra = values.get("vllm_xargs")
+    for name in REFUSED_FIELDS:
+        if values.get(name) is not None or (isinstance(extra, Mapping) and name in extra):
+            raise InvalidRequest(
+                f"the field {name!r} is not allowed through this proxy; remove it", code="field_not_allowed", param=name
+            )
+    return Ask(raw, values)
+
+
+def plan_injection(body: Mapping[str, Any]) -> Injection:
+    """Decide what to add. Top-logprob fields without `logprobs` are an error that stays the engine's to report."""
+    wants_top = body.get("top_logprobs") not in (None, 0) or body.get("logprob_token_ids")
+    options = body.get("stream_options")
+    plain_options = options is None or (isinstance(options, Mapping) and options.get("include_usage") in _OFF)
+    return Injection(
+        token_ids=_is_off(body.get("return_token_ids")),
+        logprobs=_is_off(body.get("logprobs")) and not wants_top,
+        usage=body.get("stream") is True and plain_options,
+    )
+
+
+def upstream_body(
+    ask: Ask, injection: Injection, *, model: str, requested: Mapping[str, Any], effective: Mapping[str, Any]
+) -> bytes:
+    """Return the request for the engine: the client's fields in their order, then ours."""
+    fields = dict(ask.raw)
+    fields["model"] = msgspec.Raw(_encode(model))
+    if effective != requested:
+        for name in requested.keys() - effective.keys():
+            del fields[name]
+        for name, value in effective.items():
+            if name not in requested or requested[name] != value:
+                fields[name] = msgspec.Raw(_encode(value))
+    if injection.token_ids:
+        fields["return_token_ids"] = _TRUE
+    if injection.logprobs:
+        fields["logprobs"] = _TRUE
+    if injection.usage:
+        options = dict(ask.body.get("stream_options") or {})
+        options.update(include_usage=True, continuous_usage_stats=False)
+        fields["stream_options"] = msgspec.Raw(_encode(options))
+    return _encode(fields)
+
+
+class Stripper:
+    """Turns the engine's answer into the one the client asked for. One per call: it remembers the stream's usage.
+
+    `alias` is the model name the client used, None where the answer's own name stays.
+    """
+
+    def __init__(self, injection: Injection, *, alias: str | None) -> None:
+        self._injection = injection
+        self._alias = None if alias is None else msgspec.Raw(_encode(alias))
+        self._fingerprint: msgspec.Raw | None = None
+        self._nothing_to_do = not (injection.token_ids or injection.logprobs or injection.usage) and alias is None
+
+    def plain(self, body: bytes) -> bytes:
+        """Strip a whole answer.
+
+        Raises:
+            msgspec.MsgspecError: `body` is not a JSON object with choices.
+        """
+        if self._nothing_to_do:
+            return body
+        answer = _decode_object(body)
+        self._strip(answer)
+        return _encode(answer)
+
+    def chunk(self, data: bytes) -> bytes | None:
+        """Strip one stream chunk; None where the client must not see it at all.
+
+        Raises:
+            msgspec.MsgspecError: `data` is not a JSON object with choices.
+        """
+        if self._nothing_to_do:
+            return data
+        chunk = _decode_object(data)
+        if "choices" not in chunk:
+            return data
+        choices = self._strip(chunk)
+        if self._injection.usage and not choices and "usage" in chunk:
+            self._fingerprint = chunk.get("system_fingerprint")
+            return None
+        if self._injection.token_ids and self._injection.logprobs and choices and all(map(_is_silent, choices)):
+            return None
+        return _encode(chunk)
+
+    def stamp(self, data: bytes) -> bytes:
+        """Put the fingerprint of a dropped usage chunk where vLLM puts it without one: on the finishing chunk."""
+        if self._fingerprint is None or data == b"[DONE]":
+            return data
+        chunk = _decode_object(data)
+        if "choices" in chunk:
+            chunk["system_fingerprint"] = self._fingerprint
+        return _encode(chunk)
+
+    def _strip(self, answer: RawObject) -> list[RawObject]:
+        """Blank the injected fields of an answer or chunk in place, and return its choices."""
+        if self._alias is not None and "model" in answer:
+            answer["model"] = self._alias
+        choices = _decode_objects(answer["choices"]) if "choices" in answer else []
+        injected = [
+            name for name, ours in (("token_ids", self._injection.token_ids), ("logprobs", self._injection.logprobs))
+            if ours
+        ]  # fmt: skip
+        for choice in choices:
+            for name in injected:
+                if name in choice:
+                    choice[name] = _NULL
+        if injected and choices:
+            answer["choices"] = msgspec.Raw(_encode(choices))
+        if self._injection.token_ids and "prompt_token_ids" in answer:
+            answer["prompt_token_ids"] = _NULL
+        return choices
+
+
+def _is_silent(choice: RawObject) -> bool:
+    """True for the chunk that vLLM sends only to carry ids or logprobs: an empty delta that finishes nothing."""
+    return bytes(choice.get("delta", b"")) == b"{}" and bytes(choice.get("finish_reason", b"null")) == b"null"
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False

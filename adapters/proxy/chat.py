@@ -1,0 +1,282 @@
+"""`POST /v1/chat/completions`: one exchange from request to recorded, released answer.
+
+The order is law 3: the answer's end (the body of a plain answer; in a stream everything from the chunk that carries
+the last outstanding finish reason) is held back until the call is committed; a call that cannot be committed is a 503
+or an SSE error event. One store wait lies on this path, the commit; a second one for the first call of a run
+that this process has not met. A client that hangs up stops the engine, and what was sampled is stored as
+aborted. Refuses what `capture`, `attribution` and `routing` refuse. Called by `app`.
+"""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import Future
+
+import msgspec
+
+from tracegrad.adapters.proxy.attribution import attribute, without_ours
+from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
+from tracegrad.adapters.proxy.hold import Hold, Ticket
+from tracegrad.adapters.proxy.purposes import Purposes
+from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
+from tracegrad.adapters.proxy.routing import engine_of
+from tracegrad.adapters.proxy.sampling import override_of, plan_sampling
+from tracegrad.adapters.proxy.sse import DONE, Event, SSEParser, encode
+from tracegrad.adapters.proxy.upstream import EngineAnswer, Upstream
+from tracegrad.adapters.proxy.wire import STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.group_commit import GroupCommitter
+from tracegrad.tracestore.ids import new_id
+from tracegrad.tracestore.records import CallStatus
+
+log = logging.getLogger("tracegrad.proxy")
+HEARTBEAT_S = 15.0
+"""A held stream gets an empty chunk this often: LangChain gives up on a stream after 120 s without one."""
+ENGINE_PATH = "v1/chat/completions"
+
+
+class ChatEndpoint:
+    """The endpoint with what its exchanges share."""
+
+    def __init__(
+        self, config: Config, *, upstream: Upstream, hold: Hold, committer: GroupCommitter, purposes: Purposes
+    ) -> None:
+        self.config = config
+        self.upstream = upstream
+        self.hold = hold
+        self.committer = committer
+        self.purposes = purposes
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        """Answer one request. Raises ProxyError where nothing has been dispatched."""
+        received_at = time.time()
+        ask = read_ask(await request.body())
+        draft = await self._draft(ask, request, received_at)
+        await _Exchange(self, ask, draft, request, reply).run()
+
+    async def _draft(self, ask: Ask, request: Request, received_at: float) -> Draft:
+        attribution = attribute(request.headers, request.route)
+        model = engine_of(self.config, attribution.role, ask.model)
+        override = override_of(self.config.proxy.sampling, attribution.role)
+        try:
+            purpose = await self.purposes.of(attribution.run_id)
+        except TraceStoreError as error:
+            raise from_store(error) from error
+        return Draft(
+            call_id=new_id("call"),
+            attribution=attribution,
+            model=model,
+            requested_model=ask.model or model,
+            body=ask.body,
+            sampling=plan_sampling(ask.body, purpose=purpose, override=override),
+            n=ask.n,
+            stream=ask.stream,
+            received_at=received_at,
+        )
+
+
+class _Exchange:
+    """One call on its way: admitted, dispatched, gathered, committed, released."""
+
+    def __init__(self, endpoint: ChatEndpoint, ask: Ask, draft: Draft, request: Request, reply: Reply) -> None:
+        self._endpoint = endpoint
+        self._draft = draft
+        self._request = request
+        self._reply = reply
+        self._progress = Progress()
+        self._transcript = Transcript()
+        self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
+        injection = plan_injection(ask.body)
+        alias = ask.model if ask.model is not None and ask.model != draft.model else None
+        self._stripper = Stripper(injection, alias=alias)
+        sampling = draft.sampling
+        self._body = upstream_body(
+            ask, injection, model=draft.model, requested=sampling.requested, effective=sampling.effective
+        )
+        self._held: list[bytes] = []
+        self._holding = self._done = self._submitted = False
+
+    async def run(self) -> None:
+        """Carry the exchange to its end. A ProxyError is answered here, with the call's id."""
+        async with Hangup(self._request.receive) as hangup:
+            try:
+                ticket = await self._admit(hangup)
+            except ClientGone:
+                return  # never dispatched: nothing was sampled, nothing is recorded
+            self._progress.version_dispatched = ticket.version
+            try:
+                await self._converse(hangup, ticket)
+            except ProxyError as error:
+                await self._reply.error(error, self._own_headers)
+            finally:
+                self._endpoint.hold.leave(ticket)
+
+    async def _admit(self, hangup: Hangup) -> Ticket:
+        """Wait while a publish holds the model; a waiting stream is kept alive with empty chunks."""
+        while True:
+            try:
+                with hangup.cancels():
+                    async with asyncio.timeout(HEARTBEAT_S if self._draft.stream else None):
+                        return await self._endpoint.hold.enter(self._draft.model)
+            except TimeoutError:
+                await self._start_stream(STREAM_HEADERS)
+                await self._reply.send(encode(self._empty_chunk()))
+
+    async def _converse(self, hangup: Hangup, ticket: Ticket) -> None:
+        """Dispatch, gather, record, release; whatever goes wrong on the way is recorded as it is."""
+        self._progress.dispatched_at = time.time()
+        answer: EngineAnswer | None = None
+        try:
+            with hangup.cancels():
+                headers = without_ours(self._request.raw_headers)
+                answer = await self._endpoint.upstream.post(self._draft.model, ENGINE_PATH, self._body, headers)
+                if answer.status != 200:
+                    body = await answer.read()
+                elif answer.is_stream:
+                    await self._relay(answer)
+                    body = b""
+                else:
+                    body = await answer.read()
+            await self._conclude(answer, body, ticket)
+            answer.release()
+        except ClientGone:
+            _abort(answer)
+            await self._record_aborted(ticket)
+        except (EngineUnreachable, EngineTimeout) as error:
+            _abort(answer)
+            await self._record(ticket, "failed", error.message)
+            raise
+        except asyncio.CancelledError:  # the server is going down: leave a record, do not wait for it
+            _abort(answer)
+            if not self._submitted:
+                self._submit(ticket, ticket.gate.live_version, "aborted", "the proxy was shut down")
+            raise
+
+    async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
+        """The engine has said everything: commit, then let the client have the end."""
+        if answer.status != 200:
+            await self._record(ticket, "failed", f"HTTP {answer.status}: {body[:2000].decode(errors='replace')}")
+            await self._pass_error_on(answer, body)
+        elif answer.is_stream:
+            failure = self._transcript.failure
+            await self._record(ticket, "complete" if failure is None else "failed", failure, answer)
+            await self._reply.send(self._release(), more=False)
+        else:
+            try:
+                self._transcript.add(read_answer(body))
+                visible = self._stripper.plain(body)
+            except msgspec.MsgspecError as error:
+                raise EngineUnreachable(
+                    f"the engine of model {self._draft.model!r} sent no JSON answer: {error}", code="engine_bad_answer"
+                ) from error
+            await self._record(ticket, "complete")
+            await self._reply.whole(200, [*answer.headers, *self._own_headers], visible)
+
+    async def _relay(self, answer: EngineAnswer) -> None:
+        """Pass events on as they come, until the first one that must wait for the commit."""
+        await self._start_stream(answer.headers)
+        parser = SSEParser()
+        async for chunk in answer.chunks():
+            if self._progress.first_token_at is None:
+                self._progress.first_token_at = time.time()
+            ready = self._take(parser.feed(chunk))
+            if ready:
+                await self._reply.send(ready)
+            if self._done:
+                return
+        self._take(parser.close())
+        if not self._done:
+            raise EngineUnreachable(f"the engine of model {self._draft.model!r} ended its stream before [DONE]")
+
+    def _take(self, events: list[Event]) -> bytes:
+        """Read events into the transcript; return what may leave now, and hold the rest."""
+        ready: list[bytes] = []
+        for event in events:
+            visible = self._read(event)
+            if visible is not None:
+                (self._held if self._holding else ready).append(visible)
+        return b"".join(ready)
+
+    def _read(self, event: Event) -> bytes | None:
+        if event.data is None:
+            return event.raw
+        if event.data == DONE:
+            self._holding = self._done = True
+            return event.raw
+        try:
+            self._transcript.add(read_answer(event.data))
+            visible = self._stripper.chunk(event.data)
+        except msgspec.MsgspecError:
+            self._transcript.flaw = "unreadable chunk"
+            return event.raw
+        if self._transcript.failure is not None or self._transcript.finished(self._draft.n):
+            self._holding = True
+        if visible is None:
+            return None
+        return event.raw if visible is event.data else encode(visible)
+
+    def _release(self) -> bytes:
+        """Return the held end of the stream."""
+        if self._held and self._held[0].startswith(b"data: {"):
+            self._held[0] = encode(self._stripper.stamp(self._held[0][6:-2]))
+        return b"".join(self._held)
+
+    async def _record(
+        self, ticket: Ticket, status: CallStatus, error: str | None = None, answer: EngineAnswer | None = None
+    ) -> None:
+        """Count the call out and wait until it is durable. Raises NotRecorded."""
+        self._progress.completed_at = time.time()
+        try:
+            version = await self._endpoint.hold.version_after(ticket)
+            commit = asyncio.wrap_future(self._submit(ticket, version, status, error))
+            if answer is not None:
+                await answer.drain()  # the stream's last bytes arrive while the store commits
+            await asyncio.shield(commit)
+        except (TraceStoreError, ProxyError) as failure:
+            log.error("call %s could not be recorded: %s", self._draft.call_id, failure)
+            raise NotRecorded(
+                f"the call {self._draft.call_id} could not be recorded, so its answer is withheld: {failure}"
+            ) from failure
+
+    async def _record_aborted(self, ticket: Ticket) -> None:
+        try:
+            await self._record(ticket, "aborted", "the client closed the connection")
+        except NotRecorded:
+            return  # nobody is left to tell; it is in the log, and no answer is unrecorded
+
+    def _submit(self, ticket: Ticket, version: int | None, status: CallStatus, error: str | None) -> Future[None]:
+        """Count the call out of the engine and hand it to the committer."""
+        self._progress.version_completed = version
+        self._progress.swapped = ticket.swapped
+        self._endpoint.hold.leave(ticket)
+        self._submitted = True
+        call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
+        return self._endpoint.committer.submit(call)
+
+    async def _pass_error_on(self, answer: EngineAnswer, body: bytes) -> None:
+        if self._reply.started:
+            await self._reply.send(encode(b"".join(body.splitlines())), more=False)
+        else:
+            await self._reply.whole(answer.status, [*answer.headers, *self._own_headers], body)
+
+    async def _start_stream(self, headers: Headers) -> None:
+        if not self._reply.started:
+            await self._reply.start(200, [*headers, *self._own_headers])
+
+    def _empty_chunk(self) -> bytes:
+        return msgspec.json.encode(
+            {
+                "id": f"chatcmpl-{self._draft.call_id}",
+                "object": "chat.completion.chunk",
+                "created": int(self._draft.received_at),
+                "model": self._draft.requested_model,
+                "choices": [],
+            }
+        )
+
+
+def _abort(answer: EngineAnswer | None) -> None:
+    if answer is not None:
+        answer.abort()

@@ -1,0 +1,124 @@
+"""What the proxy answers when it cannot answer: OpenAI-shaped errors.
+
+Raised by every module of the proxy, turned into a response (or an SSE error event) by `app` and `chat`. An error of
+the engine is not one of these: its status and body are passed on as they came.
+
+ProxyError
+├── InvalidRequest     400  the body, a header or a field cannot be used
+├── UnknownPath        404  not a path of this proxy
+├── UnknownModel       404  no engine serves the requested model
+├── UnknownRecord      404  the store has no such run, group or call
+├── MethodNotAllowed   405  the path exists, the method does not
+├── StateConflict      409  the record exists and says something else
+├── BodyTooLarge       413  the body is larger than proxy.max_body_bytes
+├── EngineUnreachable  502  the engine refuses connections, or broke one
+├── EngineTimeout      504  the engine sent nothing for proxy.upstream_timeout_s
+├── StoreDown          503  the store cannot be reached
+└── NotRecorded        503  the answer was sampled and could not be committed, so it is withheld (law 3)
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+from tracegrad.tracestore.errors import Conflict, NotFound, StoreUnavailable, TraceStoreError
+
+
+class ProxyError(Exception):
+    """Root. `message` says what, which id, and what to do; `param` names the offending field."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+
+    def body(self) -> bytes:
+        """Return the JSON object that OpenAI's SDK turns into an exception."""
+        return error_body(self.message, kind=self.type, code=self.code, param=self.param)
+
+
+class InvalidRequest(ProxyError):
+    """The request cannot be used as sent."""
+
+    status, type, default_code = 400, "invalid_request_error", "invalid_request"
+
+
+class UnknownPath(ProxyError):
+    """Only the listed paths exist; nothing else goes to the engine."""
+
+    status, type, default_code = 404, "invalid_request_error", "unknown_path"
+
+
+class UnknownModel(ProxyError):
+    """No engine serves that model."""
+
+    status, type, default_code = 404, "invalid_request_error", "model_not_found"
+
+
+class UnknownRecord(ProxyError):
+    """The store has no such record."""
+
+    status, type, default_code = 404, "invalid_request_error", "not_found"
+
+
+class MethodNotAllowed(ProxyError):
+    """The path does not take that method."""
+
+    status, type, default_code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class StateConflict(ProxyError):
+    """The record exists and says something else, or its state forbids the change."""
+
+    status, type, default_code = 409, "invalid_request_error", "conflict"
+
+
+class BodyTooLarge(ProxyError):
+    """The request body exceeds the configured limit."""
+
+    status, type, default_code = 413, "invalid_request_error", "body_too_large"
+
+
+class EngineUnreachable(ProxyError):
+    """The engine cannot be reached, or broke the connection."""
+
+    status, type, default_code = 502, "api_connection_error", "engine_unreachable"
+
+
+class EngineTimeout(ProxyError):
+    """The engine was silent for too long."""
+
+    status, type, default_code = 504, "api_connection_error", "engine_timeout"
+
+
+class StoreDown(ProxyError):
+    """The trace store cannot be reached."""
+
+    status, type, default_code = 503, "server_error", "store_unavailable"
+
+
+class NotRecorded(ProxyError):
+    """The call could not be committed; the answer is withheld."""
+
+    status, type, default_code = 503, "server_error", "call_not_recorded"
+
+
+def error_body(message: str, *, kind: str, code: str | None, param: str | None = None) -> bytes:
+    """Return ``{"error": {...}}`` in OpenAI's shape, as JSON bytes."""
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "code": code, "param": param}})
+
+
+def from_store(error: TraceStoreError) -> ProxyError:
+    """Return the HTTP face of a store error."""
+    if isinstance(error, NotFound):
+        return UnknownRecord(str(error))
+    if isinstance(error, Conflict):
+        return StateConflict(str(error))
+    if isinstance(error, StoreUnavailable):
+        return StoreDown(str(error))
+    return InvalidRequest(str(error))

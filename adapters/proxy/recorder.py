@@ -1,0 +1,275 @@
+"""From the engine's answer, plain or streamed, to the `Call` that the store keeps.
+
+Exactness is judged here (law 4): every choice has ids and logprobs of one length, no logprob is missing or NaN, and
+the counts agree with `usage`. What fails is quarantined with a short constant reason (details in `error`), stored
+without the doubtful logprobs, and still answered. Nothing is invented: a missing thing stays None.
+No I/O. Called by `chat`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
+from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Json
+
+MISSING_LOGPROB = -9999.0
+"""What vLLM writes where it has no logprob for a sampled token. Source: vLLM, `ChatCompletionLogProb.logprob`."""
+
+
+class _Token(msgspec.Struct):
+    logprob: float | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    message: dict[str, Any] | None = None
+    delta: dict[str, Any] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Answer(msgspec.Struct):
+    """The part of vLLM's answer (or stream chunk) that is recorded; unknown fields are passed over."""
+
+    id: str | None = None
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    error: Any = None
+
+
+_decode_answer = msgspec.json.Decoder(Answer).decode
+
+
+def read_answer(data: bytes) -> Answer:
+    """Decode an answer or chunk. vLLM writes NaN as `null` in chunks, which comes out as None.
+
+    Raises:
+        msgspec.MsgspecError: `data` is no such answer.
+    """
+    return _decode_answer(data)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One choice as it comes in. `logprobs` holds None where the engine gave no number."""
+
+    index: int
+    token_ids: list[int] | None = None
+    logprobs: list[float | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    message: dict[str, Any] = field(default_factory=dict)
+
+    def extend(self, choice: _Choice) -> None:
+        """Add what one answer or one chunk says of this choice."""
+        if choice.token_ids is not None:
+            if self.token_ids is None:
+                self.token_ids = []
+            self.token_ids.extend(choice.token_ids)
+        if choice.logprobs is not None and choice.logprobs.content is not None:
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.extend([token.logprob for token in choice.logprobs.content])
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        self.stop_reason = self.stop_reason if choice.stop_reason is None else choice.stop_reason
+        if choice.message is not None:
+            self.message = choice.message
+        if choice.delta:
+            merge_delta(self.message, choice.delta)
+
+    def frozen(self, flags: tuple[str, ...]) -> Choice:
+        """Return the record; logprobs only where they are exact."""
+        ids = tuple(self.token_ids or ())
+        logprobs = self.logprobs if _flaw(self) in (None, "no finish reason") else None
+        if isinstance(self.stop_reason, str):
+            flags = (*flags, "stop_string")
+        return Choice(
+            index=self.index,
+            token_ids=ids,
+            logprobs=None if logprobs is None else tuple(value for value in logprobs if value is not None),
+            finish_reason=self.finish_reason,
+            message=self.message,
+            flags=flags,
+        )
+
+
+@dataclass(slots=True)
+class Transcript:
+    """Everything one answer said, gathered from a body or from chunks."""
+
+    completion_id: str | None = None
+    prompt_ids: list[int] | None = None
+    choices: dict[int, Sampled] = field(default_factory=dict)
+    usage: _Usage | None = None
+    flaw: str | None = None
+    """A reason to quarantine that only the reader of the wire can know."""
+    failure: str | None = None
+    """The engine's error inside a stream."""
+
+    def add(self, answer: Answer) -> None:
+        """Take in a whole answer or one chunk of it."""
+        self.completion_id = answer.id or self.completion_id
+        if answer.prompt_token_ids is not None:
+            self.prompt_ids = answer.prompt_token_ids
+        if answer.usage is not None:
+            self.usage = answer.usage
+        if answer.error is not None:
+            self.failure = _error_text(answer.error)
+        for choice in answer.choices:
+            sampled = self.choices.get(choice.index)
+            if sampled is None:
+                sampled = self.choices[choice.index] = Sampled(choice.index)
+            sampled.extend(choice)
+
+    def finished(self, n: int) -> bool:
+        """True once each of `n` choices has its finish reason."""
+        return len(self.choices) >= n and all(choice.finish_reason for choice in self.choices.values())
+
+    def verdict(self, n: int) -> tuple[str | None, str | None]:
+        """Return (reason, details) to quarantine a complete call for, (None, None) where it is exact."""
+        if self.flaw is not None:
+            return self.flaw, None
+        if self.prompt_ids is None:
+            return "no prompt ids", "the engine sent no prompt_token_ids"
+        if len(self.choices) != n:
+            return "choices missing", f"{n} choices were asked for, {len(self.choices)} came"
+        for choice in self.choices.values():
+            if (reason := _flaw(choice)) is not None:
+                ids, logprobs = len(choice.token_ids or ()), len(choice.logprobs or ())
+                return reason, f"choice {choice.index}: {ids} token ids, {logprobs} logprobs"
+        return self._usage_verdict()
+
+    def _usage_verdict(self) -> tuple[str | None, str | None]:
+        if self.usage is None:
+            return "no usage", "the engine sent no usage to check the token counts against"
+        prompt = len(self.prompt_ids or ())
+        completion = sum(len(choice.token_ids or ()) for choice in self.choices.values())
+        if (self.usage.prompt_tokens, self.usage.completion_tokens) != (prompt, completion):
+            said = f"{self.usage.prompt_tokens} + {self.usage.completion_tokens}"
+            return "usage mismatch", f"usage says {said} tokens, the ids are {prompt} + {completion}"
+        return None, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """What is known of a call before it is answered. `body` is the client's decoded request."""
+
+    call_id: str
+    attribution: Attribution
+    model: str
+    requested_model: str
+    body: Json
+    sampling: Sampling
+    n: int
+    stream: bool
+    received_at: float
+
+
+@dataclass(slots=True)
+class Progress:
+    """Times (Unix seconds) and versions that fill in while the call runs."""
+
+    dispatched_at: float = 0.0
+    first_token_at: float | None = None
+    completed_at: float = 0.0
+    version_dispatched: int | None = None
+    version_completed: int | None = None
+    swapped: bool = False
+    """A swap began while the call was with the engine, without our acknowledgement."""
+
+
+def compose(
+    draft: Draft, progress: Progress, transcript: Transcript, *, status: CallStatus, error: str | None = None
+) -> Call:
+    """Return the call as it will be stored. Only a complete call is judged for exactness, every one for its version."""
+    reason, detail = transcript.verdict(draft.n) if status == "complete" else (None, None)
+    if progress.swapped or progress.version_dispatched != progress.version_completed:
+        reason, detail = "version changed", f"{progress.version_dispatched} -> {progress.version_completed}"
+    ordered = sorted(transcript.choices.values(), key=lambda choice: choice.index)
+    return Call(
+        call_id=draft.call_id,
+        completion_id=transcript.completion_id,
+        attribution=draft.attribution,
+        model=draft.model,
+        requested_model=draft.requested_model,
+        version_dispatched=progress.version_dispatched,
+        version_completed=progress.version_completed,
+        prompt_ids=None if transcript.prompt_ids is None else tuple(transcript.prompt_ids),
+        choices=tuple(choice.frozen(draft.sampling.flags) for choice in ordered),
+        status=status,
+        timing=CallTiming(
+            received_at=draft.received_at,
+            dispatched_at=progress.dispatched_at,
+            first_token_at=progress.first_token_at,
+            completed_at=progress.completed_at,
+        ),
+        request={name: value for name, value in draft.body.items() if name not in SAMPLING_FIELDS},
+        requested=draft.sampling.requested,
+        effective=draft.sampling.effective,
+        stream=draft.stream,
+        quarantine=reason,
+        error=error if error is not None else detail,
+    )
+
+
+def merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Add a stream delta to the message so far: text is joined, tool calls are joined by their index."""
+    for name, value in delta.items():
+        if name == "tool_calls" and isinstance(value, list):
+            calls = message.setdefault("tool_calls", [])
+            for part in value:
+                _merge_tool_call(calls, part)
+        elif isinstance(value, str) and name != "role":
+            message[name] = (message.get(name) or "") + value
+        elif value is not None or name not in message:
+            message[name] = value
+
+
+def _merge_tool_call(calls: list[dict[str, Any]], part: Mapping[str, Any]) -> None:
+    index = part.get("index")
+    if not isinstance(index, int) or not 0 <= index < len(calls):
+        calls.append({"function": {"name": "", "arguments": ""}})
+        index = len(calls) - 1
+    call = calls[index]
+    call.update({name: part[name] for name in ("id", "type") if part.get(name)})
+    function = part.get("function") or {}
+    for name in ("name", "arguments"):
+        call["function"][name] += function.get(name) or ""
+
+
+def _flaw(choice: Sampled) -> str | None:
+    flaw = None
+    if choice.token_ids is None:
+        flaw = "no token ids"
+    elif choice.logprobs is None:
+        flaw = "no logprobs"
+    elif len(choice.token_ids) != len(choice.logprobs):
+        flaw = "length mismatch"
+    elif not all(value is not None and math.isfinite(value) for value in choice.logprobs):
+        flaw = "nan logprob"
+    elif MISSING_LOGPROB in choice.logprobs:
+        flaw = "missing logprob"
+    elif choice.finish_reason is None:
+        flaw = "no finish reason"
+    return flaw
+
+
+def _error_text(error: Any) -> str:
+    message = error.get("message") if isinstance(error, Mapping) else None
+    return str(message if message is not None else error)

@@ -1,0 +1,132 @@
+"""A real proxy under a real uvicorn, in front of the fake engine, on a real store."""
+
+import importlib.util
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tracegrad.adapters.proxy.app import ProxyApp
+from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.store import Store, open_store
+
+SUPPORT = Path(__file__).parents[2] / "support"
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """The module tests/support/fake_vllm.py."""
+    name = "tracegrad_tests_fake_vllm"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, SUPPORT / "fake_vllm.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def empty_store_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "empty.db"
+    open_store(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def store_url(tmp_path: Path, empty_store_file: Path) -> str:
+    shutil.copy(empty_store_file, tmp_path / "store.db")
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    opened = open_store(store_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as entered:
+        yield entered
+
+
+@pytest.fixture
+def engine_app(fake: ModuleType) -> Any:
+    return fake.FakeEngine("main")
+
+
+@pytest.fixture
+def engine_url(fake: ModuleType, engine_app: Any, stack: ExitStack) -> str:
+    return str(stack.enter_context(fake.ServerThread(engine_app)).url)
+
+
+@pytest.fixture
+def start_proxy(
+    fake: ModuleType, engine_url: str, store: Store, store_url: str, stack: ExitStack
+) -> Callable[..., SimpleNamespace]:
+    """Start a proxy; keyword arguments go over the configuration. Has url, app, config, client, sdk."""
+
+    def start(**overrides: Any) -> SimpleNamespace:
+        proxy = {"poll_s": 0.01, **overrides.pop("proxy", {})}
+        raw = {
+            "store": store_url,
+            "models": {"main": {"checkpoint": "none", "engine": {"url": engine_url}}},
+            "roles": {"*": "main"},
+            "proxy": proxy,
+            **{k: v for k, v in overrides.items() if k != "store_object"},
+        }
+        config = parse_config(raw)
+        app = ProxyApp(config, overrides.get("store_object", store))
+        server = stack.enter_context(fake.ServerThread(app))
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=20))
+        sdk = stack.enter_context(openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20))
+        return SimpleNamespace(url=server.url, app=app, config=config, client=client, sdk=sdk, server=server)
+
+    return start
+
+
+@pytest.fixture
+def proxy(start_proxy: Callable[..., SimpleNamespace]) -> SimpleNamespace:
+    return start_proxy()
+
+
+@pytest.fixture
+def direct(engine_url: str, stack: ExitStack) -> httpx.Client:
+    return stack.enter_context(httpx.Client(base_url=engine_url, timeout=20))
+
+
+class BlockedStore:
+    """A store whose `append_calls` waits until it is let go, and fails with `error` if one is set."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.let_go = threading.Event()
+        self.reached = threading.Event()
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def append_calls(self, calls: Any) -> None:
+        self.reached.set()
+        assert self.let_go.wait(20)
+        if self.error is not None:
+            raise self.error
+        self._store.append_calls(calls)
+
+
+@pytest.fixture
+def blocked_store(store: Store) -> Iterator[BlockedStore]:
+    blocked = BlockedStore(store)
+    yield blocked
+    blocked.let_go.set()

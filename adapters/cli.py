@@ -13,17 +13,17 @@ import click
 
 GROUP = "tracegrad.commands"
 HELPS = {
-    "up": "Start store, engine, proxy and trainer, and watch over them.",
-    "proxy": "Serve the OpenAI-compatible proxy that records every call.",
-    "engine": "Start the engine of a model and watch over it.",
-    "train": "Train in the background from the rewarded runs of the store.",
+    "up": "Run store, engine, proxy and trainer together, supervised, until Ctrl-C.",
+    "proxy": "Serve an OpenAI-compatible endpoint that records every call.",
+    "engine": "Start the engines (vLLM) of the configuration and keep them up, on the newest live weights.",
+    "train": "Train a model from recorded, rewarded runs and publish each step's weights.",
     "run": "Run a program with its model calls going through the proxy.",
     "rollout": "Drive a graph over a task file, in groups, for training.",
-    "eval": "Score a graph over a task file, greedily.",
+    "eval": "Score a graph over a task file, as its users get it: no sampling override, never trained on.",
     "runs": "List the newest runs.",
-    "show": "Show one run: its calls, tokens, rewards and versions.",
-    "versions": "List the published weights.",
-    "rollback": "Go back to an earlier policy version.",
+    "show": "Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well.",
+    "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
+    "rollback": "Publish the older VERSION again and abandon the newer ones.",
 }
 _EXTRAS = {
     "train": {"torch", "transformers", "ray", "peft", "accelerate", "safetensors", "numpy", "tensorboard"},

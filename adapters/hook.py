@@ -59,6 +59,8 @@ class Hook:
         """Add attribution headers to an httpx or httpx2 `Request` that goes to the proxy; never raises."""
         ours = False
         try:
+            for name in request.extensions.pop(_ADDED, ()):  # the app sends a request again, maybe in another run
+                request.headers.pop(name, None)
             scope = resolved_scope(self.process)
             path = path_under(str(request.url), scope.proxy) if scope.proxy is not None else None
             if path is not None:
@@ -75,8 +77,6 @@ class Hook:
 
 def _mark(request: Any, path: str, scope: RunScope) -> None:
     headers = request.headers
-    for name in request.extensions.pop(_ADDED, ()):  # the app sends the same request again, maybe in another run
-        headers.pop(name, None)
     said = _said_by_path(path) | {name: unquote(headers[name]) for name in _NAMES if name in headers}
     caller = read_caller()
     run_id = said.get(RUN_HEADER, scope.run_id)

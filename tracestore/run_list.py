@@ -48,16 +48,13 @@ class RunList(Noun):
 def _summaries(connection: Connection, listed: Sequence[Any]) -> list[RunSummary]:
     run_ids = [run.run_id for run in listed]
     within = calls.c.run_id.in_(run_ids)
-    tokens = dict(
-        connection.execute(
-            select(calls.c.run_id, func.sum(choices.c.n_tokens))
-            .join(choices, choices.c.call_id == calls.c.call_id)
-            .where(within)
-            .group_by(calls.c.run_id)
-        )
-        .tuples()
-        .all()
+    sums = (
+        select(calls.c.run_id, func.sum(choices.c.n_tokens).label("n"))
+        .join(choices, choices.c.call_id == calls.c.call_id)
+        .where(within)
+        .group_by(calls.c.run_id)
     )
+    tokens = {row.run_id: row.n for row in connection.execute(sums)}
     n_calls: dict[str, int] = defaultdict(int)
     roles: dict[str, set[str]] = defaultdict(set)
     versions: dict[str, set[int]] = defaultdict(set)

@@ -1,0 +1,22 @@
+"""The contract that every backend passes. Needs pytest.
+
+A backend's test module subclasses `StoreContract` and gives two fixtures: `clock`, a `rows.Clock`, and `store`, an
+empty store opened with that clock.
+"""
+
+from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
+from tracegrad.tracestore.testing.queue import LeaseContract, LedgerContract, ReadinessContract
+from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
+
+
+class StoreContract(
+    TaskContract,
+    CallContract,
+    RewardContract,
+    ReadinessContract,
+    LeaseContract,
+    LedgerContract,
+    VersionContract,
+    PublishContract,
+):
+    """Every test of the contract."""

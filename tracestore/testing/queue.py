@@ -1,0 +1,477 @@
+"""What every backend must do with jobs, leases, the ledger and conservation."""
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
+from tracegrad.tracestore.records import Lease, Purpose, Run
+from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.rows import (
+    JOB,
+    MODEL,
+    Clock,
+    account,
+    add_group,
+    finish_run,
+    live_version,
+    make_call,
+    make_commit,
+    make_reward,
+    make_rule,
+    ready_group,
+    sql,
+    take,
+    train,
+)
+
+
+class ReadinessContract:
+    """Which groups may be leased."""
+
+    def ready(self, store: Store, **rule: Any) -> int:
+        """Return the number of groups ready under the tests' rule with changes."""
+        return store.backlog(JOB, make_rule(**rule)).ready_groups
+
+    def test_a_group_waits_for_every_planned_member(self, store: Store) -> None:
+        """Open and never-opened members hold it back."""
+        first, second, third = add_group(store, size=3)
+        finish_run(store, first)
+        finish_run(store, second)
+        assert self.ready(store) == 0
+        finish_run(store, third)
+        assert self.ready(store) == 1
+
+    def test_failed_and_unrewarded_members_are_absent(self, store: Store) -> None:
+        """They count as ended, not as members; the plan leaves them out; too few members are not leased."""
+        runs = add_group(store, size=4)
+        finish_run(store, runs[0])
+        finish_run(store, runs[1], reward=None)
+        store.append_calls([make_call("f", runs[2])])
+        store.add_rewards([make_reward("f", runs[2])])
+        store.end_run(runs[2], status="failed", ended_by="hook")
+        finish_run(store, runs[3])
+        assert (self.ready(store), self.ready(store, min_group=3)) == (1, 0)
+        assert take(store).plan.run_ids == (runs[0], runs[3])
+
+    def test_a_member_needs_a_call_that_counts(self, store: Store) -> None:
+        """To the model, by one of the roles."""
+        ready_group(store, "g")
+        assert self.ready(store, roles=("answerer", "x")) == 1
+        assert self.ready(store, roles=("rewriter",)) == 0
+        assert self.ready(store, model="other") == 0
+
+    def test_the_named_rewards_are_needed(self, store: Store) -> None:
+        """Every one of them; without names any reward does, on whatever target."""
+        runs = ready_group(store)
+        assert self.ready(store, reward_names=("f1",)) == 1
+        assert self.ready(store, reward_names=("f1", "em")) == 0
+        store.add_rewards([make_reward(f"em-{run}", run, name="em", call_id=f"call-{run}") for run in runs])
+        assert self.ready(store, reward_names=("f1", "em")) == 1
+
+    def test_runs_without_a_group_are_groups_of_one(self, store: Store) -> None:
+        """Live runs and train runs, where one member is enough."""
+        finish_run(store, "live")
+        store.open_run(Run(run_id="train", purpose="train"))
+        finish_run(store, "train")
+        assert (self.ready(store), self.ready(store, min_group=1)) == (0, 2)
+        assert self.ready(store, min_group=1, purposes=("live",)) == 1
+        assert take(store, min_group=1, purposes=("live",)).plan.run_ids == ("live",)
+
+    def test_projects_can_be_kept_apart(self, store: Store) -> None:
+        """A rule may name one project."""
+        finish_run(store, "r")
+        assert self.ready(store, min_group=1, project="default") == 1
+        assert self.ready(store, min_group=1, project="other") == 0
+
+    def test_stale_groups_are_not_leased(self, store: Store) -> None:
+        """live step - oldest step that sampled the group <= max_staleness; a version that is not live is no measure."""
+        old = live_version(store, step=0)
+        runs = add_group(store)
+        finish_run(store, runs[0], version=old.version_id)
+        live_version(store, step=2)
+        newer = live_version(store, step=3)
+        finish_run(store, runs[1], version=newer.version_id)
+        assert [self.ready(store, max_staleness=bound) for bound in (2, 3)] == [0, 1]
+        store.add_version(
+            model=MODEL, kind="step", parent_id=None, checkpoint_path="", checkpoint_hash="", step=9, job_id=None
+        )
+        assert self.ready(store, max_staleness=3) == 1
+
+    def test_an_eval_run_is_never_ready(self, store: Store) -> None:
+        """Not even where the rule asks for it."""
+        for run_id in add_group(store, purpose="eval"):
+            finish_run(store, run_id)
+        purposes: tuple[Purpose, ...] = ("train", "eval", "live")
+        assert self.ready(store, purposes=purposes) == 0
+
+    def test_an_eval_run_cannot_be_held_by_sql_either(self, store: Store) -> None:
+        """The composite key makes the purpose true, the CHECK refuses it: in holds and in the ledger."""
+        ready_group(store)
+        train(store)
+        lease = take_nothing(store)
+        store.open_run(Run(run_id="e", purpose="eval"))
+        for purpose in ("eval", "train", "live"):
+            with pytest.raises(InvalidRecord):
+                sql(
+                    store,
+                    "INSERT INTO holds (job_id, run_id, lease_id, purpose) VALUES (:job, 'e', :lease, :purpose)",
+                    job=JOB,
+                    lease=lease.lease_id,
+                    purpose=purpose,
+                )
+            with pytest.raises(InvalidRecord):
+                sql(
+                    store,
+                    "INSERT INTO ledger (job_id, run_id, epoch, purpose, step, checkpoint_hash, rewards_through) "
+                    "VALUES (:job, 'e', 0, :purpose, 1, 'sha-1', 0)",
+                    job=JOB,
+                    purpose=purpose,
+                )
+        with pytest.raises(InvalidRecord):
+            sql(store, "UPDATE runs SET purpose = 'eval' WHERE run_id = :run", run=lease.plan.run_ids[0])
+
+
+class LeaseContract:
+    """Leases and their fencing."""
+
+    def test_whole_groups_in_order_of_opening(self, store: Store, clock: Clock) -> None:
+        """The plan lists members group by group, oldest group first, and is committed with the lease."""
+        for group_id in ("b", "a", "c"):
+            ready_group(store, group_id)
+            clock.advance(1)
+        lease = take(store, groups=2, step=4, epoch=0, lease_s=60)
+        assert lease.plan.run_ids == ("b-0", "b-1", "a-0", "a-1")
+        assert (lease.plan.step, lease.plan.epoch, lease.plan.seed) == (4, 0, 7)
+        assert (lease.token, lease.state, lease.expires_at) == (1, "held", clock.now + 60)
+        backlog = store.backlog(JOB, make_rule())
+        assert (backlog.ready_groups, backlog.leased_groups, backlog.publishing) == (1, 1 + 1, False)
+
+    def test_all_or_nothing(self, store: Store) -> None:
+        """Fewer ready groups than asked for: no lease, nothing held. Unknown job, wrong model, no groups: errors."""
+        ready_group(store)
+        with pytest.raises(NotFound, match="register_job"):
+            store.lease(JOB, make_rule(), groups=1, lease_s=1, step=1, epoch=0, seed=0)
+        store.register_job(JOB, MODEL, {})
+        assert store.lease(JOB, make_rule(), groups=2, lease_s=1, step=1, epoch=0, seed=0) is None
+        assert store.backlog(JOB, make_rule()).ready_groups == 1
+        with pytest.raises(InvalidRecord, match="trains 'main'"):
+            store.lease(JOB, make_rule(model="other"), groups=1, lease_s=1, step=1, epoch=0, seed=0)
+        with pytest.raises(InvalidRecord, match="at least 1"):
+            store.lease(JOB, make_rule(), groups=0, lease_s=1, step=1, epoch=0, seed=0)
+
+    def test_jobs_are_registered_once(self, store: Store) -> None:
+        """Again is a no-op that takes the new configuration; another model is a Conflict."""
+        store.register_job(JOB, MODEL, {"steps": 1})
+        store.register_job(JOB, MODEL, {"steps": 2})
+        with pytest.raises(Conflict, match="trains 'main'"):
+            store.register_job(JOB, "other", {})
+
+    def test_two_jobs_read_the_same_runs(self, store: Store) -> None:
+        """Each consumes for itself."""
+        ready_group(store)
+        first = take(store)
+        store.register_job("second", MODEL, {})
+        second = store.lease("second", make_rule(), groups=1, lease_s=60, step=1, epoch=0, seed=0)
+        assert second is not None
+        assert second.plan.run_ids == first.plan.run_ids
+
+    def test_an_expired_lease_is_kept_for_its_job(self, store: Store, clock: Clock) -> None:
+        """Its groups are not handed out again; reclaiming gives the same plan under a new token."""
+        ready_group(store)
+        lease = take(store, lease_s=10)
+        clock.advance(11)
+        assert store.lease(JOB, make_rule(), groups=1, lease_s=10, step=2, epoch=0, seed=0) is None
+        again = store.reclaim(JOB, 20)
+        assert again is not None
+        assert (again.lease_id, again.token, again.plan) == (lease.lease_id, 2, lease.plan)
+        assert again.expires_at == clock.now + 20
+        for late in (store.release, lambda old: store.renew(old, 5)):
+            with pytest.raises(LeaseLost, match="token 2, yours is 1"):
+                late(lease)
+        with pytest.raises(LeaseLost):
+            store.commit_step(lease, make_commit(account(store, lease)))
+        assert store.last_checkpoint(JOB) is None
+        assert store.commit_step(again, make_commit(account(store, again))).step == 1
+
+    def test_renewing_and_releasing(self, store: Store, clock: Clock) -> None:
+        """Renewing keeps the token; a released lease is over and its groups are free."""
+        ready_group(store)
+        lease = take(store, lease_s=10)
+        clock.advance(5)
+        renewed = store.renew(lease, 10)
+        assert (renewed.expires_at, renewed.token) == (clock.now + 10, lease.token)
+        store.release(renewed)
+        assert store.backlog(JOB, make_rule()).ready_groups == 1
+        assert store.reclaim(JOB, 10) is None
+        with pytest.raises(LeaseLost, match="released"):
+            store.release(renewed)
+        with pytest.raises(LeaseLost, match="does not exist"):
+            store.renew(replace(lease, lease_id=99), 10)
+
+    def test_lease_ids_are_never_reused(self, store: Store) -> None:
+        """Also after the rows are gone."""
+        ready_group(store)
+        lease = take(store)
+        store.release(lease)
+        sql(store, "DELETE FROM leases")
+        assert take(store).lease_id > lease.lease_id
+
+    def test_a_lease_sees_what_stood_when_it_was_made(self, store: Store) -> None:
+        """Later calls and rewards are not in `lease_traces`; `traces` shows them."""
+        run, _ = ready_group(store)
+        lease = take(store)
+        store.append_calls([make_call("later", run)])
+        store.add_rewards([make_reward("later", run, 5.0)])
+        frozen = store.lease_traces(lease)[0]
+        assert [call.call_id for call in frozen.calls] == [f"call-{run}"]
+        assert [reward.value for reward in frozen.rewards] == [1.0]
+        assert [reward.value for reward in store.trace(run).rewards] == [5.0]
+        with pytest.raises(NotFound):
+            store.lease_traces(replace(lease, lease_id=99))
+
+    def test_threads_never_share_a_run(self, store: Store) -> None:
+        """Eight leases at once of one job: disjoint, and together everything."""
+        for index in range(8):
+            ready_group(store, f"g{index}")
+        store.register_job(JOB, MODEL, {})
+        taken: list[Lease | None] = []
+
+        def one(step: int) -> None:
+            lease = None
+            while lease is None:
+                lease = store.lease(JOB, make_rule(), groups=2, lease_s=60, step=step, epoch=0, seed=0)
+            taken.append(lease)
+
+        threads = [threading.Thread(target=one, args=(step,)) for step in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        runs = [run_id for lease in taken if lease is not None for run_id in lease.plan.run_ids]
+        assert (len(runs), len(set(runs))) == (16, 16)
+
+
+class LedgerContract:
+    """The commit of a step, and conservation."""
+
+    def test_a_step_is_committed_as_one(self, store: Store, clock: Clock) -> None:
+        """Checkpoint, version, ledger and acknowledgement together."""
+        ready_group(store)
+        base = live_version(store)
+        lease = take(store, step=3)
+        commit = replace(make_commit(account(store, lease)), parent_version_id=base.version_id)
+        version = store.commit_step(lease, commit)
+        assert (version.kind, version.step, version.job_id, version.parent_id) == ("step", 3, JOB, base.version_id)
+        row = store.last_checkpoint(JOB)
+        assert row is not None
+        assert (row.step, row.hash, row.path, row.version_id) == (3, "sha", "/checkpoints/sha", version.version_id)
+        assert (dict(row.metrics), row.created_at) == ({"loss": 0.25}, clock.now)
+        assert store.reclaim(JOB, 10) is None
+        backlog = store.backlog(JOB, make_rule())
+        assert (backlog.ready_groups, backlog.leased_groups) == (0, 0)
+
+    def test_committing_again_returns_the_version(self, store: Store) -> None:
+        """A retry after an unknown outcome is safe; another checkpoint under the same lease is not a retry."""
+        ready_group(store)
+        lease = take(store)
+        commit = make_commit(account(store, lease))
+        assert store.commit_step(lease, commit) == store.commit_step(lease, commit)
+        assert len(store.list_versions()) == 1
+        with pytest.raises(LeaseLost, match="acknowledged"):
+            store.commit_step(lease, replace(commit, checkpoint_hash="other"))
+
+    def test_each_run_once_per_job_and_epoch(self, store: Store) -> None:
+        """Not leased again in the epoch, again in the next; the key refuses raw SQL too."""
+        ready_group(store)
+        train(store, step=1)
+        assert store.lease(JOB, make_rule(), groups=1, lease_s=1, step=2, epoch=0, seed=0) is None
+        with pytest.raises(Conflict):
+            sql(store, "INSERT INTO ledger SELECT * FROM ledger")
+        train(store, step=2, epoch=1)
+        assert store.lease(JOB, make_rule(), groups=1, lease_s=1, step=3, epoch=1, seed=0) is None
+        assert (store.consumption(JOB, 0).trained, store.consumption(JOB, 1).trained) == (6, 6)
+
+    def test_a_step_is_committed_once(self, store: Store) -> None:
+        """Two leases for one step: the second commit is refused and leaves nothing."""
+        ready_group(store, "a")
+        ready_group(store, "b")
+        first, second = take(store, step=1), take(store, step=1)
+        store.commit_step(first, make_commit(account(store, first), hash_="one"))
+        with pytest.raises(Conflict, match="step 1 already"):
+            store.commit_step(second, make_commit(account(store, second), hash_="two"))
+        assert len(store.list_versions()) == 1
+
+    def test_consumption_must_account_for_every_choice(self, store: Store) -> None:
+        """Missing, double, foreign, wrong count, no reason, negative: nothing is committed."""
+        ready_group(store)
+        finish_run(store, "stranger")
+        lease = take(store)
+        entries = account(store, lease)
+        one = entries[0]
+        wrong = [
+            (entries[1:], "leaves out 1 choices"),
+            ([*entries, one], "twice"),
+            ([*entries, replace(one, run_id="stranger")], "twice"),
+            ([*entries, replace(one, run_id="stranger", call_id="call-stranger")], "does not hold"),
+            ([*entries, replace(one, call_id="none")], "not stored"),
+            ([replace(one, run_id=entries[1].run_id), *entries[1:]], "under run"),
+            ([replace(one, trained_tokens=2), *entries[1:]], "has 3 sampled tokens"),
+            ([replace(one, trained_tokens=4, excluded_tokens=-1), *entries[1:]], "has 3 sampled tokens"),
+            ([replace(one, trained_tokens=2, excluded_tokens=1), *entries[1:]], "without a reason"),
+        ]
+        for consumption, message in wrong:
+            with pytest.raises(InvalidRecord, match=message):
+                store.commit_step(lease, make_commit(consumption))
+        with pytest.raises(InvalidRecord, match="trains 'main'"):
+            store.commit_step(lease, make_commit(entries, model="other"))
+        with pytest.raises(InvalidRecord, match="parent"):
+            store.commit_step(lease, replace(make_commit(entries), parent_version_id=99))
+        assert (store.list_versions(), store.last_checkpoint(JOB)) == ([], None)
+        store.commit_step(lease, make_commit(entries))
+
+    def test_the_schema_conserves_each_choice(self, store: Store) -> None:
+        """Not even raw SQL accounts for more or fewer tokens than were sampled."""
+        ready_group(store)
+        train(store)
+        for wrong in (
+            "trained_tokens = 2",
+            "trained_tokens = 2, n_tokens = 2",
+            "excluded_tokens = 1, trained_tokens = 2",
+        ):
+            with pytest.raises(InvalidRecord):
+                sql(store, f"UPDATE consumption SET {wrong}")
+        with pytest.raises(InvalidRecord):
+            sql(store, "UPDATE ledger SET checkpoint_hash = 'forged'")
+
+    def test_late_rewards_are_kept_for_the_next_job(self, store: Store) -> None:
+        """Late for the job that read the run before it came, by arrival, not by commit; the next job sees it."""
+        run, _ = ready_group(store)
+        lease = take(store)
+        (between,) = store.add_rewards([make_reward("between", run, 2.0)])
+        assert between.late_for == ()
+        store.commit_step(lease, make_commit(account(store, lease)))
+        assert [reward.late_for for reward in store.trace(run).rewards] == [(JOB,)]
+        (late,) = store.add_rewards([make_reward("late", run, 3.0)])
+        assert late.late_for == (JOB,)
+        assert store.add_rewards([make_reward(f"reward-{run}", run, 1.0)])[0].late_for == ()
+        store.register_job("next", MODEL, {})
+        following = store.lease("next", make_rule(), groups=1, lease_s=1, step=1, epoch=0, seed=0)
+        assert following is not None
+        assert store.lease_traces(following)[0].rewards[0].value == 3.0
+
+    def test_a_late_call_is_counted_not_lost(self, store: Store) -> None:
+        """A call after the lease need not be accounted for; it may be; either way the sums hold."""
+        run, other = ready_group(store)
+        lease = take(store)
+        entries = account(store, lease)
+        store.append_calls([make_call("late", run, tokens=[(1, 2)]), make_call("late-too", other, tokens=[(1,)])])
+        read = replace(entries[0], run_id=other, call_id="late-too", trained_tokens=1)
+        store.commit_step(lease, make_commit([*entries, read]))
+        report = store.consumption(JOB)
+        assert (report.stored, report.trained, dict(report.excluded)) == (9, 7, {"arrived after the lease": 2})
+        assert report.conserved
+
+    def test_conservation_over_the_whole_store(self, store: Store) -> None:
+        """One choice of every fate, each of another size, so that a wrong reason shows in the numbers."""
+        sizes = every_fate(store)
+        report = store.consumption(JOB)
+        assert dict(report.excluded) == sizes
+        assert report.trained == 1
+        assert report.stored == 1 + sum(sizes.values())
+        assert report.conserved
+
+    def test_conservation_inside_groups(self, store: Store) -> None:
+        """A member of a group that is too small, and one whose reward came when its group was trained already."""
+        small, failed = add_group(store, "small")
+        finish_run(store, small)
+        store.append_calls([make_call("f", failed, tokens=[range(2)])])
+        store.end_run(failed, status="failed", ended_by="hook")
+        _, _, late = add_group(store, "g", size=3)
+        for run_id in ("g-0", "g-1"):
+            finish_run(store, run_id)
+        finish_run(store, late, reward=None)
+        train(store)
+        report = store.consumption(JOB)
+        assert dict(report.excluded) == {"group too small": 3, "run failed": 2, "no reward": 3}
+        store.add_rewards([make_reward("late", late)])
+        report = store.consumption(JOB)
+        assert dict(report.excluded) == {"group too small": 3, "run failed": 2, "group trained without it": 3}
+        assert (report.stored, report.trained, report.conserved) == (14, 6, True)
+
+    def test_conservation_before_anything_happened(self, store: Store) -> None:
+        """An unknown job has consumed nothing, and that adds up too."""
+        assert store.consumption(JOB).conserved
+        ready_group(store)
+        report = store.consumption(JOB)
+        assert (report.stored, report.trained, dict(report.excluded)) == (6, 0, {"not leased": 6})
+
+
+def take_nothing(store: Store) -> Lease:
+    """Lease a further group and return the lease."""
+    ready_group(store, "more")
+    return take(store, step=2)
+
+
+def every_fate(store: Store) -> dict[str, int]:
+    """Fill the store with choices of every reason; return reason -> sampled tokens. One trained token besides."""
+    old = live_version(store, step=0)
+    live_version(store, step=5, model="other")
+    fates = _Fates(store)
+    fates.closed("trained", tokens=1)
+    fates.closed("excluded", tokens=2)
+    rule: dict[str, Any] = {"min_group": 1, "purposes": ("live",), "roles": ("answerer",), "max_staleness": 0}
+    lease = take(store, groups=2, **rule)
+    store.commit_step(lease, make_commit(account(store, lease, excluded={"call-excluded": "greedy"})))
+    store.append_calls([make_call("after", "trained", tokens=[range(3)])])
+    fates.closed("held", tokens=4)
+    take(store, step=2, **rule)
+    store.append_calls([make_call("free", None, tokens=[range(5)])])
+    store.open_run(Run(run_id="e", purpose="eval"))
+    fates.closed("e", tokens=6)
+    fates.closed("o", tokens=7, model="other")
+    store.append_calls([make_call("open", "open", tokens=[range(8)])])
+    store.append_calls([make_call("failed", "failed", tokens=[range(9)])])
+    store.end_run("failed", status="failed", ended_by="hook")
+    fates.closed("q", tokens=10, quarantine="version changed")
+    fates.closed("n", tokens=11, reward=False)
+    store.open_run(Run(run_id="p", purpose="train"))
+    fates.closed("p", tokens=12)
+    fates.closed("role", tokens=13, role="rewriter")
+    fates.closed(add_group(store, "open", size=2, purpose="live")[0], tokens=14)
+    fates.closed("stale", tokens=16, version=old.version_id)
+    live_version(store, step=1)
+    fates.closed("ready", tokens=17)
+    return fates.expected()
+
+
+class _Fates:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def closed(self, run_id: str, *, tokens: int, reward: bool = True, **call: Any) -> None:
+        self.store.append_calls([make_call(f"call-{run_id}", run_id, tokens=[range(tokens)], **call)])
+        if reward:
+            self.store.add_rewards([make_reward(f"reward-{run_id}", run_id)])
+        self.store.end_run(run_id, status="closed", ended_by="explicit")
+
+    def expected(self) -> dict[str, int]:
+        return {
+            "greedy": 2,
+            "arrived after the lease": 3,
+            "leased": 4,
+            "no run": 5,
+            "eval": 6,
+            "other model": 7,
+            "open": 8,
+            "run failed": 9,
+            "quarantined: version changed": 10,
+            "no reward": 11,
+            "other purpose": 12,
+            "other role": 13,
+            "group open": 14,
+            "too stale": 16,
+            "not leased": 17,
+        }

@@ -145,22 +145,31 @@ class Publisher:
     # -- the states
 
     def _drain(self, publish: Publish, clock: Stopwatch) -> None:
-        """Enter draining, wait for every living proxy, enter swapping. Fails the publish where one does not drain."""
+        """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped."""
         self.store.advance_publish(publish.publish_id, "draining")
         self._on_state("draining")
-        with clock.timed("drain_s"):
-            deadline = time.monotonic() + self.settings.drain_timeout_s
-            while waiting := self.store.waiting_proxies(publish.publish_id, self._expires_s):
-                if time.monotonic() > deadline:
-                    error = (
-                        f"{', '.join(waiting)} did not drain in {self.settings.drain_timeout_s:g} s; nothing was "
-                        "swapped. Raise trainer.publish.drain_timeout_s, or shorten the calls"
-                    )
-                    self.store.advance_publish(publish.publish_id, "failed", error=error)
-                    raise PublishFailed(f"publish {publish.publish_id} of version {publish.version_id}: {error}")
-                time.sleep(self._poll_s)
+        try:
+            with clock.timed("drain_s"):
+                self._wait_for_proxies(publish)
+                for engine in self.engines:
+                    engine.reset_prefix_cache()
+        except (PublishFailed, EngineError) as error:
+            self.store.advance_publish(publish.publish_id, "failed", error=str(error))
+            self._on_state("failed")
+            what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
+            raise PublishFailed(f"{what}: {error}") from error
         self.store.advance_publish(publish.publish_id, "swapping")
         self._on_state("swapping")
+
+    def _wait_for_proxies(self, publish: Publish) -> None:
+        deadline = time.monotonic() + self.settings.drain_timeout_s
+        while waiting := self.store.waiting_proxies(publish.publish_id, self._expires_s):
+            if time.monotonic() > deadline:
+                raise PublishFailed(
+                    f"{', '.join(waiting)} did not drain in {self.settings.drain_timeout_s:g} s; raise "
+                    "trainer.publish.drain_timeout_s, or shorten the calls"
+                )
+            time.sleep(self._poll_s)
 
     def _swap(self, path: str, mark: str) -> None:
         """Load `path` into every engine (at once), reset its prefix cache, tell it the version, and read that back."""

@@ -96,7 +96,9 @@ class FakeEngine:
         body["_id"] = f"chatcmpl-{headers['x-request-id']}" if "x-request-id" in headers else _completion_id()
         if (refusal := self._refusal(body)) is not None:
             status, text, kind, param = refusal
-            await _reply(send, status, _dumps({"error": {"message": text, "type": kind, "param": param, "code": status}}))
+            await _reply(
+                send, status, _dumps({"error": {"message": text, "type": kind, "param": param, "code": status}})
+            )
             return
         self.in_flight += 1
         try:

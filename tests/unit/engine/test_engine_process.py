@@ -1,0 +1,228 @@
+"""The engine's process: how it is started, that it comes back, and that nothing of it stays behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_engine
+import pytest
+from fake_engine import save_weight
+
+from tracegrad.tracestore.config import EngineConfig, ModelConfig
+from tracegrad.tracestore.records import PolicyVersion
+from tracegrad.trainer import engine_launch
+from tracegrad.trainer.engine import EngineProcess
+from tracegrad.trainer.engine_errors import EngineStartFailed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def model(folder: Path, **engine: object) -> ModelConfig:
+    fields = {
+        "url": f"http://127.0.0.1:{free_port()}",
+        "launch": ("{python}", fake_engine.__file__),
+        "start_timeout_s": 30.0,
+        "log": str(folder / "engine.log"),
+        **engine,
+    }
+    return ModelConfig(checkpoint=str(save_weight(folder / "w1", 1.0)), engine=EngineConfig(**fields))  # type: ignore[arg-type]
+
+
+def version(version_id: int, path: Path) -> PolicyVersion:
+    return PolicyVersion(
+        version_id=version_id,
+        model="main",
+        kind="step",
+        parent_id=None,
+        checkpoint_path=str(path),
+        checkpoint_hash="h",
+        step=1,
+        job_id=None,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether no such process runs (a zombie that nobody has reaped yet counts as gone)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_it_starts_and_stops_with_all_its_children(tmp_path: Path) -> None:
+    said: list[str] = []
+    process = EngineProcess("main", model(tmp_path), say=said.append)
+    process.start()
+    child = int((tmp_path / "w1" / "child.pid").read_text())
+    assert process.client.healthy()
+    assert process.pid is not None
+    assert not gone(child)
+    server = process.pid
+    process.stop()
+    assert gone(server)
+    assert gone(child)
+    assert process.pid is None
+    assert said[-1].startswith("engine main: up after ")
+
+
+def test_the_command_and_environment(tmp_path: Path) -> None:
+    config = model(tmp_path, args=("--no-enforce-eager",), env={"OMP_NUM_THREADS": "3"}, max_model_len=99)
+    with EngineProcess("main", config, live=lambda: version(7, save_weight(tmp_path / "w7", 7.0))) as process:
+        assert process.client.version() == "7"
+    started = json.loads((tmp_path / "w7" / "argv.json").read_text())
+    given, environment = started["argv"], started["environment"]
+    pairs = dict(zip(given, [*given[1:], ""], strict=True))
+    assert pairs["--model"] == str(tmp_path / "w7"), "a live version is served from the first answer on"
+    assert pairs["--tokenizer"] == str(tmp_path / "w1")
+    assert pairs["--max-model-len"] == "99"
+    assert pairs["--logprobs-mode"] == "processed_logprobs"
+    assert pairs["--generation-config"] == "vllm"
+    assert given[-1] == "--no-enforce-eager"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_the_extension_is_importable_where_nothing_else_of_ours_is(tmp_path: Path) -> None:
+    home = engine_launch.lay_out_extension(tmp_path / "home")
+    module, _, name = engine_launch.EXTENSION.rpartition(".")
+    code = f"import {module} as m; print(m.{name}.__name__, m.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(home)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [name, str(home / "tracegrad" / "trainer" / "worker_extension.py")]
+
+
+def test_a_launch_command_of_ones_own(tmp_path: Path) -> None:
+    config = EngineConfig(url="http://127.0.0.1:9", launch=("vllm", "serve", "{model}", "--port={port}", '{"a": 1}'))
+    command = engine_launch.command("main", "/w", "/base", config)
+    assert command[:5] == ["vllm", "serve", "/w", "--port=9", '{"a": 1}']
+    assert "--model" not in command
+    assert "--port" not in command
+    assert command[command.index("--served-model-name") + 1] == "main"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"), [("http://0.0.0.0:8000", "not loopback"), ("http://127.0.0.1", "names no port")]
+)
+def test_addresses_that_are_refused(tmp_path: Path, url: str, says: str) -> None:
+    with pytest.raises(EngineStartFailed, match=says):
+        EngineProcess("main", model(tmp_path, url=url)).start()
+
+
+def test_a_taken_port_is_a_plain_error(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(EngineStartFailed, match=r"is taken.*models\.main\.engine\.url"):
+            EngineProcess("main", model(tmp_path, url=url)).start()
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"args": ("--crash-at-start",)}, "(?s)died while starting.*engine.log.*no such kernel"),
+        ({"launch": ("/no/such/python",)}, "(?s)cannot run '/no/such/python'"),
+        ({"args": ("--slow", "60"), "start_timeout_s": 0.6}, "(?s)not healthy after 1 s.*reading weights"),
+    ],
+    ids=["crash", "no command", "too slow"],
+)
+def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path, engine: dict[str, object], says: str) -> None:
+    process = EngineProcess("main", model(tmp_path, **engine))
+    with pytest.raises(EngineStartFailed, match=says):
+        process.start()
+    assert process.pid is None
+    child = tmp_path / "w1" / "child.pid"
+    assert not child.exists() or gone(int(child.read_text()))
+
+
+def test_a_killed_engine_comes_back_on_the_live_version(tmp_path: Path) -> None:
+    live: list[PolicyVersion] = []
+    process = EngineProcess("main", model(tmp_path), live=lambda: live[-1] if live else None)
+    process.start()
+    until = threading.Event()
+    watcher = threading.Thread(target=process.watch, args=(until,))
+    watcher.start()
+    try:
+        live.append(version(2, save_weight(tmp_path / "w2", 2.0)))
+        child = int((tmp_path / "w1" / "child.pid").read_text())
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: process.restarts == 1)
+        assert gone(child), "the dead server's children are gone as well"
+        assert process.client.version() == "2"
+        assert process.client.score([1, 2, 3], 1) == pytest.approx(fake_engine.logprobs(2.0, [1, 2, 3], 1))
+    finally:
+        until.set()
+        watcher.join()
+        process.stop()
+
+
+def test_a_version_that_goes_live_during_the_start_is_loaded(tmp_path: Path) -> None:
+    versions = [version(1, save_weight(tmp_path / "w1", 1.0)), version(2, save_weight(tmp_path / "w2", 2.0))]
+    asked: list[int] = []
+
+    def live() -> PolicyVersion:
+        asked.append(len(asked))
+        return versions[0] if len(asked) == 1 else versions[1]
+
+    with EngineProcess("main", model(tmp_path), live=live) as process:
+        assert process.client.version() == "2"
+        assert process.client.score([1, 2, 3], 1) == pytest.approx(fake_engine.logprobs(2.0, [1, 2, 3], 1))
+
+
+def test_an_engine_that_cannot_come_back_is_an_error_in_the_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    process = EngineProcess("main", model(tmp_path), say=said.append, max_failed_starts=2)
+    process.start()
+    (tmp_path / "w1" / "crash").touch()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(EngineStartFailed, match="no such kernel"):
+        process.watch(threading.Event())
+    assert any("next try in 1 s (failed 1 times)" in line for line in said)
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from tracegrad.tracestore.config import EngineConfig, ModelConfig
+from tracegrad.trainer.engine import EngineProcess
+url, fake, folder = sys.argv[1:]
+config = EngineConfig(url=url, launch=("{python}", fake), log=folder + "/engine.log")
+process = EngineProcess("main", ModelConfig(checkpoint=folder + "/w1", engine=config))
+process.start()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_it_dies_with_its_owner_even_when_that_is_killed(tmp_path: Path) -> None:
+    save_weight(tmp_path / "w1", 1.0)
+    arguments = [f"http://127.0.0.1:{free_port()}", fake_engine.__file__, str(tmp_path)]
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, *arguments], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    server = int(owner.stdout.readline())
+    child = int((tmp_path / "w1" / "child.pid").read_text())
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    wait_for(lambda: gone(server) and gone(child))

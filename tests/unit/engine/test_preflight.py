@@ -1,0 +1,102 @@
+"""The preflight against an engine with one fault at a time: each is named with what to add."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, save_weight
+
+from tracegrad.tracestore.config import EngineConfig, ModelConfig
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused, EngineUnreachable
+from tracegrad.trainer.preflight import check, preflight, tied_head
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeEngine]:
+    with FakeEngine(save_weight(tmp_path / "w", 1.5, tied=True)) as engine:
+        yield engine
+
+
+def findings(fake: FakeEngine, name: str = "main") -> dict[str, str]:
+    model = ModelConfig(checkpoint=fake.root, engine=EngineConfig(url=fake.url, max_model_len=64))
+    return {f.code: f.add for f in preflight(EngineClient(fake.url, name), model)}
+
+
+def test_a_good_engine_has_no_findings(fake: FakeEngine) -> None:
+    assert findings(fake) == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "value", "code", "add"),
+    [
+        ("dev_mode", False, "dev_mode", "VLLM_SERVER_DEV_MODE=1"),
+        ("extension", False, "tied_head", "--worker-extension-cls"),
+        ("token_ids", False, "token_ids", "newer vLLM"),
+        ("processed", False, "logprobs_mode", "--logprobs-mode processed_logprobs"),
+        ("default_top_k", 3, "generation_config", "--generation-config vllm"),
+        ("default_temperature", 0.6, "generation_config", "--generation-config vllm"),
+        ("max_model_len", 63, "max_model_len", "--max-model-len 64"),
+    ],
+)
+def test_each_fault_is_named_with_what_to_add(fake: FakeEngine, fault: str, value: object, code: str, add: str) -> None:
+    assert hasattr(fake, fault)
+    setattr(fake, fault, value)
+    found = findings(fake)
+    assert add in found.pop(code)
+    assert set(found) <= {"tied_head"}
+
+
+def test_an_untied_head_needs_no_extension(fake: FakeEngine) -> None:
+    save_weight(Path(fake.root), 1.5, tied=False)
+    fake.extension = False
+    assert findings(fake) == {}
+
+
+def test_another_name_is_the_only_thing_said(fake: FakeEngine) -> None:
+    assert findings(fake, "other") == {"model": "--served-model-name other"}
+
+
+def test_several_faults_are_named_at_once_and_stop_the_training(fake: FakeEngine) -> None:
+    fake.dev_mode = fake.processed = False
+    model = ModelConfig(checkpoint=fake.root, engine=EngineConfig(url=fake.url, max_model_len=64))
+    with pytest.raises(EngineNotReady, match=r"VLLM_SERVER_DEV_MODE=1") as caught:
+        check(EngineClient(fake.url, "main"), model)
+    assert [f.code for f in caught.value.findings] == ["dev_mode", "tied_head", "logprobs_mode"]
+
+
+def test_an_engine_that_is_down_is_one_finding(fake: FakeEngine) -> None:
+    fake.close()
+    assert list(findings(fake)) == ["health"]
+
+
+def test_where_the_head_is_tied(tmp_path: Path) -> None:
+    assert not tied_head(str(save_weight(tmp_path / "a", 1.0, tied=False)))
+    (tmp_path / "a" / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+    assert tied_head(str(tmp_path / "a"))
+    assert tied_head("a/remote-name")
+
+
+def test_the_client_says_what_is_wrong(fake: FakeEngine) -> None:
+    client = EngineClient(fake.url, "main", timeout_s=2)
+    with pytest.raises(EngineRefused, match="at least one prompt token"):
+        client.score([1, 2], 0)
+    with pytest.raises(EngineRefused, match="400: longer than the maximum"):
+        client.score([1] * 64, 1)
+    fake.dev_mode = False
+    with pytest.raises(EngineRefused, match="VLLM_SERVER_DEV_MODE=1") as caught:
+        client.version()
+    assert caught.value.status == 404
+    fake.close()
+    with pytest.raises(EngineUnreachable, match="ConnectionRefusedError"):
+        client.models()
+    with pytest.raises(EngineRefused, match="http://host:port"):
+        EngineClient("localhost:8000", "main")
+
+
+def test_scores_are_batched_and_in_order(fake: FakeEngine) -> None:
+    client = EngineClient(fake.url, "main")
+    sequences = [(tuple((i + j) % 11 for j in range(10)), 3) for i in range(20)]
+    scores = client.score_many(sequences)
+    assert fake.events.count("v1/completions") == 2
+    assert scores == [client.score(*sequence) for sequence in sequences]

@@ -1,0 +1,336 @@
+"""The publisher against a real store and an engine that speaks the wire: what is live is what is served, always."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_engine
+import pytest
+from fake_engine import FakeEngine, save_weight
+
+from tracegrad.tracestore.config import PublishConfig
+from tracegrad.tracestore.errors import Conflict
+from tracegrad.tracestore.records import PolicyVersion
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import PublishFailed
+from tracegrad.trainer.probe import ProbeSequence, ProbeSet
+from tracegrad.trainer.publish import Perturbed, Publisher, canary
+
+SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=1.0)
+SEQUENCES = tuple(
+    ProbeSequence(ids=tuple((start + step * i) % 11 for i in range(40)), n_prompt=5)
+    for start in range(3)
+    for step in (2, 3)
+)
+
+
+class House:
+    """A store, an engine that serves weight 1.0 as the initial version, and checkpoints of weights by number."""
+
+    def __init__(self, tmp_path: Path, empty_store: Path) -> None:
+        self.tmp_path = tmp_path
+        shutil.copy(empty_store, tmp_path / "store.db")
+        self.store: Store = open_store(f"sqlite:///{tmp_path}/store.db", create=False)
+        self.engine = FakeEngine(self.checkpoint(1.0))
+        self.states: list[str] = []
+
+    def checkpoint(self, weight: float) -> Path:
+        return save_weight(self.tmp_path / f"w{weight}", weight, tied=True)
+
+    def version(self, weight: float) -> PolicyVersion:
+        path = self.checkpoint(weight)
+        return self.store.add_version(
+            model="main",
+            kind="step",
+            parent_id=None,
+            checkpoint_path=str(path),
+            checkpoint_hash=path.name,
+            step=0,
+            job_id=None,
+        )
+
+    def publisher(self, **options: float) -> Publisher:
+        client = EngineClient(self.engine.url, "main", timeout_s=5)
+        return Publisher(self.store, "main", [client], SETTINGS, on_state=self.states.append, **options)
+
+    def state(self) -> tuple[str, int | None]:
+        """(state of the newest publish, live version)."""
+        last, live = self.store.last_publish("main"), self.store.live_version("main")
+        assert last is not None
+        return last.state, live and live.version_id
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated store, made once: its file is copied for each test."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    open_store(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def house(tmp_path: Path, empty_store: Path) -> Iterator[House]:
+    house = House(tmp_path, empty_store)
+    with house.engine:
+        yield house
+    house.store.close()
+
+
+def probe(new: float, previous: float | None) -> ProbeSet:
+    def series(weight: float) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(fake_engine.logprobs(weight, s.ids, s.n_prompt)) for s in SEQUENCES)
+
+    return ProbeSet(
+        sequences=SEQUENCES, new_logprobs=series(new), previous_logprobs=None if previous is None else series(previous)
+    )
+
+
+def test_a_version_goes_live_through_every_state(house: House) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id, probe(1.0, None))
+    report = publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert report.probe is not None
+    assert report.probe.verdict == "new"
+    assert report.probe.mean_abs_new < 1e-9
+    assert report.probe.n_tokens == 6 * 35
+    assert house.states == ["draining", "swapping", "live"] * 2
+    assert house.state() == ("live", second.version_id)
+    assert house.engine.version == str(second.version_id)
+    assert house.engine.weight == 1.2
+    last = house.store.last_publish("main")
+    assert last is not None
+    assert last.probe is not None
+    assert last.probe["result"]["verdict"] == "new"
+    assert 0 < last.probe["swap_s"] <= last.probe["total_s"]
+    swap = [e for e in house.engine.events if e in ("collective_rpc", "reset_prefix_cache", "update_weight_version")]
+    # the first reset proves that nothing runs any more, the second forgets what the old weights computed
+    assert swap == ["reset_prefix_cache", "collective_rpc", "reset_prefix_cache", "update_weight_version"] * 2
+
+
+def test_it_waits_for_every_living_proxy_and_for_no_dead_one(house: House) -> None:
+    version = house.version(1.2)
+    house.store.register_proxy("dead", "http://127.0.0.1:1")
+    time.sleep(0.35)
+    house.store.register_proxy("alive", "http://127.0.0.1:2")
+    loaded_at_ack: list[list[str]] = []
+
+    def proxy() -> None:
+        while (view := house.store.publish_view(["main"])["main"]).state != "draining":
+            time.sleep(0.01)
+        time.sleep(0.1)
+        house.store.beat_proxy("alive")
+        loaded_at_ack.append(list(house.engine.loaded))
+        assert view.publish_id is not None
+        house.store.ack_publish(view.publish_id, "alive")
+
+    thread = threading.Thread(target=proxy)
+    thread.start()
+    report = house.publisher(heartbeat_expires_s=0.3).publish(version.version_id, probe(1.2, None))
+    thread.join()
+    assert loaded_at_ack == [[]], "weights were swapped before the proxy had drained"
+    assert 0.1 <= report.drain_s < 1.0
+
+
+def test_a_proxy_that_does_not_drain_fails_the_publish_and_nothing_is_swapped(house: House) -> None:
+    version = house.version(1.2)
+    house.store.register_proxy("stuck", "http://127.0.0.1:2")
+    with pytest.raises(PublishFailed, match=r"nothing was swapped: stuck did not drain in 0\.4 s"):
+        house.publisher().publish(version.version_id, probe(1.2, None))
+    assert house.state() == ("failed", None)
+    assert house.engine.loaded == []
+
+
+@pytest.mark.parametrize(("fault", "verdict"), [("ignore_reload", "stale"), ("stale_head", "stale")])
+def test_a_stale_engine_is_caught_and_the_old_weights_come_back(house: House, fault: str, verdict: str) -> None:
+    first, second = house.version(1.0), house.version(1.4)
+    publisher = house.publisher()
+    publisher.publish(first.version_id, probe(1.0, None))
+    setattr(house.engine, fault, True)
+    with pytest.raises(PublishFailed, match=f"{verdict}.*version {first.version_id} is back") as caught:
+        publisher.publish(second.version_id, probe(1.4, 1.0))
+    assert caught.value.probe.verdict == verdict
+    assert house.state() == ("failed", first.version_id)
+    assert (house.engine.weight, house.engine.version) == (1.0, str(first.version_id))
+    last = house.store.last_publish("main")
+    assert last is not None
+    assert last.probe is not None
+    assert last.probe["result"]["verdict"] == verdict
+
+
+def test_wrong_weights_are_a_mismatch(house: House) -> None:
+    version = house.version(1.0)
+    with pytest.raises(PublishFailed, match=r"mismatch.*no live version to put back"):
+        house.publisher().publish(version.version_id, probe(3.0, None))
+    assert house.state() == ("failed", None)
+    assert house.engine.version == "unverified"
+
+
+def test_equal_weights_are_allowed_and_recorded_as_unresolved(house: House) -> None:
+    first, second = house.version(1.0), house.version(1.0)
+    publisher = house.publisher()
+    publisher.publish(first.version_id, probe(1.0, None))
+    report = publisher.publish(second.version_id, probe(1.0, 1.0))
+    assert report.probe is not None
+    assert report.probe.verdict == "unresolved"
+    assert house.state() == ("live", second.version_id)
+
+
+def test_an_engine_that_cannot_load_gets_the_old_weights_back(house: House) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id)
+    house.engine.fail_reloads = 1
+    with pytest.raises(PublishFailed, match=f"out of memory.*version {first.version_id} is back"):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("failed", first.version_id)
+    assert house.engine.loaded[-1] == "w1.0"
+
+
+def test_an_engine_with_running_requests_is_not_swapped_silently(house: House) -> None:
+    version = house.version(1.2)
+    house.engine.busy = True
+    with pytest.raises(PublishFailed, match=r"nothing was swapped.*requests are running on it"):
+        house.publisher().publish(version.version_id, probe(1.2, None))
+    assert house.engine.loaded == []
+    assert house.state() == ("failed", None)
+
+
+def test_an_engine_that_is_down_fails_the_publish_before_the_swap(house: House) -> None:
+    version = house.version(1.2)
+    house.engine.close()
+    with pytest.raises(PublishFailed, match=r"nothing was swapped.*does not answer"):
+        house.publisher().publish(version.version_id, probe(1.2, None))
+    assert house.state() == ("failed", None)
+
+
+def test_an_engine_gone_for_good_leaves_the_publish_unfinished_until_recovery(house: House) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id)
+    port = int(house.engine.url.rpartition(":")[2])
+    house.engine.die_on_reload = True
+    with pytest.raises(PublishFailed, match="stays unfinished and proxies hold"):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("swapping", first.version_id)
+    with pytest.raises(PublishFailed, match="stays swapping"):
+        house.publisher().recover()
+    house.engine = FakeEngine(Path(house.store.get_version(second.version_id).checkpoint_path), port=port)
+    with house.engine:
+        failed = house.publisher().recover()
+    assert failed is not None
+    assert failed.state == "failed"
+    assert (house.engine.weight, house.engine.version) == (1.0, str(first.version_id))
+    assert house.state() == ("failed", first.version_id)
+
+
+def test_an_engine_that_restarts_during_a_swap_is_waited_for(house: House) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id)
+    port = int(house.engine.url.rpartition(":")[2])
+    house.engine.die_on_reload = True
+    revived: list[FakeEngine] = []
+
+    def revive() -> None:
+        while house.engine.alive:
+            time.sleep(0.01)
+        revived.append(FakeEngine(house.checkpoint(1.2), port=port).__enter__())
+
+    thread = threading.Thread(target=revive)
+    thread.start()
+    with pytest.raises(PublishFailed, match=f"version {first.version_id} is back"):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    thread.join()
+    assert house.state() == ("failed", first.version_id)
+    assert (revived[0].weight, revived[0].version) == (1.0, str(first.version_id))
+    revived[0].close()
+
+
+@pytest.mark.parametrize("reached", ["requested", "draining", "swapping"])
+def test_what_a_dead_publisher_left_is_failed_and_the_live_weights_are_loaded(house: House, reached: str) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    house.publisher().publish(first.version_id)
+    left = house.store.request_publish(second.version_id)
+    for state in ("draining", "swapping")[: ("requested", "draining", "swapping").index(reached)]:
+        house.store.advance_publish(left.publish_id, state)
+    house.engine.weight, house.engine.version = 1.2, str(second.version_id)
+    with pytest.raises(Conflict):
+        house.publisher().publish(second.version_id)
+    failed = house.publisher().recover()
+    assert failed is not None
+    assert failed.publish_id == left.publish_id
+    assert f"died while it was {reached}" in (failed.error or "")
+    assert (house.engine.weight, house.engine.version) == (1.0, str(first.version_id))
+    house.publisher().publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("live", second.version_id)
+
+
+def test_recovery_brings_a_restarted_engine_to_the_live_version(house: House) -> None:
+    first = house.version(1.5)
+    house.publisher().publish(first.version_id)
+    house.engine.weight, house.engine.version = 1.0, "default"
+    assert house.publisher().recover() is None
+    assert (house.engine.weight, house.engine.version) == (1.5, str(first.version_id))
+    assert house.state() == ("live", first.version_id)
+
+
+def test_recovery_of_a_fresh_store_does_nothing(house: House) -> None:
+    assert house.publisher().recover() is None
+    assert house.engine.loaded == []
+
+
+def perturbed(house: House, weight: float) -> Perturbed:
+    return Perturbed(
+        checkpoint_path=str(house.checkpoint(weight)),
+        checkpoint_hash="perturbed",
+        logprobs=probe(weight, None).new_logprobs,
+    )
+
+
+def test_the_canary_is_loaded_first_and_never_served(house: House) -> None:
+    version = house.version(1.0)
+    report = canary(house.publisher(), version.version_id, probe(1.0, None), lambda _probe: perturbed(house, 2.0))
+    assert house.engine.loaded == ["w2.0", "w1.0"]
+    assert house.states == ["draining", "swapping", "live"], "the canary must stay inside one hold"
+    assert report.canary is not None
+    assert report.canary.verdict == "new"
+    assert house.state() == ("live", version.version_id)
+    row = house.store.list_versions("main")[-1]
+    assert (row.kind, row.abandoned, row.parent_id) == ("canary", True, version.version_id)
+
+
+def test_the_canary_sees_a_stale_head_and_wants_to_be_visible(house: House) -> None:
+    version = house.version(1.0)
+    with pytest.raises(PublishFailed, match="perturb them more"):
+        canary(house.publisher(), version.version_id, probe(1.0, None), lambda _probe: perturbed(house, 1.01))
+    house.engine.stale_head = True
+    with pytest.raises(PublishFailed, match="do not reach the engine whole"):
+        canary(house.publisher(), version.version_id, probe(1.0, None), lambda _probe: perturbed(house, 2.0))
+    assert house.state() == ("failed", None)
+
+
+def test_without_a_probe_a_tied_head_needs_the_extension(house: House) -> None:
+    version = house.version(1.2)
+    house.engine.extension = False
+    with pytest.raises(PublishFailed, match="lacks our worker extension"):
+        house.publisher().publish(version.version_id)
+    assert house.store.last_publish("main") is None
+    house.publisher().publish(version.version_id, probe(1.2, None))
+    assert house.state() == ("live", version.version_id)
+
+
+def test_replicas_are_all_swapped_and_the_worst_one_decides(house: House, tmp_path: Path) -> None:
+    first, second = house.version(1.0), house.version(1.3)
+    with FakeEngine(house.checkpoint(1.0)) as other:
+        clients = [EngineClient(e.url, "main") for e in (house.engine, other)]
+        publisher = Publisher(house.store, "main", clients, SETTINGS)
+        publisher.publish(first.version_id, probe(1.0, None))
+        assert other.version == house.engine.version == str(first.version_id)
+        other.ignore_reload = True
+        with pytest.raises(PublishFailed, match="stale"):
+            publisher.publish(second.version_id, probe(1.3, 1.0))
+        assert (house.engine.weight, other.weight) == (1.0, 1.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tracegrad.adapters.rollout_errors import ServingError
-from tracegrad.adapters.supervisor import ChildGaveUp, Event, RestartPolicy, Supervisor
+from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
 from tracegrad.adapters.up import child_specs
 from tracegrad.tracestore.config import Config, EngineConfig, ModelConfig, ProxyConfig, dump_config
 
@@ -50,7 +50,11 @@ def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Con
 
 @contextmanager
 def serving(
-    checkpoint: Path, config: Config | None, *, say: Callable[[str], None] = lambda text: None
+    checkpoint: Path,
+    config: Config | None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    specs: Callable[..., tuple[ChildSpec, ...]] = child_specs,
 ) -> Iterator[str]:
     """Serve `checkpoint` for the body; yields the proxy's root URL.
 
@@ -71,7 +75,7 @@ def serving(
             say(f"{event.child}: {event.kind} {event.detail}".rstrip())
 
     policy = RestartPolicy(max_restarts=0, stop_timeout_s=20.0)
-    supervisor = Supervisor(child_specs(own, path, train=False), log_dir=folder / "logs", policy=policy, emit=hear)
+    supervisor = Supervisor(specs(own, path, train=False), log_dir=folder / "logs", policy=policy, emit=hear)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         cleanup.callback(supervisor.stop)

@@ -25,7 +25,7 @@ _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
 def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, ...]:
     """Return the commands of a configuration in the order they depend on one another.
 
-    An engine that is somebody else's (`external`) is not started, only waited for by the proxy's users.
+    An engine that is somebody else's (`external`) is neither started nor waited for.
     """
     file = ("--config", str(path))
     engines = [model.engine for model in config.models.values() if not model.engine.external]

@@ -23,7 +23,7 @@ from tracegrad.tracestore.records import Task
         ({"f1": 0.25, "em": 0}, {"f1": 0.25, "em": 0.0}),
         (
             [{"name": "plan", "value": 1, "role": "planner"}, RewardSpec(name="f1", value=2.0)],
-            {"plan@planner": 1.0, "f1": 2.0},
+            {"planner:plan": 1.0, "f1": 2.0},
         ),
     ],
 )

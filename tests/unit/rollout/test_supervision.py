@@ -136,11 +136,12 @@ def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: 
 
 
 def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
-    raw = {"models": {"main": {"checkpoint": "w", "engine": {"url": "http://127.0.0.1:7001/"}}}, "roles": {"*": "main"}}
+    engine: dict[str, object] = {"url": "http://127.0.0.1:7001/"}
+    raw = {"models": {"main": {"checkpoint": "w", "engine": engine}}, "roles": {"*": "main"}}
     own = child_specs(parse_config(raw), tmp_path / "c.yaml", train=False)
     assert [spec.name for spec in own] == ["engine", "proxy"]
     assert own[0].ready_urls == ("http://127.0.0.1:7001/health",)
     assert own[0].command[-3:] == ("engine", "--config", str(tmp_path / "c.yaml"))
-    raw["models"]["main"]["engine"]["external"] = True  # type: ignore[index]
+    engine["external"] = True
     external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in external] == ["proxy", "train"]

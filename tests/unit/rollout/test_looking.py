@@ -1,0 +1,97 @@
+"""`tracegrad runs` and `tracegrad show`: what a person reads, and the same as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tracegrad.adapters.cli import main
+from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Reward, Run, Span, Task
+from tracegrad.tracestore.store import open_store
+
+
+def call(number: int, **more: Any) -> Call:
+    span = Span(span_id=f"s{number}", run_id="run_a", name="plan", superstep=2)
+    fields: dict[str, Any] = {
+        "call_id": f"call_{number}",
+        "completion_id": f"chatcmpl-{number}",
+        "attribution": Attribution(run_id="run_a", run_source="hook", role="planner", role_source="hook", span=span),
+        "model": "main",
+        "requested_model": "gpt-4o",
+        "version_dispatched": None,
+        "version_completed": None,
+        "prompt_ids": (1, 2, 3),
+        "choices": (
+            Choice(
+                index=0,
+                token_ids=(4, 5),
+                logprobs=(-0.1, -0.2),
+                finish_reason="stop",
+                message={"role": "assistant", "content": "Paris [bold]"},
+                flags=("greedy",),
+            ),
+        ),
+        "status": "complete",
+        "timing": CallTiming(received_at=1.0, dispatched_at=1.0, first_token_at=None, completed_at=1.5),
+        "request": {"messages": [{"role": "user", "content": "Where? " + "x" * 300}]},
+        "requested": {"temperature": 0},
+        "effective": {"temperature": 0.8},
+    }
+    return Call(**(fields | more))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    where = f"sqlite:///{tmp_path}/trace.db"
+    store = open_store(where)
+    store.put_tasks([Task(task_id="t", input={})])
+    store.open_run(Run(run_id="run_a", purpose="train", task_id="t", opened_at=1.0))
+    store.append_calls([call(1), call(2, quarantine="length mismatch")])
+    store.add_rewards([Reward(reward_id="r", run_id="run_a", name="f1", value=0.25, source="test")])
+    store.end_run("run_a", status="closed", ended_by="explicit")
+    store.open_run(Run(run_id="run_b", opened_at=2.0))
+    store.end_run("run_b", status="failed", ended_by="explicit", error="the oven is too hot")
+    store.close()
+    return where
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments), catch_exceptions=False)
+
+
+def test_runs_are_listed_with_calls_tokens_and_rewards(url: str) -> None:
+    shown = invoke("runs", "--store", url).stdout
+    lines = {line.split()[1]: line for line in shown.splitlines() if "run_" in line}
+    for part in ("train", "closed", "planner", " 2 ", " 4 ", "f1 0.25"):
+        assert part in lines["run_a"]
+    listed = json.loads(invoke("runs", "--store", url, "--status", "failed", "--json").stdout)
+    assert [(found["run"]["run_id"], found["run"]["error"]) for found in listed] == [("run_b", "the oven is too hot")]
+    assert "no such runs" in invoke("runs", "--store", url, "--purpose", "eval").stdout
+
+
+def test_a_run_is_shown_by_its_own_or_a_calls_id(url: str) -> None:
+    shown = invoke("show", "run_a", "--store", url).stdout
+    assert invoke("show", "chatcmpl-2", "--store", url).stdout == shown
+    assert "temperature 0.8 (asked: 0)" in shown
+    assert "3 prompt, 2 sampled, 0.50 s" in shown
+    assert "Paris [bold]" in shown
+    assert "stop, greedy" in shown
+    assert "length mismatch" in shown
+    assert "plan, superstep 2" in shown
+    assert "x" * 300 not in shown
+    assert "x" * 100 in invoke("show", "run_a", "--store", url, "--full").stdout
+    trace = json.loads(invoke("show", "run_a", "--store", url, "--json").stdout)
+    assert trace["calls"][0]["choices"][0]["token_ids"] == [4, 5]
+    assert trace["rewards"][0]["value"] == 0.25
+
+
+def test_what_is_not_there_is_said_plainly(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = invoke("show", "run_c", "--store", url)
+    assert missing.exit_code == 1
+    assert "tracegrad runs" in missing.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "--config FILE or --store URL" in invoke("runs").stderr
+    assert invoke("runs", "--store", f"sqlite:///{tmp_path}/none.db").exit_code == 1
+    assert not (tmp_path / "none.db").exists()

@@ -44,13 +44,15 @@ class State(TypedDict, total=False):
 
 
 def retrieve(state: State) -> State:
-    """Search with the rewriter's keywords; two passages of at most 60 words."""
-    return {"passages": "\n\n".join(wikipedia().top(state["keywords"], k=2)) or "(nothing found)"}
+    """Search with the question and the rewriter's keywords; two passages of at most 60 words."""
+    return {
+        "passages": "\n\n".join(wikipedia().top(f"{state['question']} {state['keywords']}", k=2)) or "(nothing found)"
+    }
 
 
 def build() -> StateGraph:
     """Return the graph, not yet compiled."""
-    rewriter = ChatOpenAI(model=MODEL, temperature=0, max_tokens=16)
+    rewriter = ChatOpenAI(model=MODEL, temperature=0, max_tokens=12)
     answerer = ChatOpenAI(model=MODEL, temperature=0, max_tokens=20)
     graph = StateGraph(State)
     graph.add_node("rewriter", REWRITER | rewriter | StrOutputParser() | _into("keywords"))

@@ -77,7 +77,7 @@ def test_the_whole_workflow_over_the_wire(graph: Any, openai: FakeOpenAI) -> Non
     rewriter, answerer = openai.bodies
     assert [body["path"] for body in openai.bodies] == ["/v1/chat/completions"] * 2
     assert [body["temperature"] for body in openai.bodies] == [0, 0]
-    assert (rewriter["max_completion_tokens"], answerer["max_completion_tokens"]) == (16, 20)
+    assert (rewriter["max_completion_tokens"], answerer["max_completion_tokens"]) == (12, 20)
     assert rewriter["messages"][1]["content"] == "What is the capital of Canada?"
     assert answerer["messages"][1]["content"].startswith(result["passages"])
 

@@ -1,0 +1,158 @@
+"""SQLite as it is really run: pragmas, concurrent writers and trainers, a full disk, kill -9."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tracegrad.tracestore.errors import NotFound, StoreUnavailable
+from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.testing.rows import JOB, MODEL, finish_run, make_call, ready_group, sql
+
+WRITER = """
+import sys
+from tracegrad.tracestore.group_commit import GroupCommitter
+from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.testing.rows import make_call
+committer = GroupCommitter(open_store(sys.argv[1]))
+number = 0
+while True:
+    calls = [make_call(f"{sys.argv[2]}-{number + i}", f"r{number}", tokens=[range(50)]) for i in range(4)]
+    for call, future in [(call, committer.submit(call)) for call in calls]:
+        future.result()
+        print(call.call_id, flush=True)
+    number += 4
+"""
+
+LEASER = """
+import sys
+from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.testing.rows import JOB, make_rule
+store = open_store(sys.argv[1], create=False)
+print("ready", flush=True)
+sys.stdin.readline()
+while (lease := store.lease(JOB, make_rule(), groups=1, lease_s=60, step=0, epoch=0, seed=0)) is not None:
+    print(*lease.plan.run_ids, flush=True)
+"""
+
+
+def test_pragmas_of_every_connection(store_url: str) -> None:
+    store = open_store(store_url)
+    with store._db.write() as first, store._db.read() as second:
+        for connection in (first, second):
+            pragmas = {
+                name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+                for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+            }
+            assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    store.close()
+
+
+def test_readers_do_not_wait_and_writers_take_turns(store_url: str) -> None:
+    store, other = open_store(store_url), open_store(store_url)
+    with store._db.write() as connection:
+        connection.exec_driver_sql("INSERT INTO proxies VALUES ('p', 'u', 0, 0)")
+        assert other.list_runs() == []
+        late = threading.Thread(target=other.ensure_runs, args=(["r"], "p"))
+        late.start()
+        late.join(0.05)
+        assert late.is_alive()
+    late.join(20)
+    assert store.get_run("r").project == "p"
+    store.close()
+    other.close()
+
+
+def test_threads_append_at_once(store_url: str) -> None:
+    store = open_store(store_url)
+    threads = [
+        threading.Thread(target=lambda n=n: [store.append_calls([make_call(f"{n}-{i}", "r")]) for i in range(8)])
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(store.trace("r").calls) == 64
+    store.close()
+
+
+def test_processes_never_lease_the_same_run(store_url: str) -> None:
+    store = open_store(store_url)
+    expected = [run_id for index in range(10) for run_id in ready_group(store, f"g{index}")]
+    store.register_job(JOB, MODEL, {})
+    leasers = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEASER, store_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for leaser in leasers:
+        assert leaser.stdout is not None
+        assert leaser.stdout.readline() == "ready\n"
+    for leaser in leasers:
+        assert leaser.stdin is not None
+        leaser.stdin.write("go\n")
+        leaser.stdin.flush()
+    outputs = [leaser.communicate(timeout=60)[0] for leaser in leasers]
+    assert [leaser.returncode for leaser in leasers] == [0, 0]
+    assert sorted(" ".join(outputs).split()) == sorted(expected)
+    store.close()
+
+
+def test_a_full_disk_is_store_unavailable_and_commits_nothing(store_url: str) -> None:
+    store = open_store(store_url)
+    finish_run(store, "before")
+    with store._db.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreUnavailable, match="full"):
+        store.append_calls([make_call("big", "r", tokens=[range(100_000)])])
+    with pytest.raises(NotFound):
+        store.find_call("big")
+    with pytest.raises(NotFound):
+        store.get_run("r")
+    assert store.find_call("call-before") == ("call-before", "before")
+    store.close()
+
+
+def test_errors_do_not_quote_what_was_being_written(store_url: str) -> None:
+    store = open_store(store_url)
+    sql(store, "DROP TABLE choice_payloads")
+    with pytest.raises(StoreUnavailable) as caught:
+        store.append_calls([make_call("c", "r", request={"messages": "SECRET"})])
+    assert "SECRET" not in str(caught.value)
+    assert "INSERT" not in str(caught.value)
+    store.close()
+
+
+def test_kill_9_loses_no_acknowledged_call(store_url: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    moments = random.Random(seed)
+    acknowledged: list[str] = []
+    for life in range(2):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, store_url, str(life)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        acknowledged.append(writer.stdout.readline().strip())
+        time.sleep(moments.uniform(0.0, 0.15))
+        os.kill(writer.pid, signal.SIGKILL)
+        rest = writer.communicate(timeout=20)[0]
+        acknowledged += [line for line in rest.split("\n")[:-1] if line]
+    store = open_store(store_url)
+    for call_id in acknowledged:
+        call_run = store.find_call(call_id)[1]
+        assert call_run is not None
+    with store._db.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+        orphans = "SELECT count(*) FROM calls WHERE call_id NOT IN (SELECT call_id FROM choice_payloads)"
+        assert connection.exec_driver_sql(orphans).scalar() == 0
+    store.close()

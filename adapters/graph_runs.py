@@ -7,7 +7,8 @@ that run: it opens and ends none, and its rewards (if `wrap` gave a function) go
 A run ends `closed` when the graph ends; `failed` with the error when it raises, which the consumer gets unchanged; and
 `failed: cancelled` when the consumer or the task stops early. Rewards are posted before the run is closed: a group is
 ready when all its runs have ended. What the proxy refuses here never breaks the app: it is logged, and a run that could
-not be opened leaves its calls unattributed (they are recorded, and never trained). Called by `attach` and `langgraph`.
+not be opened leaves its calls unattributed (they are recorded, and never trained). An invocation that stops at an
+interrupt ends its run; the one that resumes it is another. Called by `attach` and `langgraph`.
 """
 
 import asyncio

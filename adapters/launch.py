@@ -2,8 +2,8 @@
 
 The program is not changed: OPENAI_* name the proxy, TRACEGRAD_* say how to attribute, and PYTHONPATH puts
 `inject/sitecustomize.py` in front, which attaches each Python process that CMD starts. Refuses to start CMD when
-nobody answers at the proxy's address. Signals are passed on, and CMD's exit code is ours (128 + n
-when signal n ended it).
+nobody answers at the proxy's address. A Python that ignores PYTHONPATH (`-I`, `-E`) or site (`-S`) reaches the proxy
+without being attributed. Signals are passed on, and CMD's exit code is ours (128 + n when signal n ended it).
 """
 
 import os

@@ -77,12 +77,33 @@ def test_an_unmodified_program_end_to_end(proxy: Any, tmp_path: Path) -> None:
 
 
 def test_one_run_spans_the_program(proxy: Any, tmp_path: Path) -> None:
-    done = _run(proxy, "--one-run", "--role", "solo", "--", sys.executable, _script(tmp_path, APP))
+    text = """
+        import os, threading, httpx
+
+        def call():
+            body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+            httpx.post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json=body)
+
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    """
+    done = _run(proxy, "--one-run", "--role", "solo", "--", sys.executable, _script(tmp_path, text))
     assert done.returncode == 0, done.stderr
     run = proxy.only_run()
     assert (run["status"], run["ended_by"]) == ("closed", "explicit")
-    assert {(call.run_id, call.role) for call in proxy.calls} == {(run["run_id"], "solo")}
-    assert len(proxy.calls) == 4
+    assert [(call.run_id, call.role) for call in proxy.calls] == [(run["run_id"], "solo")] * 2
+
+
+def test_in_one_run_graphs_open_none_of_their_own(proxy: Any) -> None:
+    code = (
+        "import sys; from tracegrad.adapters.attach import attach\n"
+        f"attach({{'TRACEGRAD_PROXY': {proxy.root!r}, 'TRACEGRAD_RUN': 'r'}})\n"
+        "print([finder.name for finder in sys.meta_path if hasattr(finder, 'callback')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sorted(ast.literal_eval(done.stdout)) == ["httpx", "httpx2"]
 
 
 def test_the_exit_code_is_passed_on_and_fails_the_run(proxy: Any) -> None:

@@ -1,7 +1,7 @@
 """This process as an app's host: the environment and the hook first, then the app, then one event loop for its runs.
 
 Apps build their model clients when they are imported, so OPENAI_* and the hook must be there before. Refuses a proxy
-that does not answer. Called by the rollout and evaluation commands; one per process.
+that does not answer; waits a while for one whose engine is away. Called by the rollout and evaluation commands.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tracegrad.adapters import hook
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.control import Control
 from tracegrad.adapters.entrypoint import load_entrypoint
+from tracegrad.adapters.errors import ProxyFailed
 from tracegrad.adapters.execution import Graph, RunExecutor
 from tracegrad.adapters.launch import environment
 from tracegrad.adapters.rollout_errors import EntryPointError
@@ -26,6 +28,7 @@ from tracegrad.adapters.scope import RunScope
 from tracegrad.tracestore.records import Purpose
 
 _R = TypeVar("_R")
+_PATIENCE_S = 60.0
 _NOT_OURS = ("PYTHONPATH", "TRACEGRAD_RUN", "TRACEGRAD_PURPOSE")
 """`launch.environment` makes these for another process; here the scopes say it."""
 
@@ -43,10 +46,11 @@ def open_session(root: str, *, app: str, reward: str | None, purpose: Purpose, s
 
     Raises:
         ProxyUnreachable: nobody answers at `root`.
+        ProxyFailed: it is not well (its engine or store is away), and was not for `_PATIENCE_S`.
         EntryPointError: the app or the reward function cannot be imported or is not one.
     """
     client = ProxyClient(root)
-    client.health()
+    _wait_until_well(client)
     made = environment(os.environ, client.root, purpose=purpose)
     os.environ.update({name: value for name, value in made.items() if name not in _NOT_OURS})
     hook.install(RunScope(proxy=client.root))
@@ -58,6 +62,18 @@ def open_session(root: str, *, app: str, reward: str | None, purpose: Purpose, s
         if not callable(function):
             raise EntryPointError(f"--reward {reward!r} is a {type(function).__name__}, not a function")
     return AppSession(executor=RunExecutor(graph, function, control, proxy=client.root), control=control)
+
+
+def _wait_until_well(client: ProxyClient) -> None:
+    give_up_at = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            client.health()
+            return
+        except ProxyFailed:
+            if time.monotonic() >= give_up_at:
+                raise
+        time.sleep(0.5)
 
 
 class _AppThreads(ThreadPoolExecutor):

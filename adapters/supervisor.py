@@ -1,11 +1,12 @@
 """Child processes kept running: started in order, watched, restarted with back-off, stopped in reverse.
 
-Each child runs under a keeper (see `keeper`), writes to a log file of its own, and is ready when every one of its
-health URLs answers 200. Refuses to go on with a child that crashes `max_restarts` times in a row. It knows nothing
+Each child runs under a keeper (see `keeper`), writes to a log file of its own, and is ready when its health URLs
+answer. Refuses to go on with a child that crashes `max_restarts` times in a row. It knows nothing
 of what the children are. Used by `tracegrad up` and by evaluations that start an engine and a proxy of their own.
 Call it from the main thread: a keeper dies with the thread that started it.
 """
 
+import http.client
 import subprocess
 import time
 import urllib.error
@@ -22,11 +23,15 @@ ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "sto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildSpec:
-    """A command to keep running. With `may_finish`, exit code 0 is its normal end, not a crash."""
+    """A command to keep running. With `may_finish`, exit code 0 is its normal end, not a crash.
+
+    It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`.
+    """
 
     name: str
     command: tuple[str, ...]
     ready_urls: tuple[str, ...] = ()
+    any_answer: bool = False
     ready_timeout_s: float = 60.0
     may_finish: bool = False
     env: Mapping[str, str] | None = None
@@ -175,7 +180,7 @@ class Child:
         if time.monotonic() < self._next_probe:
             return False
         self._next_probe = time.monotonic() + 0.2
-        return all(answers(url) for url in self.spec.ready_urls)
+        return all(answers(url, any_status=self.spec.any_answer) for url in self.spec.ready_urls)
 
     def _enter(self, state: ChildState) -> None:
         self.state = state
@@ -259,10 +264,12 @@ class Supervisor:
         time.sleep(self._tick_s)
 
 
-def answers(url: str, timeout_s: float = 1.0) -> bool:
-    """Return whether a GET of `url` gives 200 within the time-out."""
+def answers(url: str, *, any_status: bool = False, timeout_s: float = 1.0) -> bool:
+    """Return whether a GET of `url` gives 200 (or any status) within the time-out."""
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+            return any_status or response.status == 200
+    except urllib.error.HTTPError:
+        return any_status
+    except (OSError, http.client.HTTPException):
         return False

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -105,6 +106,39 @@ def test_a_normal_end_of_the_trainer_is_not_a_crash_and_may_end_everything(tmp_p
             signal.signal(number, handler)
     assert kinds(events, "train")[-1] == "finished"
     assert kinds(events, "proxy") == ["started", "ready", "stopped"]
+
+
+UNWELL = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("any_answer", [True, False])
+def test_ready_means_well_unless_any_answer_will_do(tmp_path: Path, any_answer: bool) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    spec = ChildSpec(
+        name="proxy",
+        command=(sys.executable, "-c", UNWELL, port),
+        ready_urls=(f"http://127.0.0.1:{port}/health",),
+        any_answer=any_answer,
+        ready_timeout_s=8.0 if any_answer else 0.5,
+    )
+    events: list[Event] = []
+    supervisor = make([spec], tmp_path, events, RestartPolicy(max_restarts=0, stop_timeout_s=2.0))
+    try:
+        if any_answer:
+            assert supervisor.start()
+        else:
+            with pytest.raises(ChildGaveUp, match=r"proxy not ready after 0\.5 s"):
+                supervisor.start()
+    finally:
+        supervisor.stop()
 
 
 UP = """

@@ -308,18 +308,18 @@ def test_a_call_inside_a_tool_node(proxy: Any) -> None:
 
 
 def test_agents_are_roles_by_name_also_as_tools_of_each_other(proxy: Any) -> None:
-    helper = create_agent(_model(proxy), name="helper")
+    expert = create_agent(_model(proxy), name="expert")
 
     @tool
     def consult(question: str) -> str:
-        """Ask the helper."""
-        return str(helper.invoke({"messages": [("user", question)]})["messages"][-1].content)
+        """Ask the expert."""
+        return str(expert.invoke({"messages": [("user", question)]})["messages"][-1].content)
 
     boss = create_agent(_model(proxy), [consult], name="boss")
     result = wrap(boss, proxy=proxy.root).invoke({"messages": [("user", "go")]})
     assert result["messages"][-1].content == "echo: echo: why"
     _one_run(proxy)
-    assert _roles(proxy) == ["boss", "helper", "boss"]
+    assert _roles(proxy) == ["boss", "expert", "boss"]
     assert [call.span["superstep"] for call in proxy.calls] == [1, 1, 3]
 
 

@@ -16,7 +16,7 @@ def _config(**metadata: Any) -> dict[str, Any]:
     [
         ({"langgraph_node": "answerer", "langgraph_checkpoint_ns": "answerer:1f"}, "answerer"),
         ({"langgraph_node": "model", "langgraph_checkpoint_ns": "research:1f|model:2e"}, "research"),
-        ({"langgraph_node": "model", "langgraph_checkpoint_ns": "a:1|model:2", "lc_agent_name": "helper"}, "helper"),
+        ({"langgraph_node": "model", "langgraph_checkpoint_ns": "a:1|model:2", "lc_agent_name": "expert"}, "expert"),
         ({"langgraph_node": "lonely"}, "lonely"),
         ({"langgraph_node": "x", "langgraph_checkpoint_ns": "node:with:colons:1f"}, "node:with:colons"),
         ({}, None),

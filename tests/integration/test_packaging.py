@@ -65,6 +65,14 @@ def test_the_unit_tier_passes_on_the_wheel_in_a_clean_environment(wheel: Path, t
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     # The architecture tests read the source tree itself; everything else must pass on what is installed.
     _run(
-        python, "-m", "pytest", "tests/unit", "-q", "--ignore", "tests/unit/architecture", "-p", "no:cacheprovider",
+        python,
+        "-m",
+        "pytest",
+        "tests/unit",
+        "-q",
+        "--ignore",
+        "tests/unit/architecture",
+        "-p",
+        "no:cacheprovider",
         cwd=tmp_path,
-    )  # fmt: skip
+    )

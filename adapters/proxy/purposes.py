@@ -34,9 +34,11 @@ class Purposes:
         """Return the purpose of a run, which is opened as `live` where it is unknown. Raises TraceStoreError."""
         if run_id is None:
             return "live"
-        purpose = self._known.get(run_id)
-        if purpose is None:
-            purpose = await asyncio.to_thread(self._look_up, run_id)
+        known = self._known.get(run_id)
+        if known is not None:
+            self._known.move_to_end(run_id)
+            return known
+        purpose = await asyncio.to_thread(self._look_up, run_id)
         self.learn(run_id, purpose)
         return purpose
 

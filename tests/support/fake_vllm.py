@@ -285,10 +285,19 @@ class FakeEngine:
         return usage
 
 
+class _QuickServer(uvicorn.Server):
+    """uvicorn looks for `should_exit` ten times a second; tests stop many servers."""
+
+    async def main_loop(self) -> None:
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+
 class ServerThread:
     """Any ASGI application under a real uvicorn, in a thread with its own loop. `url` once entered."""
 
     def __init__(self, app: Any, *, timeout_graceful_s: int = 2) -> None:
+        self.app = app
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(512)
@@ -297,7 +306,7 @@ class ServerThread:
             app, http="httptools", ws="none", log_config=None, access_log=False, lifespan="on",
             timeout_keep_alive=5, timeout_graceful_shutdown=timeout_graceful_s, server_header=False, date_header=False,
         )  # fmt: skip
-        self.server = uvicorn.Server(config)
+        self.server = _QuickServer(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:

@@ -1,8 +1,7 @@
 """A real proxy under a real uvicorn, in front of the fake engine, on a real store."""
 
-import importlib.util
+import importlib
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,27 +10,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.tracestore.config import parse_config
 from tracegrad.tracestore.store import Store, open_store
 
-SUPPORT = Path(__file__).parents[2] / "support"
-
 
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module tests/support/fake_vllm.py."""
-    name = "tracegrad_tests_fake_vllm"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, SUPPORT / "fake_vllm.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    return importlib.import_module("fake_vllm")
 
 
 @pytest.fixture(scope="session")
@@ -60,26 +49,34 @@ def stack() -> Iterator[ExitStack]:
         yield entered
 
 
-@pytest.fixture
-def engine_app(fake: ModuleType) -> Any:
-    return fake.FakeEngine("main")
+@pytest.fixture(scope="session")
+def served_engine(fake: ModuleType) -> Iterator[Any]:
+    with fake.ServerThread(fake.FakeEngine("main")) as server:
+        yield server
 
 
 @pytest.fixture
-def engine_url(fake: ModuleType, engine_app: Any, stack: ExitStack) -> str:
-    return str(stack.enter_context(fake.ServerThread(engine_app)).url)
+def engine_url(served_engine: Any) -> str:
+    return str(served_engine.url)
+
+
+@pytest.fixture
+def engine_app(served_engine: Any, fake: ModuleType) -> Any:
+    """The fake engine, as new."""
+    served_engine.app.__init__("main")
+    return served_engine.app
 
 
 @pytest.fixture
 def start_proxy(
-    fake: ModuleType, engine_url: str, store: Store, store_url: str, stack: ExitStack
+    fake: ModuleType, engine_url: str, store: Store, stack: ExitStack, engine_app: Any
 ) -> Callable[..., SimpleNamespace]:
-    """Start a proxy; keyword arguments go over the configuration. Has url, app, config, client, sdk."""
+    """Start a proxy; keyword arguments go over the configuration. Has url, app, config, client, server."""
 
     def start(**overrides: Any) -> SimpleNamespace:
         proxy = {"poll_s": 0.01, **overrides.pop("proxy", {})}
         raw = {
-            "store": store_url,
+            "store": store.url,
             "models": {"main": {"checkpoint": "none", "engine": {"url": engine_url}}},
             "roles": {"*": "main"},
             "proxy": proxy,
@@ -88,9 +85,8 @@ def start_proxy(
         config = parse_config(raw)
         app = ProxyApp(config, overrides.get("store_object", store))
         server = stack.enter_context(fake.ServerThread(app))
-        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=20))
-        sdk = stack.enter_context(openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20))
-        return SimpleNamespace(url=server.url, app=app, config=config, client=client, sdk=sdk, server=server)
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=20, verify=False))
+        return SimpleNamespace(url=server.url, app=app, config=config, client=client, server=server)
 
     return start
 
@@ -102,7 +98,7 @@ def proxy(start_proxy: Callable[..., SimpleNamespace]) -> SimpleNamespace:
 
 @pytest.fixture
 def direct(engine_url: str, stack: ExitStack) -> httpx.Client:
-    return stack.enter_context(httpx.Client(base_url=engine_url, timeout=20))
+    return stack.enter_context(httpx.Client(base_url=engine_url, timeout=20, verify=False))
 
 
 class BlockedStore:

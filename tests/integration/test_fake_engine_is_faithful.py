@@ -1,0 +1,130 @@
+"""The fake engine of the proxy's tests against the real vLLM: same shapes, same keys in the same order, same nulls.
+
+Every proxy test rests on the fake; this one keeps it honest. Where `TRACEGRAD_ENGINE_URL` is set that engine is
+asked instead of the shared tiny one.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import fake_vllm
+import httpx
+import pytest
+
+pytestmark = pytest.mark.engine
+
+MESSAGES = [{"role": "user", "content": "3 5"}]
+ASK = {"messages": MESSAGES, "max_tokens": 4, "temperature": 1.0, "ignore_eos": True}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "token ids": {"return_token_ids": True},
+    "logprobs": {"logprobs": True},
+    "what the proxy asks for": {"return_token_ids": True, "logprobs": True},
+    "top logprobs": {"logprobs": True, "top_logprobs": 2},
+    "two choices": {"n": 2, "return_token_ids": True, "logprobs": True},
+}
+STREAMS = {
+    **REQUESTS,
+    "usage": {"stream_options": {"include_usage": True}},
+    "usage all along": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "what the proxy asks for in streams": {
+        "return_token_ids": True,
+        "logprobs": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    },
+}
+ERRORS: dict[str, dict[str, Any]] = {
+    "no tools": {"tools": []},
+    "top logprobs without logprobs": {"top_logprobs": 3},
+    "stream options without a stream": {"stream_options": {"include_usage": True}},
+    "greedy with n > 1": {"n": 3, "temperature": 0},
+    "unknown model": {"model": "no-such-model"},
+}
+
+
+@pytest.fixture(scope="module")
+def real(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    url = os.environ.get("TRACEGRAD_ENGINE_URL") or request.getfixturevalue("engine").url
+    with httpx.Client(base_url=url, timeout=120, verify=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def name(real: httpx.Client) -> str:
+    return str(real.get("/v1/models").json()["data"][0]["id"])
+
+
+@pytest.fixture(scope="module")
+def fake(name: str) -> Iterator[SimpleNamespace]:
+    app = fake_vllm.FakeEngine(name)
+    with fake_vllm.ServerThread(app) as server, httpx.Client(base_url=server.url, verify=False) as client:
+        yield SimpleNamespace(app=app, client=client)
+
+
+def shape(value: Any) -> Any:
+    """Types and key order; a list is the shapes that occur in it, `bytes` lists are not looked into."""
+    if isinstance(value, dict):
+        return [(key, "bytes" if key == "bytes" else shape(member)) for key, member in value.items()]
+    if isinstance(value, list):
+        shapes: list[Any] = []
+        for member in value:
+            if (found := shape(member)) not in shapes:
+                shapes.append(found)
+        return shapes
+    return None if value is None else type(value).__name__
+
+
+def chunk_shapes(text: str) -> list[Any]:
+    """The shapes of a stream's chunks, each once, in order of appearance; [DONE] stands for itself."""
+    shapes: list[Any] = []
+    for event in text.split("\n\n"):
+        if event:
+            assert event.startswith("data: ")
+            data = event.removeprefix("data: ")
+            found = data if data == "[DONE]" else shape(json.loads(data))
+            if found not in shapes:
+                shapes.append(found)
+    return shapes
+
+
+def ask_both(real: httpx.Client, fake: SimpleNamespace, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
+    return real.post("/v1/chat/completions", json=body), fake.client.post("/v1/chat/completions", json=body)
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_plain_answers_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
+    truth, ours = ask_both(real, fake, {**ASK, "model": name, **REQUESTS[what]})
+    assert truth.status_code == ours.status_code == 200, truth.text
+    assert shape(ours.json()) == shape(truth.json())
+    assert ours.headers["content-type"] == truth.headers["content-type"]
+    assert json.dumps(truth.json(), separators=(",", ":"), ensure_ascii=False).encode() == truth.content
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_streams_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
+    truth, ours = ask_both(real, fake, {**ASK, "model": name, "stream": True, **STREAMS[what]})
+    assert truth.status_code == ours.status_code == 200, truth.text
+    assert chunk_shapes(ours.text) == chunk_shapes(truth.text)
+    assert ours.headers["content-type"] == truth.headers["content-type"]
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_errors_have_the_real_status_and_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
+    truth, ours = ask_both(real, fake, {**ASK, "model": name, **ERRORS[what]})
+    assert truth.status_code == ours.status_code
+    assert shape(ours.json()) == shape(truth.json())
+
+
+def test_models_and_health_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace) -> None:
+    assert shape(fake.client.get("/v1/models").json()) == shape(real.get("/v1/models").json())
+    truth, ours = real.get("/health"), fake.client.get("/health")
+    assert (ours.status_code, ours.content) == (truth.status_code, truth.content)
+
+
+def test_the_request_id_header_becomes_the_completion_id(real: httpx.Client, fake: SimpleNamespace, name: str) -> None:
+    for client in (real, fake.client):
+        answer = client.post("/v1/chat/completions", json={**ASK, "model": name}, headers={"x-request-id": "abc"})
+        assert answer.json()["id"] == "chatcmpl-abc"

@@ -1,0 +1,150 @@
+"""Load on a proxy that is killed: clients that note every answer they finished reading, and the comparison after.
+
+Used by the unit tier (2 moments) and the integration tier (10 moments).
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from tracegrad.tracestore.store import open_store
+
+SUPPORT = Path(__file__).parent
+WARM = 10
+"""Answers that are read before the clock of a kill starts: a loaded machine must not make the test empty."""
+
+
+@dataclass
+class Finished:
+    """Completion ids of the answers that clients read to their end, and how many they did not."""
+
+    completion_ids: list[str] = field(default_factory=list)
+    broken: int = 0
+
+
+def write_config(folder: Path, engine_url: str, store_url: str) -> Path:
+    path = folder / "tracegrad.yaml"
+    config = {
+        "store": store_url,
+        "models": {"main": {"checkpoint": "none", "engine": {"url": engine_url}}},
+        "roles": {"*": "main"},
+    }
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def start_engine(token_delay_s: float) -> tuple["subprocess.Popen[str]", str]:
+    command = [sys.executable, str(SUPPORT / "fake_vllm.py"), "--name", "main", "--token-delay-s", str(token_delay_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def start_proxy(config: Path) -> tuple["subprocess.Popen[str]", str]:
+    command = [
+        sys.executable,
+        "-m",
+        "tracegrad.adapters.proxy.command",
+        "--config",
+        str(config),
+        "--port",
+        "0",
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"the proxy ended with status {process.wait()}"
+    return process, str(json.loads(line)["url"])
+
+
+async def _one_call(session: aiohttp.ClientSession, url: str, number: int, finished: Finished) -> None:
+    stream = bool(number % 2)
+    body = {"messages": [{"role": "user", "content": f"call {number}"}], "stream": stream, "n": 1 + number % 3 // 2}
+    try:
+        async with session.post(f"{url}/run/run-{number % 7}/role/a/v1/chat/completions", json=body) as answer:
+            text = await answer.text()
+    except (aiohttp.ClientError, OSError):
+        finished.broken += 1
+        return
+    if answer.status != 200 or (stream and "data: [DONE]" not in text):
+        finished.broken += 1
+    elif stream:
+        finished.completion_ids.append(str(json.loads(text.split("\n\n", 1)[0].removeprefix("data: "))["id"]))
+    else:
+        finished.completion_ids.append(str(json.loads(text)["id"]))
+
+
+async def load(url: str, finished: Finished, stop: asyncio.Event, *, clients: int) -> None:
+    """Keep `clients` connections busy until `stop`, plain and streamed in turn."""
+
+    async def client(first: int, session: aiohttp.ClientSession) -> None:
+        number = first
+        while not stop.is_set():
+            await _one_call(session, url, number, finished)
+            number += clients
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(client(first, session) for first in range(clients)))
+
+
+async def _kill_under_load(config: Path, after_s: float, clients: int) -> Finished:
+    process, url = await asyncio.to_thread(start_proxy, config)
+    finished, stop = Finished(), asyncio.Event()
+    try:
+        loading = asyncio.create_task(load(url, finished, stop, clients=clients))
+        while len(finished.completion_ids) < WARM and not loading.done():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(after_s)
+        os.kill(process.pid, signal.SIGKILL)
+        stop.set()
+        await asyncio.wait_for(loading, 30)
+    finally:
+        process.kill()
+        process.wait()
+    return finished
+
+
+def kill_at_random_moments(folder: Path, *, seed: int, moments: int, clients: int = 8) -> None:
+    """Start and kill a proxy `moments` times under load; then every finished answer is in the store exactly once."""
+    rng = random.Random(seed)
+    store_url = f"sqlite:///{folder / 'store.db'}"
+    open_store(store_url).close()
+    engine, engine_url = start_engine(0.002)
+    finished: list[str] = []
+    broken = 0
+    try:
+        config = write_config(folder, engine_url, store_url)
+        for _ in range(moments):
+            seen = asyncio.run(_kill_under_load(config, rng.uniform(0.0, 0.6), clients))
+            finished += seen.completion_ids
+            broken += seen.broken
+    finally:
+        engine.kill()
+        engine.wait()
+    began = time.monotonic()
+    store = open_store(store_url)
+    try:
+        stored: dict[str, int] = {}
+        for run in range(7):
+            for call in store.trace(f"run-{run}").calls:
+                if call.status == "complete" and call.completion_id is not None:
+                    stored[call.completion_id] = stored.get(call.completion_id, 0) + 1
+    finally:
+        store.close()
+    lost = [completion_id for completion_id in finished if stored.get(completion_id) != 1]
+    said = f"seed {seed}: {len(finished)} finished, {broken} broken off, {len(stored)} stored"
+    print(f"{said}, read back in {time.monotonic() - began:.1f} s")
+    assert len(finished) >= WARM * moments, f"{said}: too little load to prove anything"
+    assert broken >= moments, f"{said}: the kills interrupted nothing"
+    assert len(set(finished)) == len(finished)
+    assert lost == [], f"{said}: finished by a client but not stored exactly once"

@@ -1,0 +1,64 @@
+"""`tracegrad proxy` as a process: takes a free port, stops cleanly, and loses nothing when killed."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import kill_load
+import pytest
+from click.testing import CliRunner
+
+from tracegrad.adapters.proxy.command import proxy as command
+from tracegrad.tracestore.store import open_store
+
+
+@pytest.fixture
+def config(tmp_path: Path, engine_url: str, store_url: str) -> Path:
+    return kill_load.write_config(tmp_path, engine_url, store_url)
+
+
+def test_it_prints_its_url_serves_and_stops_cleanly_on_interrupt(config: Path, engine_app: Any, store_url: str) -> None:
+    process, url = kill_load.start_proxy(config)
+    try:
+        body = {"messages": [{"role": "user", "content": "hello"}]}
+        assert httpx.post(f"{url}/run/r/v1/chat/completions", json=body, timeout=20).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+    store = open_store(store_url)
+    assert len(store.trace("r").calls) == 1
+    store.close()
+
+
+def test_killed_under_load_every_finished_answer_is_stored_once(tmp_path: Path) -> None:
+    kill_load.kill_at_random_moments(tmp_path, seed=time.time_ns() % 100_000, moments=2)
+
+
+def test_an_address_that_others_can_reach_needs_to_be_allowed(config: Path) -> None:
+    result = CliRunner().invoke(command, ["--config", str(config), "--host", "0.0.0.0"])
+    assert result.exit_code == 1
+    assert "no authentication" in result.output and "--allow-remote" in result.output
+
+
+def test_show_config_prints_what_was_resolved_and_stops(config: Path) -> None:
+    arguments = ["--config", str(config), "--port", "7", "--show-config"]
+    shown = json.loads(CliRunner().invoke(command, [*arguments, "--json"]).output)
+    assert (shown["proxy"]["port"], shown["proxy"]["host"]) == (7, "127.0.0.1")
+    assert "port: 7\n" in CliRunner().invoke(command, arguments).output
+
+
+def test_a_wrong_configuration_is_an_error_that_says_what(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("proxy: {prot: 1}\n")
+    result = CliRunner().invoke(command, ["--config", str(path)])
+    assert result.exit_code == 1 and "did you mean port" in result.output
+
+
+def test_a_taken_port_is_an_error_that_says_so(config: Path, engine_url: str) -> None:
+    port = engine_url.rsplit(":", 1)[1]
+    result = CliRunner().invoke(command, ["--config", str(config), "--port", port])
+    assert result.exit_code == 1 and f"cannot listen on 127.0.0.1:{port}" in result.output

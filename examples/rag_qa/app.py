@@ -28,8 +28,11 @@ REWRITER = ChatPromptTemplate(
 )
 ANSWERER = ChatPromptTemplate(
     [
-        ("system", "Answer the question from the passages with a few words only."),
-        ("user", "{passages}\n\nQuestion: {question}"),
+        (
+            "system",
+            "Answer the question from the passages with a few words only, such as a name, a place or a year.",
+        ),
+        ("user", "{passages}\n\nQuestion: {question}\nShort answer:"),
     ]
 )
 

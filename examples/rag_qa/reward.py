@@ -55,14 +55,17 @@ def mentions(passages: Sequence[str], golds: Sequence[str]) -> bool:
 def reward(task: Any, output: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Score one run of the graph: `task.reference["answers"]` against `output["answer"]`.
 
-    `f1` and `recall` train (see `tracegrad.yaml`): f1 is the run's, recall (did the rewriter's keywords find a gold
-    answer?) is the rewriter's alone. `em` and `format` are reported only. A missing answer is an error, not a 0.
+    Each role is paid for its own work (`tracegrad.yaml` trains on these two): `answer_f1` reaches the answerer,
+    `recall` (do the passages that its keywords found hold a gold answer?) the rewriter. `f1`, `em` and `format` are the
+    run's and are reported only. A missing answer is an error, not a 0.
     """
     answers = task.reference["answers"]
     answer = output["answer"]
+    f1 = best_f1(answer, answers)
     return [
-        {"name": "f1", "value": best_f1(answer, answers)},
+        {"name": "f1", "value": f1},
         {"name": "em", "value": exact_match(answer, answers)},
         {"name": "format", "value": well_formed(answer)},
+        {"name": "answer_f1", "value": f1, "role": "answerer"},
         {"name": "recall", "value": float(mentions([output["passages"]], answers)), "role": "rewriter"},
     ]

@@ -57,7 +57,7 @@ def test_a_gold_answer_must_stand_word_for_word() -> None:
     assert not mentions(["Anything"], ["the"])  # empty after normalisation: stands nowhere
 
 
-def test_reward_names_values_and_the_role_that_recall_reaches() -> None:
+def test_each_role_is_paid_for_its_own_work_and_the_run_is_reported() -> None:
     task = SimpleNamespace(reference={"answers": ["Ottawa"]})
     output = {"answer": "It is Ottawa.", "passages": "Canada: Its capital is Ottawa.\n\nOttawa: A city."}
     # given {it, is, ottawa}, wanted {ottawa}: 2 * 1 / (3 + 1)
@@ -65,6 +65,7 @@ def test_reward_names_values_and_the_role_that_recall_reaches() -> None:
         {"name": "f1", "value": 0.5},
         {"name": "em", "value": 0.0},
         {"name": "format", "value": 1.0},
+        {"name": "answer_f1", "value": 0.5, "role": "answerer"},
         {"name": "recall", "value": 1.0, "role": "rewriter"},
     ]
 

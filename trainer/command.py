@@ -1,0 +1,124 @@
+"""`tracegrad train`: one training job in the foreground.
+
+Reads configuration, environment and command line once. The first Ctrl-C finishes the step at hand (or leaves at once
+where it only waits) and ends with 130; the second drops the step: nothing is lost, the next start trains it again.
+Exit codes: 0 done, 1 an error that it says in one paragraph, 2 a wrong command line, 130 interrupted.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from threading import Event
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tracegrad.tracestore.config import Config
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+
+
+@click.command(name="train")
+@click.option("--config", "path", type=click.Path(dir_okay=False), default="tracegrad.yaml", show_default=True)
+@click.option("--steps", type=click.IntRange(min=0), help="Train until this step instead of trainer.steps.")
+@click.option("--offline", is_flag=True, help="Train from stored runs; publish nothing, need no engine.")
+@click.option("--show-config", is_flag=True, help="Print the resolved configuration and leave.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.option("--ray-address", help="Join this Ray cluster instead of starting a local Ray.")
+def train(
+    *, path: str, steps: int | None, offline: bool, show_config: bool, as_json: bool, ray_address: str | None
+) -> None:
+    """Train a model from recorded, rewarded runs and publish each step's weights."""
+    import msgspec
+
+    from tracegrad.tracestore.config import dump_config, load_config
+    from tracegrad.tracestore.errors import TraceStoreError
+
+    try:
+        config = load_config(path)
+        if steps is not None:
+            config = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, steps=steps))
+        if show_config:
+            click.echo(dump_config(config), nl=False)
+            return
+        if not config.models:
+            raise click.UsageError(f"{path} names no models: there is nothing to train")
+        code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
+    except TraceStoreError as error:
+        click.echo(f"tracegrad train: {error}", err=True)
+        code = EXIT_ERROR
+    sys.exit(code)
+
+
+def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str | None) -> int:
+    """Put the parts together and run the controller; return the exit code."""
+    try:
+        from tracegrad.trainer.controller import Controller, Surroundings
+    except ImportError as error:
+        click.echo(f"tracegrad train needs the train extra ({error}): pip install 'tracegrad[train]'", err=True)
+        return EXIT_ERROR
+    from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.crash_points import CrashPoints
+    from tracegrad.trainer.engine_client import EngineClient
+    from tracegrad.trainer.errors import TrainerError
+    from tracegrad.trainer.job_folder import JobFolder
+    from tracegrad.trainer.metrics import Console
+    from tracegrad.trainer.workers import RayWorkers
+
+    name, stop = config.trainer.model, Event()
+    console = Console(click.echo, steps=config.trainer.steps, as_json=as_json)
+    try:
+        crash_points = CrashPoints.from_environment(os.environ)
+        store = open_store(config.store)
+        with contextlib.closing(store), JobFolder(config.trainer).held() as folder:
+            console.say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
+            with RayWorkers(config, address=ray_address) as workers, _signals(stop, console.say):
+                around = Surroundings(
+                    store=store,
+                    workers=workers,
+                    folder=folder,
+                    console=console,
+                    engine=None if offline else EngineClient(config.models[name].engine.url, name),
+                    crash_points=crash_points,
+                    stop=stop,
+                )
+                step = Controller(config, around).run()
+    except TrainerError as error:
+        click.echo(f"tracegrad train: {error}", err=True)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        console.say("interrupted: the step at hand was dropped, the next start trains it")
+        return EXIT_INTERRUPTED
+    if stop.is_set():
+        console.say(f"interrupted after step {step}")
+        return EXIT_INTERRUPTED
+    console.say(f"done: step {step} of {config.trainer.steps}")
+    return 0
+
+
+@contextlib.contextmanager
+def _signals(stop: Event, say: Callable[[str], None]) -> Iterator[None]:
+    """First Ctrl-C: stop after this step. Second: KeyboardInterrupt. Termination: leave now, as the second."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say("stopping after this step; Ctrl-C again drops it")
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    former = {
+        signal.SIGINT: signal.signal(signal.SIGINT, interrupt),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

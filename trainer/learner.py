@@ -1,0 +1,246 @@
+"""The learner: one model's policy, its AdamW and its folders, in one process. No store, no engine, no Ray.
+
+It loads and writes checkpoints, applies PPO steps (`tracegrad.trainer.ppo`), and scores sequences for the publish
+probe and the canary. Deterministic: fixed thread count, deterministic kernels, and everything random drawn from the
+plan's seed, so that equal traces give bitwise equal weights. It refuses steps as `ppo` does, and folders that are not
+what their manifest says. Called in a Ray actor by `tracegrad.trainer.workers`, or directly by tests.
+"""
+
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
+from tracegrad.trainer.credit import token_starts
+from tracegrad.trainer.errors import StepRefused, TrainerError
+from tracegrad.trainer.evaluation import Evaluation, Floats, at_temperature_one, choose_probe, scored
+from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.ppo import PpoStep
+from tracegrad.trainer.results import Saved, Scored, StepResult
+from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
+from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
+from tracegrad.trainer.weights import DTYPES, check_names, load_state, save_serving, save_state
+
+_SCALES = tuple(0.05 * 2**doubling for doubling in range(8))
+
+
+class Learner:
+    """Owns the weights of `config.trainer.model` while a job trains them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.trainer
+        model = config.models[self.config.model]
+        self._base = Path(model.checkpoint)
+        self._dtype = DTYPES[model.engine.dtype]
+        self._policy: Policy | None = None
+        self._optimizer: torch.optim.AdamW | None = None
+        self._ppo: PpoStep | None = None
+        self._probe: tuple[list[ChoiceSample], tuple[Scored, ...]] | None = None
+        torch.set_num_threads(self.config.threads)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    # -- weights and folders
+
+    def create(self, root: str) -> Checkpoint:
+        """Take the base model as it is and write the checkpoint of step 0 under `root`."""
+        self._adopt(Policy.from_checkpoint(self._base, self.config.precision))
+        check_names(self._base, self.policy)
+        return self._write(Path(root), 0)
+
+    def load(self, path: str, expected_hash: str | None = None) -> int:
+        """Verify the folder, take its weights and optimizer state, bitwise; return its step.
+
+        Raises:
+            CheckpointError: it is damaged, or is not the one the row names.
+        """
+        manifest = verify_checkpoint(path, expected_hash)
+        if self._policy is None:
+            self._adopt(Policy.from_checkpoint(path, self.config.precision))
+        load_state(Path(path), self.policy, self._optimizer_or_raise())
+        self._probe = None
+        return int(manifest["step"])
+
+    def save(self, root: str, step: int) -> Saved:
+        """Write the folder of `step`; meanwhile score the step's probe again, now under the new weights."""
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(self._write, Path(root), step)
+            previous: tuple[Scored, ...] = ()
+            new: tuple[Scored, ...] = ()
+            if self._probe is not None:
+                choices, previous = self._probe
+                new = scored(choices, self.ppo.evaluate(choices).logprobs_N)
+            return Saved(checkpoint=writing.result(), previous=previous, new=new)
+
+    @property
+    def policy(self) -> Policy:
+        """The weights. `create` or `load` comes first."""
+        if self._policy is None:
+            raise TrainerError("the learner has no weights yet: call create or load first")
+        return self._policy
+
+    @property
+    def ppo(self) -> PpoStep:
+        """The step over these weights."""
+        if self._ppo is None:
+            raise TrainerError("the learner has no weights yet: call create or load first")
+        return self._ppo
+
+    # -- probes
+
+    def probe_sequences(self, n_tokens: int, seed: int) -> tuple[Scored, ...]:
+        """Sample sequences from the current weights and score them: a probe where no traces are at hand."""
+        ids = self_sample(self.policy, n_tokens, seed=seed)
+        return self.score([Scored(ids=row, n_prompt=PROMPT_TOKENS, logprobs=()) for row in ids])
+
+    def score(self, sequences: Sequence[Scored], temperature: float = 1.0) -> tuple[Scored, ...]:
+        """Return the same sequences with the logprobs of the current weights."""
+        choices = [_as_choice(sequence, index, temperature) for index, sequence in enumerate(sequences)]
+        return scored(choices, self.ppo.evaluate(choices).logprobs_N)
+
+    def perturbed(self, root: str, gap: float, sequences: Sequence[Scored], seed: int) -> Saved:
+        """Write a serving folder of visibly changed weights (head included), with the scores before and after.
+
+        Every tensor gets Gaussian noise of the same share of its standard deviation, doubled until the scores differ
+        by `gap` nats in the mean. The learner's weights are the same afterwards, bitwise. The folder holds no trainer
+        state: it can be served, not trained.
+
+        Raises:
+            TrainerError: no noise up to eight standard deviations is seen in the scores.
+        """
+        previous = self.score(sequences)
+        kept = {name: tensor.clone() for name, tensor in self.policy.lm_state().items()}
+        try:
+            for scale in _SCALES:
+                generator = torch.Generator().manual_seed(seed)
+                self.policy.load_lm_state({name: _noisy(tensor, scale, generator) for name, tensor in kept.items()})
+                new = self.score(sequences)
+                if _mean_abs(new, previous) >= gap:
+                    checkpoint = write_checkpoint(
+                        Path(root), 0, lambda folder: save_serving(folder, self.policy, self._dtype, self._base)
+                    )
+                    return Saved(checkpoint=checkpoint, previous=previous, new=new)
+        finally:
+            self.policy.load_lm_state(kept)
+        raise TrainerError(f"no perturbation changes the model's logprobs by {gap} nats: are its weights all zero?")
+
+    # -- the step
+
+    def step(self, plan: BatchPlan, samples: Samples, *, version_id: int | None, probe_tokens: int = 0) -> StepResult:
+        """Train one step. `version_id`: the policy version of the weights it starts with.
+
+        `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`.
+
+        Raises:
+            StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before.
+        """
+        started = time.monotonic()
+        if not samples.choices:
+            raise StepRefused(
+                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs; "
+                f"sampled tokens excluded by reason: {samples.excluded_tokens}"
+            )
+        self._probe = None
+        proximal, probe = self._proximal(samples.choices, probe_tokens)
+        evaluated = time.monotonic()
+        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id)
+        self._probe = probe
+        return StepResult(
+            consumption=samples.consumption,
+            metrics={
+                **metrics,
+                "runs": len(plan.run_ids),
+                "tokens_excluded": samples.excluded_tokens,
+                "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "seconds": {**metrics["seconds"], "evaluate": evaluated - started},
+            },
+        )
+
+    # -- inside
+
+    def _proximal(
+        self, choices: Sequence[ChoiceSample], probe_tokens: int
+    ) -> tuple[Evaluation, tuple[list[ChoiceSample], tuple[Scored, ...]] | None]:
+        """Evaluate the step's choices, and the probe's at temperature 1, in one pass: they share their contexts."""
+        chosen = choose_probe(choices, probe_tokens, self.config.batch.row_tokens) if probe_tokens else []
+        probe = at_temperature_one([choices[index] for index in chosen])
+        both = self.ppo.evaluate([*choices, *probe], full=True)
+        n_tokens = int(token_starts(choices)[-1])
+        proximal = Evaluation(
+            logprobs_N=both.logprobs_N[:n_tokens],
+            values_N=_head(both.values_N, n_tokens),
+            entropy_N=_head(both.entropy_N, n_tokens),
+        )
+        return proximal, (probe, scored(probe, both.logprobs_N[n_tokens:])) if probe else None
+
+    def _optimizer_or_raise(self) -> torch.optim.AdamW:
+        if self._optimizer is None:
+            raise TrainerError("the learner has no optimizer yet: call create or load first")
+        return self._optimizer
+
+    def _adopt(self, policy: Policy) -> None:
+        settings = self.config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": list(policy.lm_masters().values()), "lr": settings.lr},
+                {"params": list(policy.value_masters().values()), "lr": settings.critic_lr},
+            ],
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        reference = None
+        if self.config.algorithm.kl_coef:
+            reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False)
+            reference.requires_grad_(False)
+        self._policy = policy
+        self._ppo = PpoStep(policy, self._optimizer, self.config, reference)
+
+    def _write(self, root: Path, step: int) -> Checkpoint:
+        def fill(folder: Path) -> dict[str, str]:
+            with ThreadPoolExecutor(1) as pool:
+                serving = pool.submit(save_serving, folder, self.policy, self._dtype, self._base)
+                state = save_state(folder, self.policy, self._optimizer_or_raise(), self._dtype)
+                return {**state, **serving.result()}
+
+        return write_checkpoint(root, step, fill, {"model": self.config.model})
+
+
+def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample:
+    """Dress a sequence as a choice, which is what packing and evaluation take."""
+    sampled = sequence.ids[sequence.n_prompt :]
+    return ChoiceSample(
+        run_id=f"probe-{index}",
+        group_id=None,
+        task_id=None,
+        call_id=f"probe-{index}",
+        choice_index=0,
+        role=None,
+        turn=Turn(),
+        prompt_ids=sequence.ids[: sequence.n_prompt],
+        token_ids=sampled,
+        behaviour_logprobs=(0.0,) * len(sampled),
+        temperature=temperature,
+        finish_reason="stop",
+        version_id=0,
+    )
+
+
+def _noisy(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    return tensor + scale * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+
+
+def _mean_abs(new: Sequence[Scored], previous: Sequence[Scored]) -> float:
+    pairs = [pair for n, p in zip(new, previous, strict=True) for pair in zip(n.logprobs, p.logprobs, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def _head(values: Floats | None, count: int) -> Floats | None:
+    return None if values is None else values[:count]

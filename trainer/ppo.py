@@ -1,0 +1,288 @@
+"""One PPO step of one model: evaluate, credit, update. No folders, no store, no engine.
+
+Order: proximal logprobs and values of every sampled token under the weights the step starts with; credit per choice;
+then `epochs` x `minibatches` updates over packed rows, each loss divided by the count of trained tokens of its
+minibatch, whatever rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that
+is not finite, nothing to train, and rows that do not select every trained token exactly once per epoch (law 5).
+Everything random comes from the plan's seed. Called by the learner.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracegrad.tracestore.config import TrainerConfig
+from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
+from tracegrad.trainer.credit import (
+    behaviour_logprobs,
+    choice_returns,
+    gae_advantages,
+    group_advantages,
+    normalise,
+    run_returns,
+    spread,
+    token_starts,
+)
+from tracegrad.trainer.errors import StepRefused
+from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
+from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
+from tracegrad.trainer.packing import Packing, pack
+from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.samples import ChoiceSample, Samples
+from tracegrad.trainer.step_metrics import StepArrays, step_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credit:
+    """Advantages (and, with a critic, value targets) per trained token; `counts` go into the metrics."""
+
+    returns_B: Floats
+    advantages_N: Floats
+    targets_N: Floats | None
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fixed:
+    """What stays the same through all updates of a step, (N,) float32. Critic and reference may be absent."""
+
+    behaviour: Tensor
+    proximal: Tensor
+    advantages: Tensor
+    targets: Tensor | None
+    old_values: Tensor | None
+    reference: Tensor | None
+
+    def inputs(self, index_E: Tensor, logprobs_E: Tensor, values_E: Tensor | None) -> LossInputs:
+        """Gather one row's share."""
+
+        def at(tensor_N: Tensor | None) -> Tensor | None:
+            return None if tensor_N is None else tensor_N[index_E]
+
+        return LossInputs(
+            policy_logprobs_E=logprobs_E,
+            behaviour_logprobs_E=self.behaviour[index_E],
+            advantages_E=self.advantages[index_E],
+            proximal_logprobs_E=self.proximal[index_E],
+            reference_logprobs_E=at(self.reference),
+            values_E=values_E,
+            old_values_E=at(self.old_values),
+            targets_E=at(self.targets),
+        )
+
+
+class PpoStep:
+    """Applies steps to a policy through its optimizer. Holds no state between steps."""
+
+    def __init__(
+        self, policy: Policy, optimizer: torch.optim.Optimizer, config: TrainerConfig, reference: Policy | None = None
+    ) -> None:
+        self._policy, self._optimizer, self._reference = policy, optimizer, reference
+        self._config = config
+        self._critic = config.algorithm.advantage == "gae"
+        self._settings = LossSettings.from_config(config.algorithm)
+
+    def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
+        """Lay choices into rows of the configured length."""
+        row_tokens, cost = self._config.batch.row_tokens, self._policy.attention_cost
+        return pack(choices, row_tokens=row_tokens, attention_cost=cost, select=select)
+
+    def evaluate(self, choices: Sequence[ChoiceSample], *, full: bool = False) -> Evaluation:
+        """Return logprobs of the current weights at the choices' temperatures; with `full` values and entropies."""
+        return self._evaluate_with(self._policy, choices, full=full)
+
+    def run(self, plan: BatchPlan, samples: Samples, proximal: Evaluation, *, version_id: int | None) -> dict[str, Any]:
+        """Update the weights once through the step; return its metrics.
+
+        `proximal` is `evaluate(samples.choices, full=True)` under the present weights.
+
+        Raises:
+            StepRefused: see the module.
+        """
+        started = time.monotonic()
+        choices = samples.choices
+        credit = self.credit(samples, proximal)
+        packing = self.pack(choices)
+        fixed = self._fixed(samples, proximal, credit)
+        policy_N, values_N = np.full(len(fixed.behaviour), np.nan), np.full(len(fixed.behaviour), np.nan)
+        facts: dict[str, Any] = {}
+        parts = self._config.optimizer.minibatches
+        updates = self._config.optimizer.epochs * parts
+        with self._unchanged_on_failure(updates):
+            for epoch in range(self._config.optimizer.epochs):
+                seed = plan.seed + epoch
+                selections = split_groups(choices, parts, seed=seed) if parts > 1 else [list(range(len(choices)))]
+                packings = [self.pack(choices, part) if parts > 1 else packing for part in selections]
+                rows = [[packed_row(row) for row in part.rows] for part in packings]
+                _check_mask(plan.step, [row for part in rows for row in part], samples)
+                for part in rows:
+                    facts = self._update(plan.step, part, fixed, policy_N, values_N)
+        arrays = StepArrays(
+            starts=token_starts(choices),
+            returns_B=credit.returns_B,
+            behaviour_N=behaviour_logprobs(choices),
+            proximal_N=proximal.logprobs_N,
+            policy_N=policy_N,
+            advantages_N=credit.advantages_N,
+            entropy_N=_present(proximal.entropy_N),
+            values_N=values_N if self._critic else None,
+            old_values_N=proximal.values_N,
+            targets_N=credit.targets_N,
+        )
+        return {
+            **step_metrics(choices, arrays, self._config.algorithm, version_id),
+            **facts,
+            **credit.counts,
+            "updates": updates,
+            "tokens_computed": packing.stats.n_nodes,
+            "tokens_unique": packing.stats.n_unique,
+            "tokens_naive": packing.stats.n_naive,
+            "seconds": {"update": time.monotonic() - started},
+        }
+
+    def credit(self, samples: Samples, proximal: Evaluation) -> Credit:
+        """Turn rewards into advantages: GAE over the critic's values, or group-relative."""
+        algorithm = self._config.algorithm
+        starts = token_starts(samples.choices)
+        returns_B = choice_returns(samples.choices, samples.rewards, algorithm.reward_weights)
+        if self._critic:
+            values_N = _present(proximal.values_N)
+            gae = gae_advantages(returns_B, values_N, starts, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
+            advantages_N = normalise(gae.advantages_N) if algorithm.normalise_std else gae.advantages_N
+            return Credit(returns_B=returns_B, advantages_N=advantages_N, targets_N=gae.targets_N, counts={})
+        grouped = group_advantages(
+            samples.choices,
+            returns_B,
+            run_returns(samples.rewards, algorithm.reward_weights),
+            samples.run_groups,
+            normalise_std=algorithm.normalise_std,
+        )
+        names = ("n_cells", "n_single_cells", "n_zero_variance", "n_lone_runs")
+        return Credit(
+            returns_B=returns_B,
+            advantages_N=spread(grouped.advantages_B, starts),
+            targets_N=None,
+            counts={name: int(getattr(grouped, name)) for name in names},
+        )
+
+    # -- inside
+
+    def _evaluate_with(self, policy: Policy, choices: Sequence[ChoiceSample], *, full: bool) -> Evaluation:
+        rows = [packed_row(row) for row in self.pack(choices).rows]
+        n_tokens = int(token_starts(choices)[-1])
+        return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
+
+    def _fixed(self, samples: Samples, proximal: Evaluation, credit: Credit) -> _Fixed:
+        reference_N = None
+        if self._reference is not None:
+            reference_N = self._evaluate_with(self._reference, samples.choices, full=False).logprobs_N
+        return _Fixed(
+            behaviour=_float32(behaviour_logprobs(samples.choices)),
+            proximal=_float32(proximal.logprobs_N),
+            advantages=_float32(credit.advantages_N),
+            targets=None if credit.targets_N is None else _float32(credit.targets_N),
+            old_values=None if proximal.values_N is None else _float32(proximal.values_N),
+            reference=None if reference_N is None else _float32(reference_N),
+        )
+
+    def _update(
+        self, step: int, rows: Sequence[PackedRow], fixed: _Fixed, policy_N: Floats, values_N: Floats
+    ) -> dict[str, Any]:
+        """One optimizer step over the rows of a minibatch; the weights change only if everything is finite."""
+        n_tokens = sum(row.n_edges for row in rows)
+        total = 0.0
+        self._policy.zero_grads()
+        for row in rows:
+            outputs = self._policy.edge_outputs(row, with_values=self._critic)
+            inputs = fixed.inputs(row.edge_index_E, outputs.logprobs_E, outputs.values_E)
+            loss = ppo_loss(inputs, self._settings).total_sum / n_tokens
+            loss.backward()
+            total += float(loss.detach())
+            policy_N[row.edge_index_E.numpy()] = outputs.logprobs_E.detach().double().numpy()
+            if outputs.values_E is not None:
+                values_N[row.edge_index_E.numpy()] = outputs.values_E.detach().double().numpy()
+        norm = self._clip_grads()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
+        lr = self._set_learning_rates(step)
+        self._optimizer.step()
+        self._policy.zero_grads()
+        self._policy.refresh()
+        return {"loss": total, "grad_norm": norm, "lr": lr}
+
+    def _clip_grads(self) -> float:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self._config.optimizer.max_grad_norm))
+
+    def _set_learning_rates(self, step: int) -> float:
+        """Linear warm-up over the first steps: a function of the step alone, so that nothing has to be resumed."""
+        settings = self._config.optimizer
+        factor = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group, lr in zip(self._optimizer.param_groups, (settings.lr, settings.critic_lr), strict=True):
+            group["lr"] = lr * factor
+        return settings.lr * factor
+
+    @contextmanager
+    def _unchanged_on_failure(self, updates: int) -> Iterator[None]:
+        """Put weights and optimizer back when the block raises. One update changes nothing before it is checked."""
+        kept = _Snapshot(self._policy, self._optimizer) if updates > 1 else None
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._policy.zero_grads()
+                if kept is not None:
+                    kept.restore()
+
+
+class _Snapshot:
+    """Copies of masters and optimizer state."""
+
+    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        self._policy, self._optimizer = policy, optimizer
+        self._parameters = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+        self._state = {
+            p: {name: value.clone() for name, value in state.items()} for p, state in optimizer.state.items()
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in self._parameters.items():
+            parameter.copy_(value)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        self._policy.refresh()
+
+
+def _check_mask(step: int, rows: Sequence[PackedRow], samples: Samples) -> None:
+    """Law 5, every epoch: the loss mask selects each trained token of the account exactly once."""
+    trained = samples.n_trained_tokens
+    counts = np.zeros(trained, dtype=np.int64)
+    for row in rows:
+        index_E = row.edge_index_E.numpy()
+        if len(index_E) and int(index_E.max()) >= trained:
+            raise StepRefused(f"step {step}: a row trains token {int(index_E.max())} of {trained}")
+        np.add.at(counts, index_E, 1)
+    if not (counts == 1).all():
+        missed, double = int((counts == 0).sum()), int((counts > 1).sum())
+        raise StepRefused(f"step {step}: of {trained} tokens {missed} are not trained and {double} more than once")
+
+
+def _present(values: Floats | None) -> Floats:
+    if values is None:
+        raise StepRefused("the proximal evaluation lacks values or entropies: call evaluate(..., full=True)")
+    return values
+
+
+def _float32(values: Floats) -> Tensor:
+    return torch.from_numpy(values).float()

@@ -1,0 +1,123 @@
+"""What is in a checkpoint folder: the model in Hugging Face format, and the state that lets training go on exactly.
+
+At the top, `model.safetensors` in the serving dtype (each value the rounded float32 master), `config.json`, and the
+base's tokenizer files: vLLM and transformers load the folder as it is. Under `trainer_state/`: the value head, AdamW's
+two moments and step counts, and, where the serving dtype is not float32, the masters. No generator state: whatever is
+random in a step is drawn from the seed of its plan, which commits with the lease.
+Refuses a state of another model. Called by the learner; `tracegrad.trainer.checkpoints` knows the folder around it.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tracegrad.trainer.checkpoints import STATE_FOLDER
+from tracegrad.trainer.errors import UnsupportedModel
+from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.tensor_files import write_tensors
+
+MODEL = "model.safetensors"
+VALUE_HEAD = f"{STATE_FOLDER}/value_head.safetensors"
+MASTERS = f"{STATE_FOLDER}/masters.safetensors"
+MOMENTS = {name: f"{STATE_FOLDER}/{name}.safetensors" for name in ("exp_avg", "exp_avg_sq")}
+STEPS = f"{STATE_FOLDER}/optimizer_steps.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ASSETS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def named_masters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """Return every trained tensor: ``lm.<name>`` and ``value_head.<name>``, float32."""
+    return {
+        **{f"lm.{name}": parameter for name, parameter in policy.lm_masters().items()},
+        **{f"value_head.{name}": parameter for name, parameter in policy.value_masters().items()},
+    }
+
+
+def save_serving(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> dict[str, str]:
+    """Write what the engine loads; return the sha256 of the weights by file name."""
+    config = copy.deepcopy(policy.lm.config)
+    config.dtype = dtype
+    config.architectures = config.architectures or [type(policy.lm).__name__]
+    config.save_pretrained(folder)
+    for pattern in _ASSETS:
+        for source in base.glob(pattern):
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
+    return {MODEL: write_tensors(folder / MODEL, policy.lm_state(), dtype)}
+
+
+def save_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, str]:
+    """Write what training needs beside the serving files, each file in its own thread; return their sha256."""
+    (folder / STATE_FOLDER).mkdir()
+    masters = named_masters(policy)
+    states = {name: optimizer.state[p] for name, p in masters.items() if p in optimizer.state}
+    steps = {name: int(state["step"]) for name, state in states.items()}
+    (folder / STEPS).write_text(json.dumps(steps, indent=0, sort_keys=True))
+    files: dict[str, Mapping[str, Tensor]] = {VALUE_HEAD: policy.value_state()}
+    if dtype != torch.float32:
+        files[MASTERS] = policy.lm_state()
+    for moment, file in MOMENTS.items():
+        files[file] = {name: state[moment] for name, state in states.items()}
+    with ThreadPoolExecutor(len(files)) as pool:
+        digests = pool.map(lambda item: write_tensors(folder / item[0], item[1]), files.items())
+        return dict(zip(files, digests, strict=True))
+
+
+def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Put masters, value head and AdamW's state back, bitwise.
+
+    Raises:
+        UnsupportedModel: the folder holds another model's tensors.
+    """
+    masters = folder / MASTERS
+    policy.load_lm_state(load_file(masters if masters.exists() else folder / MODEL))
+    policy.load_value_state(load_file(folder / VALUE_HEAD))
+    parameters = named_masters(policy)
+    steps: dict[str, int] = json.loads((folder / STEPS).read_text())
+    moments = {moment: load_file(folder / file) for moment, file in MOMENTS.items()}
+    unknown = sorted(steps.keys() - parameters.keys())
+    if unknown:
+        raise UnsupportedModel(f"{folder}: the optimizer state names {unknown[:3]}, which this model does not have")
+    optimizer.state.clear()
+    for name, count in steps.items():
+        optimizer.state[parameters[name]] = {
+            "step": torch.tensor(float(count)),
+            **{moment: tensors[name].clone() for moment, tensors in moments.items()},
+        }
+
+
+def check_names(base: Path, policy: Policy) -> None:
+    """Refuse a base whose files name their tensors otherwise than the loaded model does.
+
+    Raises:
+        UnsupportedModel: weights that transformers fuses or renames while loading would be served under wrong names.
+    """
+    from safetensors import safe_open
+
+    stored: set[str] = set()
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= set(tensors.keys())
+    missing = sorted(set(policy.lm_state()) - stored)
+    if missing:
+        raise UnsupportedModel(
+            f"{base}: its safetensors files lack {missing[:3]} that the loaded model has; "
+            "save the model in plain Hugging Face safetensors format first"
+        )

@@ -19,7 +19,7 @@ from tracegrad.trainer.engine_errors import PublishFailed
 from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
 
-SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=1.0)
+SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=0.6)
 SEQUENCES = tuple(
     ProbeSequence(ids=tuple((start + step * i) % 11 for i in range(40)), n_prompt=5)
     for start in range(3)

@@ -1,0 +1,164 @@
+"""`tracegrad engine`, `versions` and `rollback` as a person runs them: output, exit codes, what stays behind."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_engine
+import pytest
+import yaml
+from click.testing import CliRunner
+from fake_engine import FakeEngine, save_weight
+
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.engine_command import engine
+from tracegrad.trainer.versions_command import rollback, versions
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeEngine]:
+    with FakeEngine(save_weight(tmp_path / "w1.0", 1.0)) as engine:
+        yield engine
+
+
+def write_config(tmp_path: Path, url: str, **engine: object) -> Path:
+    path = tmp_path / "tracegrad.yaml"
+    fields = {"url": url, "max_model_len": 64, **engine}
+    models = {"main": {"checkpoint": "w1.0", "engine": fields}}
+    path.write_text(yaml.safe_dump({"store": "sqlite:///store.db", "models": models}))
+    return path
+
+
+def fill(store: Store, tmp_path: Path, weights: list[float]) -> list[int]:
+    """Versions of these weights, each published and live, with a probe's result."""
+    ids = []
+    for step, weight in enumerate(weights):
+        path = save_weight(tmp_path / f"w{weight}", weight)
+        version = store.add_version(
+            model="main",
+            kind="step" if step else "initial",
+            parent_id=ids[-1] if ids else None,
+            checkpoint_path=str(path),
+            checkpoint_hash=path.name,
+            step=step,
+            job_id=None,
+        )
+        ids.append(version.version_id)
+        publish = store.request_publish(version.version_id)
+        for state in ("draining", "swapping"):
+            store.advance_publish(publish.publish_id, state)
+        seen = {"total_s": 0.25, "result": {"verdict": "new", "mean_abs_new": 0.0123}}
+        store.advance_publish(publish.publish_id, "live", probe=seen)
+    return ids
+
+
+def test_preflight_says_ready_or_what_is_missing(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    done = CliRunner().invoke(engine, ["--config", config, "--preflight"])
+    assert (done.exit_code, done.output) == (0, f"engine main at {fake.url} is ready for training\n")
+    fake.processed = False
+    done = CliRunner().invoke(engine, ["--config", config, "--preflight"])
+    assert done.exit_code == 3
+    assert "--logprobs-mode processed_logprobs" in done.output
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    done = CliRunner().invoke(engine, ["--config", config, "--model", "mian"])
+    assert (done.exit_code, "no model 'mian' (it has main)" in done.output) == (2, True)
+    done = CliRunner().invoke(engine, ["--config", str(tmp_path / "none.yaml")])
+    assert (done.exit_code, "cannot read" in done.output) == (2, True)
+    done = CliRunner().invoke(engine, ["--config", config])
+    assert (done.exit_code, "is taken" in done.output) == (1, True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_told_to_stop(tmp_path: Path, how: signal.Signals) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    save_weight(tmp_path / "w1.0", 1.0)
+    config = write_config(tmp_path, url, launch=["{python}", fake_engine.__file__], log="engine.log")
+    code = "from tracegrad.trainer.engine_command import engine; engine()"
+    running = subprocess.Popen([sys.executable, "-c", code, "--config", str(config)], stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    said = [running.stderr.readline(), running.stderr.readline()]
+    assert said[0].startswith("engine main: up after ")
+    assert said[1].startswith("engine main: ready")
+    server = int((tmp_path / "w1.0" / "child.pid").read_text())
+    running.send_signal(how)
+    assert running.wait(20) == 0
+    running.stderr.close()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{server}").exists()
+
+
+def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    done = CliRunner().invoke(versions, ["--config", config])
+    assert done.exit_code == 1
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    first, second = fill(store, tmp_path, [1.0, 2.0])
+    failed = store.request_publish(first)
+    store.advance_publish(failed.publish_id, "failed", error="no engine")
+    store.close()
+    done = CliRunner().invoke(versions, ["--config", config, "--json"])
+    rows = json.loads(done.output)
+    assert [(r["version_id"], r["live"], r["step"]) for r in rows] == [(first, False, 0), (second, True, 1)]
+    assert [p["state"] for p in rows[0]["publishes"]] == ["live", "failed"]
+    assert rows[0]["publishes"][1]["error"] == "no engine"
+    assert rows[1]["publishes"][0]["probe"]["result"]["verdict"] == "new"
+    table = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "140"}).output
+    assert "LIVE" in table
+    assert "0.012" in table
+
+
+def test_rollback_publishes_the_old_version_and_abandons_the_newer(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    first, second, third = fill(store, tmp_path, [1.0, 2.0, 3.0])
+    fake.weight, fake.version = 3.0, str(third)
+    done = CliRunner().invoke(rollback, [str(first), "--config", config])
+    assert done.output == f"version {first} is live again; abandoned: {second}, {third}\n"
+    assert (fake.weight, fake.version) == (1.0, str(first))
+    live = store.live_version("main")
+    assert live is not None
+    assert live.version_id == first
+    assert [v.abandoned for v in store.list_versions("main")] == [False, True, True]
+    assert len(store.list_publishes("main")) == 4
+    for again, says in ((first, "is live already"), (second, "abandoned"), (99, "no policy version 99")):
+        done = CliRunner().invoke(rollback, [str(again), "--config", config])
+        assert (done.exit_code, says in done.output) == (1, True), done.output
+    new = store.add_version(
+        model="main",
+        kind="step",
+        parent_id=first,
+        checkpoint_path="w",
+        checkpoint_hash="h",
+        step=1,
+        job_id=None,
+    )
+    assert new.version_id > third, "ids are never reused"
+    store.close()
+
+
+def test_a_rollback_that_does_not_arrive_abandons_nothing(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    first, second = fill(store, tmp_path, [1.0, 2.0])
+    fake.fail_reloads = 1
+    done = CliRunner().invoke(rollback, [str(first), "--config", config])
+    assert (done.exit_code, f"version {second} is back" in done.output) == (1, True)
+    assert not any(v.abandoned for v in store.list_versions("main"))
+    store.close()

@@ -6,7 +6,7 @@ Called by the trainer and by the proxy's backlog endpoint, through `Store`.
 
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, and_, case, func, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
@@ -40,13 +40,15 @@ class Jobs(Noun):
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
         with self._db.read() as connection:
             unit = units(members(job_id, rule))
-            ready = connection.execute(
-                select(func.count()).select_from(unit).where(is_ready(unit, rule, live_step(connection, rule.model)))
-            ).scalar_one()
-            leased = connection.execute(
-                select(func.count()).select_from(unit).where(unit.c.held == 1, unit.c.eligible > 0)
-            ).scalar_one()
-            return Backlog(ready_groups=ready, leased_groups=leased, publishing=is_publishing(connection, rule.model))
+            ready = is_ready(unit, rule, live_step(connection, rule.model))
+            leased = and_(unit.c.held == 1, unit.c.eligible > 0)
+            counts = [func.coalesce(func.sum(case((kind, 1), else_=0)), 0) for kind in (ready, leased)]
+            found = connection.execute(select(*counts).select_from(unit)).one()
+            return Backlog(
+                ready_groups=int(found[0]),
+                leased_groups=int(found[1]),
+                publishing=is_publishing(connection, rule.model),
+            )
 
 
 def existing_job(connection: Connection, job_id: str, *, lock: bool = False) -> Any:

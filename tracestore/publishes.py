@@ -8,7 +8,7 @@ one is not. Called by the publisher and by the proxy's poll, through `Store`.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, case, delete, func, select, update
+from sqlalchemy import Connection, Select, bindparam, case, delete, func, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
@@ -26,6 +26,26 @@ _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
     "live": (),
     "failed": (),
 }
+
+
+def _view() -> Select[Any]:
+    """Select, per model, the newest publish with its state and the version of the newest one that went live."""
+    went_live = case((publishes.c.state == "live", publishes.c.publish_id))
+    found = (
+        select(publishes.c.model, func.max(publishes.c.publish_id).label("newest"), func.max(went_live).label("live"))
+        .where(publishes.c.model.in_(bindparam("models", expanding=True)))
+        .group_by(publishes.c.model)
+        .subquery()
+    )
+    newest, live = publishes.alias("newest_publish"), publishes.alias("live_publish")
+    return (
+        select(found.c.model, found.c.newest, newest.c.state, live.c.version_id)
+        .join(newest, newest.c.publish_id == found.c.newest)
+        .outerjoin(live, live.c.publish_id == found.c.live)
+    )
+
+
+_VIEW = _view()
 
 
 class Publishes(Noun):
@@ -146,26 +166,9 @@ class Publishes(Noun):
 
     def publish_view(self, models: Sequence[str]) -> dict[str, ModelState]:
         """Return, per model, the live version and the newest publish with its state: one query, for polling."""
-        went_live = case((publishes.c.state == "live", publishes.c.publish_id))
-        found = (
-            select(
-                publishes.c.model,
-                func.max(publishes.c.publish_id).label("newest"),
-                func.max(went_live).label("live"),
-            )
-            .where(publishes.c.model.in_(models))
-            .group_by(publishes.c.model)
-            .subquery()
-        )
-        newest, live = publishes.alias("newest_publish"), publishes.alias("live_publish")
-        statement = (
-            select(found.c.model, found.c.newest, newest.c.state, live.c.version_id)
-            .join(newest, newest.c.publish_id == found.c.newest)
-            .outerjoin(live, live.c.publish_id == found.c.live)
-        )
         view = {model: ModelState(model=model, live_version=None, publish_id=None, state=None) for model in models}
         with self._db.read() as connection:
-            for row in connection.execute(statement):
+            for row in connection.execute(_VIEW, {"models": list(models)}):
                 view[row.model] = ModelState(
                     model=row.model, live_version=row.version_id, publish_id=row.newest, state=row.state
                 )

@@ -348,12 +348,13 @@ class LedgerContract:
 
     def test_late_rewards_are_kept_for_the_next_job(self, store: Store) -> None:
         """Late for the job that read the run before it came, by arrival, not by commit; the next job sees it."""
-        run, _ = ready_group(store)
+        run, last = ready_group(store)
         lease = take(store)
         (between,) = store.add_rewards([make_reward("between", run, 2.0)])
         assert between.late_for == ()
         store.commit_step(lease, make_commit(account(store, lease)))
         assert [reward.late_for for reward in store.trace(run).rewards] == [(JOB,)]
+        assert [reward.late_for for reward in store.trace(last).rewards] == [()]
         (late,) = store.add_rewards([make_reward("late", run, 3.0)])
         assert late.late_for == (JOB,)
         assert store.add_rewards([make_reward(f"reward-{run}", run, 1.0)])[0].late_for == ()
@@ -367,11 +368,13 @@ class LedgerContract:
         run, other = ready_group(store)
         lease = take(store)
         entries = account(store, lease)
-        store.append_calls([make_call("late", run, tokens=[(1, 2)]), make_call("late-too", other, tokens=[(1,)])])
+        store.append_calls(
+            [make_call("late", run, tokens=[(1, 2)]), make_call("late-too", other, tokens=[(1,), range(4)])]
+        )
         read = replace(entries[0], run_id=other, call_id="late-too", trained_tokens=1)
         store.commit_step(lease, make_commit([*entries, read]))
         report = store.consumption(JOB)
-        assert (report.stored, report.trained, dict(report.excluded)) == (9, 7, {"arrived after the lease": 2})
+        assert (report.stored, report.trained, dict(report.excluded)) == (13, 7, {"arrived after the lease": 6})
         assert report.conserved
 
     def test_conservation_over_the_whole_store(self, store: Store) -> None:

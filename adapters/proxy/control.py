@@ -245,6 +245,7 @@ def _summary(call: Call) -> dict[str, Any]:
         "prompt_tokens": None if call.prompt_ids is None else len(call.prompt_ids),
         "sampled_tokens": [len(choice.token_ids) for choice in call.choices],
         "finish_reasons": [choice.finish_reason for choice in call.choices],
+        "flags": [list(choice.flags) for choice in call.choices],
         "dispatched_at": call.timing.dispatched_at,
     }
 

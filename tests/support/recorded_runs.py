@@ -200,3 +200,12 @@ def _trace(key: str, member: int, answers: Sequence[Scored], version_id: int, te
         opened_at=1000.0,
     )
     return RunTrace(run=run, calls=calls, rewards=rewards)
+
+
+def bandit_trace(key: str, member: int, answer: Scored, *, reward: float) -> RunTrace:
+    """Return a run of group `key` with one call of the first role and one reward on the run."""
+    run_id = f"{key}-{member}"
+    call = call_of(run_id, ROLES[0], answer, version_id=1, temperature=1.0, order=0, call_id=f"call-{run_id}")
+    run = Run(run_id=run_id, purpose="train", task_id="t", group_id=key, member=member, status="closed")
+    given = Reward(reward_id=f"rw-{run_id}", run_id=run_id, name="score", value=reward, source="test")
+    return RunTrace(run=run, calls=(call,), rewards=(given,))

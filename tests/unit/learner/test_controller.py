@@ -1,0 +1,260 @@
+"""The loop on a real store, in one process: what commits, what is thrown away, and what the next start does."""
+
+import hashlib
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import recorded_runs as recorded
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
+from tracegrad.tracestore.records import Lease
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.checkpoints import list_checkpoints
+from tracegrad.trainer.controller import Controller, Surroundings, step_seed
+from tracegrad.trainer.errors import CheckpointError, JobBusy, StepRefused, TrainerError
+from tracegrad.trainer.job_folder import JobFolder
+from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.lease_keeper import LeaseKeeper
+from tracegrad.trainer.metrics import Console
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def recorded_store(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with eight groups that another job's weights (equal to the base) sampled."""
+    folder = tmp_path_factory.mktemp("recorded")
+    config = recorded.configuration(llama, folder / "out", store=f"sqlite:///{folder}/store.db")
+    learner = Learner(config)
+    made = learner.create(str(folder / "sampler"))
+    with closing(open_store(config.store)) as opened:
+        version = opened.add_version(
+            model=recorded.MODEL,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.path,
+            checkpoint_hash=made.hash,
+            step=0,
+            job_id=None,
+        )
+        recorded.fill(opened, recorded.recorded_groups(8, score=learner.score, version_id=version.version_id))
+    with closing(sqlite3.connect(folder / "store.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "store.db"
+
+
+@pytest.fixture
+def store(recorded_store: Path, configure: Configure) -> Iterator[Store]:
+    """A copy of it, where `configure` says."""
+    url = configure().store
+    shutil.copyfile(recorded_store, url.removeprefix("sqlite:///"))
+    with closing(open_store(url, create=False)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def undisturbed(llama: Path, recorded_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Checkpoint hashes of four steps that nothing interrupted, by a job of another name in a store of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copyfile(recorded_store, folder / "store.db")
+    config = recorded.configuration(llama, folder / "out", store=f"sqlite:///{folder}/store.db", job="undisturbed")
+    with closing(open_store(config.store, create=False)) as opened:
+        train(config, opened)
+        return hashes(opened, "undisturbed")
+
+
+def train(config: Config, store: Store, learner: Learner | None = None, stop: Event | None = None) -> list[str]:
+    """Run a controller to its end; return what it said."""
+    said: list[str] = []
+    with JobFolder(config.trainer).held() as folder:
+        around = Surroundings(
+            store=store,
+            workers=learner or Learner(config),
+            folder=folder,
+            console=Console(said.append, steps=config.trainer.steps, as_json=False),
+            stop=stop or Event(),
+        )
+        Controller(config, around).run()
+    return said
+
+
+class Dies(Exception):
+    """Stands for the death of the process."""
+
+
+class Mortal(Learner):
+    """Dies at a named point of a step."""
+
+    def __init__(self, config: Config, point: str, step: int) -> None:
+        super().__init__(config)
+        self.at = (point, step)
+
+    def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
+        if self.at == ("before-step", plan.step):
+            raise Dies
+        return super().step(plan, samples, **kwargs)
+
+    def save(self, root: str, step: int) -> Any:
+        if self.at == ("before-save", step):
+            raise Dies
+        saved = super().save(root, step)
+        if self.at == ("after-save", step):
+            raise Dies
+        return saved
+
+
+def hashes(store: Store, job: str = "test") -> list[str]:
+    return [v.checkpoint_hash for v in store.list_versions(recorded.MODEL) if v.job_id == job]
+
+
+def test_offline_trains_all_ready_groups_and_conserves_every_token(
+    configure: Configure, store: Store, undisturbed: list[str]
+) -> None:
+    config = configure(steps=10)
+    said = train(config, store)
+    assert said[-1] == "stopped after step 4: 0 ready groups are left, a step takes 2"
+    report = store.consumption("test")
+    assert report.conserved
+    assert report.trained == report.stored > 0
+    assert hashes(store) == undisturbed
+    last = store.last_checkpoint("test")
+    assert last is not None
+    assert last.step == 4
+    assert last.metrics["step"] == 4
+    versions = [v for v in store.list_versions(recorded.MODEL) if v.job_id == "test"]
+    assert [(v.kind, v.step) for v in versions] == [("initial", 0), *(("step", step) for step in (1, 2, 3, 4))]
+    assert [v.parent_id for v in versions[1:]] == [v.version_id for v in versions[:-1]]
+    kept = list_checkpoints(Path(config.trainer.output) / "test" / "checkpoints")
+    assert [p.name[:11] for p in kept] == ["step-000000", "step-000003", "step-000004"]
+
+
+def test_other_settings_train_other_weights(configure: Configure, store: Store, undisturbed: list[str]) -> None:
+    """What makes the equalities of this file mean something."""
+    train(configure(steps=1, optimizer={"minibatches": 2}), store)
+    assert hashes(store)[0] == undisturbed[0]
+    assert hashes(store)[1] != undisturbed[1]
+
+
+@pytest.mark.parametrize("point", ["before-step", "before-save", "after-save"])
+def test_a_death_in_a_step_is_continued_to_the_same_bits(
+    configure: Configure, store: Store, undisturbed: list[str], point: str
+) -> None:
+    config = configure()
+    with pytest.raises(Dies):
+        train(config, store, Mortal(config, point, 3))
+    assert len(hashes(store)) == 3
+    said = train(config, store)
+    assert any("never committed" in line for line in said) is (point == "after-save")
+    assert hashes(store) == undisturbed
+    metrics = (Path(config.trainer.output) / "test" / "metrics.jsonl").read_text().splitlines()
+    assert [line.split('"step": ')[1][0] for line in metrics] == ["1", "2", "3", "4"]
+
+
+def test_a_lost_lease_throws_the_step_away(configure: Configure, store: Store, undisturbed: list[str]) -> None:
+    """The lease is reclaimed behind the trainer's back once; it restores, and its next lease trains."""
+    config = configure(steps=2)
+
+    class Robbed(Learner):
+        robbed: Lease | None = None
+
+        def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
+            result = super().step(plan, samples, **kwargs)
+            if plan.step == 2 and self.robbed is None:
+                self.robbed = store.reclaim("test", 60.0)
+            return result
+
+    learner = Robbed(config)
+    said = train(config, store, learner)
+    assert any(line.startswith("step 2 is thrown away") for line in said)
+    assert hashes(store)[:2] == undisturbed[:2]
+    assert store.last_checkpoint("test").step == 2  # type: ignore[union-attr]
+    assert len(list_checkpoints(Path(config.trainer.output) / "test" / "checkpoints")) == 3
+
+
+def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure, store: Store) -> None:
+    class Refuses(Learner):
+        def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
+            raise StepRefused(f"step {plan.step}: loss nan")
+
+    config = configure()
+    with pytest.raises(StepRefused):
+        train(config, store, Refuses(config))
+    assert store.last_checkpoint("test") is None
+
+
+def test_a_stop_ends_after_the_step_at_hand(configure: Configure, store: Store) -> None:
+    config, stop = configure(), Event()
+
+    class Interrupted(Learner):
+        def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
+            stop.set()
+            return super().step(plan, samples, **kwargs)
+
+    train(config, store, Interrupted(config), stop)
+    assert store.last_checkpoint("test").step == 1  # type: ignore[union-attr]
+
+
+def test_an_abandoned_version_is_not_built_on(configure: Configure, store: Store) -> None:
+    config = configure(steps=2)
+    train(config, store)
+    versions = [v for v in store.list_versions(recorded.MODEL) if v.job_id == "test"]
+    store.abandon_version(versions[-1].version_id)
+    train(configure(steps=3), store)
+    newest = store.list_versions(recorded.MODEL)[-1]
+    assert (newest.step, newest.parent_id) == (3, versions[1].version_id)
+    for version in store.list_versions(recorded.MODEL):
+        store.abandon_version(version.version_id)
+    with pytest.raises(TrainerError, match="abandoned"):
+        train(config, store)
+
+
+def test_a_damaged_last_checkpoint_stops_the_start(configure: Configure, store: Store) -> None:
+    config = configure(steps=1)
+    train(config, store)
+    newest = store.list_versions(recorded.MODEL)[-1]
+    (Path(newest.checkpoint_path) / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        train(config, store)
+
+
+def test_one_trainer_a_job(configure: Configure, store: Store) -> None:
+    config = configure()
+    with JobFolder(config.trainer).held(), pytest.raises(JobBusy, match="another trainer"):
+        train(config, store)
+
+
+def test_step_seeds_are_the_first_32_bits_of_a_hash() -> None:
+    """Resume depends on this rule staying what it is."""
+    assert step_seed(0, 1) == int(hashlib.sha256(b"0:1").hexdigest()[:8], 16)
+    assert len({step_seed(seed, step) for seed in range(3) for step in range(3)}) == 9
+
+
+def test_the_keeper_renews_and_reports_a_loss(configure: Configure, store: Store) -> None:
+    class Away:
+        def __init__(self) -> None:
+            self.calls = 0
+            self.renewed = Event()
+
+        def renew(self, lease: Lease, lease_s: float) -> Lease:
+            self.calls += 1
+            if self.calls == 1:
+                raise StoreUnavailable("down")
+            if self.calls == 3:
+                self.renewed.set()
+                raise LeaseLost("gone")
+            return lease
+
+    lease = Lease(lease_id=1, token=1, job_id="j", plan=None, expires_at=4e9)  # type: ignore[arg-type]
+    away = Away()
+    with LeaseKeeper(away, lease, 0.03) as keeper:
+        assert keeper.current == lease
+        assert away.renewed.wait(10)
+    with pytest.raises(LeaseLost):
+        _ = keeper.current

@@ -1,0 +1,216 @@
+"""The step learns, normalises globally, repeats bitwise, and refuses what it must with the weights unchanged."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import recorded_runs as recorded
+import torch
+
+from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.credit import token_starts
+from tracegrad.trainer.errors import StepRefused
+from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.results import Scored, StepResult
+from tracegrad.trainer.samples import Samples, build_batch
+
+MakeLearner = Callable[..., Learner]
+GROUP = {"algorithm": {"advantage": "group"}}
+
+
+def samples_of(learner: Learner, groups: int = 3, **kwargs: Any) -> tuple[BatchPlan, Samples]:
+    traces = recorded.traces_of(recorded.recorded_groups(groups, score=learner.score, **kwargs))
+    plan = BatchPlan(step=1, epoch=0, seed=5, run_ids=tuple(trace.run.run_id for trace in traces))
+    return plan, build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    state = {**learner.policy.lm_state(), **learner.policy.value_state()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def apply(learner: Learner, plan: BatchPlan, samples: Samples, **kwargs: Any) -> StepResult:
+    return learner.step(plan, samples, **{"version_id": 1, **kwargs})
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
+    """On-policy: sample a token, reward the lucky one. By chance 1/24; after 25 steps it must exceed 3/4."""
+    made = learner(algorithm={"advantage": advantage}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
+    prompt = (3, 4, 5)
+    generator = torch.Generator().manual_seed(0)
+
+    def probability() -> float:
+        return float(
+            np.exp(made.score([Scored(ids=(*prompt, recorded.LUCKY), n_prompt=3, logprobs=())])[0].logprobs[0])
+        )
+
+    assert probability() < 0.1
+    for step in range(1, 26):
+        with torch.no_grad():
+            logits = made.policy.lm(input_ids=torch.tensor([prompt])).logits[0, -1]
+        drawn = torch.multinomial(torch.softmax(logits, -1), 48, replacement=True, generator=generator).tolist()
+        answers = made.score([Scored(ids=(*prompt, token), n_prompt=3, logprobs=()) for token in drawn])
+        traces = []
+        for member, (token, answer) in enumerate(zip(drawn, answers, strict=True)):
+            draft = recorded.bandit_trace(f"s{step}", member, answer, reward=float(token == recorded.LUCKY))
+            traces.append(draft)
+        samples = build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+        apply(made, BatchPlan(step=step, epoch=0, seed=step, run_ids=("r",)), samples)
+    assert probability() > 0.75
+
+
+def test_lr_zero_changes_no_bit_and_ratios_stay_one(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 0.0, "critic_lr": 0.0, "epochs": 3, "minibatches": 2}, **GROUP)
+    before = weights(made)
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    assert equal(before, weights(made))
+    assert metrics["updates"] == 6
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-3)
+    assert metrics["logprob_abs_diff"] < 1e-5
+
+
+def test_temperature_is_the_effective_one(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 0.0}, **GROUP)
+    plan, samples = samples_of(made, temperature=0.7)
+    assert apply(made, plan, samples).metrics["logprob_abs_diff"] < 1e-5
+    cold = replace(samples, choices=tuple(replace(choice, temperature=1.0) for choice in samples.choices))
+    assert apply(made, plan, cold).metrics["logprob_abs_diff"] > 0.01
+
+
+def test_rows_of_any_size_give_the_same_update(learner: MakeLearner) -> None:
+    """Normalised by all trained tokens: the split into rows (micro-batches) must not matter. 6 rows against 1."""
+    results = []
+    for row_tokens in (512, 24, 8):
+        made = learner(batch={"row_tokens": row_tokens}, optimizer={"lr": 0.0, "max_grad_norm": 1e9})
+        plan, samples = samples_of(made, groups=6)
+        metrics = apply(made, plan, samples).metrics
+        results.append((metrics["loss"], metrics["grad_norm"]))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_the_loss_is_a_mean_over_all_trained_tokens(learner: MakeLearner) -> None:
+    """At ratio 1 and weight 1 without a critic: loss = -sum(advantages) / tokens = -mean advantage."""
+    made = learner(optimizer={"lr": 0.0}, **GROUP)
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    assert metrics["loss"] == pytest.approx(-metrics["advantage"], abs=1e-5)
+    starts = token_starts(samples.choices)
+    assert metrics["tokens_trained"] == starts[-1] == samples.n_trained_tokens
+    assert sum(role["tokens_trained"] for role in metrics["roles"].values()) == starts[-1]
+
+
+def test_two_trainings_are_bitwise_equal(learner: MakeLearner) -> None:
+    settings = {"optimizer": {"epochs": 2, "minibatches": 2, "lr": 1e-2}}
+    final = []
+    for _ in range(2):
+        made = learner(**settings)
+        before = weights(made)
+        for step in (1, 2):
+            plan, samples = samples_of(made, groups=4, seed=step)
+            apply(made, replace(plan, step=step), samples)
+        assert not equal(before, weights(made))
+        final.append(weights(made))
+    assert equal(*final)
+
+
+def test_a_reloaded_learner_goes_on_bitwise(learner: MakeLearner, tmp_path: Path) -> None:
+    made = learner()
+    plan, samples = samples_of(made)
+    apply(made, plan, samples)
+    saved = made.save(str(tmp_path / "root"), 1).checkpoint
+    second = samples_of(made, seed=9)
+    apply(made, *second)
+    other = learner()
+    assert other.load(saved.path, saved.hash) == 1
+    apply(other, *second)
+    assert equal(weights(made), weights(other))
+    assert made.save(str(tmp_path / "a"), 2).checkpoint.hash == other.save(str(tmp_path / "b"), 2).checkpoint.hash
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_not_finite_is_refused_and_nothing_moves(learner: MakeLearner, updates: int) -> None:
+    """With several minibatches the first updates are applied before the bad one is met: they must be taken back."""
+    made = learner(optimizer={"minibatches": updates, "lr": 1e-2}, **GROUP)
+    warm = samples_of(made, groups=4)
+    apply(made, *warm)
+    before, moments = weights(made), moment_sum(made)
+    plan, samples = samples_of(made, groups=4, seed=2)
+    poisoned = replace(
+        samples,
+        choices=(*samples.choices[:-1], replace(samples.choices[-1], behaviour_logprobs=nan_like(samples.choices[-1]))),
+    )
+    with pytest.raises(StepRefused, match="not finite"):
+        apply(made, plan, poisoned)
+    assert equal(before, weights(made))
+    assert moment_sum(made) == moments
+    apply(made, plan, samples)
+
+
+def moment_sum(made: Learner) -> float:
+    parameters = [p for group in made._optimizer.param_groups for p in group["params"]]
+    return sum(float(made._optimizer.state[p]["exp_avg_sq"].sum()) for p in parameters if p in made._optimizer.state)
+
+
+def nan_like(choice: Any) -> tuple[float, ...]:
+    return tuple(float("nan") for _ in choice.token_ids)
+
+
+def test_nothing_to_train_is_refused_with_the_reasons(learner: MakeLearner) -> None:
+    made = learner()
+    before = weights(made)
+    traces = recorded.traces_of(recorded.recorded_groups(1, score=made.score))
+    silent = [replace(trace, rewards=()) for trace in traces]
+    samples = build_batch(silent, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+    with pytest.raises(StepRefused, match="no reward"):
+        apply(made, BatchPlan(step=1, epoch=0, seed=0, run_ids=("r",)), samples)
+    assert equal(before, weights(made))
+
+
+def test_an_account_that_disagrees_with_the_mask_is_refused(learner: MakeLearner) -> None:
+    made = learner()
+    plan, samples = samples_of(made)
+    for choices in (samples.choices[:-1], (*samples.choices, samples.choices[0])):
+        with pytest.raises(StepRefused, match=r"are not trained|trains token"):
+            apply(made, plan, replace(samples, choices=choices))
+
+
+def test_reference_kl_holds_the_policy_back(learner: MakeLearner) -> None:
+    moved = []
+    for kl_coef in (0.0, 10.0):
+        made = learner(algorithm={"advantage": "group", "kl_coef": kl_coef}, optimizer={"epochs": 8, "lr": 5e-3})
+        plan, samples = samples_of(made)
+        moved.append(apply(made, plan, samples).metrics["kl"])
+    assert 0 < moved[1] < moved[0] / 2
+
+
+def test_warm_up_grows_with_the_step_alone(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 1e-3, "warmup_steps": 4})
+    plan, samples = samples_of(made)
+    rates = [apply(made, replace(plan, step=step), samples).metrics["lr"] for step in (1, 2, 4, 9)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3])
+
+
+def test_metrics_tell_stale_tokens_apart(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 0.0})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples, version_id=2).metrics
+    assert metrics["logprob_abs_diff"] is None
+    assert metrics["stale_tokens"] == metrics["tokens_trained"]
+
+
+def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:
+    made = learner(batch={"row_tokens": 4096})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    assert metrics["tokens_unique"] <= metrics["tokens_computed"] <= metrics["tokens_unique"] + 3
+    assert metrics["tokens_computed"] < metrics["tokens_naive"] / 3

@@ -1,0 +1,57 @@
+"""metrics.jsonl follows the ledger; the console says what people need; TensorBoard gets every number."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tracegrad.trainer.metrics import Console, MetricsLog, duration, scalars
+
+
+def test_reconcile_drops_torn_and_future_lines_and_adds_the_missing_last(tmp_path: Path) -> None:
+    lines = [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2}, {"step": 9, "reward": 0.9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "rew')
+    log = MetricsLog(tmp_path)
+    log.reconcile(3, {"reward": 0.3})
+    log.record({"step": 4, "reward": 0.4})
+    log.close()
+    read = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["reward"]) for line in read] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+
+
+def test_tensorboard_has_the_nested_numbers(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.record({"step": 3, "reward": 0.5, "roles": {"writer": {"reward": 0.25}}, "publish": None, "note": "x"})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["reward", "roles/writer/reward", "step"]
+    assert [(e.step, e.value) for e in events.Scalars("roles/writer/reward")] == [(3, 0.25)]
+
+
+def test_scalars_leave_out_what_is_no_number() -> None:
+    assert dict(scalars({"a": 1, "b": None, "c": {"d": 2.5, "e": "text", "f": True}})) == {"a": 1.0, "c/d": 2.5}
+
+
+def test_console_says_a_status_once_and_a_step_in_one_line() -> None:
+    said: list[str] = []
+    console = Console(said.append, steps=10, as_json=False)
+    console.say("waits")
+    console.say("waits")
+    console.step({"step": 4, "reward": 0.5, "tokens_trained": 7, "seconds": {"total": 2.0}, "logprob_abs_diff": None})
+    console.say("waits")
+    assert [line.split("  ")[0] for line in said] == ["waits", "step 4/10", "waits"]
+    assert "reward 0.5" in said[1]
+    assert "|d| -" in said[1]
+    assert "left" in said[1]
+
+
+def test_console_json_lines_parse() -> None:
+    said: list[str] = []
+    console = Console(said.append, steps=1, as_json=True)
+    console.say("hello")
+    console.step({"step": 1})
+    assert [json.loads(line) for line in said] == [{"event": "status", "text": "hello"}, {"event": "step", "step": 1}]
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 61, 3725)] == ["0s", "1m01s", "1h02m"]

@@ -1,0 +1,55 @@
+"""The command line: what it refuses before anything heavy starts, and what its process does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.errors import ConfigError
+from tracegrad.trainer.command import train
+from tracegrad.trainer.crash_points import CrashPoints
+
+FILE = "models: {main: {checkpoint: base}}\nroles: {'*': main}\ntrainer: {steps: 7}\n"
+
+
+def write(tmp_path: Path, text: str = FILE) -> str:
+    path = tmp_path / "tracegrad.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_show_config_prints_what_is_resolved(tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, ["--config", write(tmp_path), "--steps", "3", "--show-config"])
+    assert result.exit_code == 0
+    shown = parse_config(yaml.safe_load(result.output))
+    assert shown.trainer.steps == 3
+    assert shown.models["main"].checkpoint == str(tmp_path / "base")
+
+
+def test_unknown_keys_and_missing_files_are_said_plainly(tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, ["--config", write(tmp_path, FILE + "stpes: 3\n")])
+    assert result.exit_code == 1
+    assert "stpes" in result.output
+    result = CliRunner().invoke(train, ["--config", str(tmp_path / "none.yaml")])
+    assert (result.exit_code, "cannot read" in result.output) == (1, True)
+
+
+def test_no_models_is_a_usage_error(tmp_path: Path) -> None:
+    assert CliRunner().invoke(train, ["--config", write(tmp_path, "project: x\n")]).exit_code == 2
+
+
+def test_crash_points_refuse_what_they_do_not_know() -> None:
+    for text in ("after-lunch:1", "after-step", "after-step:x"):
+        with pytest.raises(ConfigError, match="POINT:STEP"):
+            CrashPoints.from_environment({"TRACEGRAD_KILL_AT": text})
+    CrashPoints.from_environment({}).reached("after-step", 1)
+    CrashPoints.from_environment({"TRACEGRAD_KILL_AT": "after-step:2"}).reached("after-step", 1)
+
+
+def test_the_controllers_process_has_no_torch() -> None:
+    code = "import sys, tracegrad.trainer.controller, tracegrad.trainer.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -119,7 +119,7 @@ class Rollout:
         self._executor = executor
         self._control = control
         self._watcher = watcher or Watcher()
-        self._pacer = Pacer(control, ahead=plan.ahead, say=self._watcher.waiting)
+        self._pacer = Pacer(control, ahead=plan.ahead, needs_version=plan.purpose == "train", say=self._watcher.waiting)
         self._slots = asyncio.Semaphore(plan.concurrency)
         self._active: dict[str, GroupProgress] = {}
         self._runs_before = 0

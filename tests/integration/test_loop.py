@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,7 @@ def trained(
         start_new_session=True,
     )
     try:
+        _wait_for_proxy(up, yaml.safe_load(config.read_text())["proxy"]["port"], folder / "up.log")
         rollout = subprocess.run(
             _command(
                 "rollout",
@@ -155,6 +158,19 @@ def trained(
     metrics = [json.loads(line) for line in (folder / "main" / "metrics.jsonl").read_text().splitlines()]
     yield Trained(advantage, store, metrics, json.loads(rollout.stdout))
     store.close()
+
+
+def _wait_for_proxy(up: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """`up` starts the proxy once the engine answers."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert up.poll() is None, _tail(log)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"no proxy after 240 s: {_tail(log)}")
 
 
 def _tail(path: Path) -> str:

@@ -1,0 +1,170 @@
+"""`tracegrad train --offline` with a real Ray, killed with SIGKILL at named points: the continuation is bitwise.
+
+One job is killed again and again and ends with the same checkpoint hashes as a job that nothing disturbed, every run
+trained once. TRACEGRAD_LONG=1 adds kills at random moments. Seeds are printed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import pytest
+import recorded_runs as recorded
+import yaml
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.store import open_store
+from tracegrad.trainer.learner import Learner
+
+STEPS = 6
+KILLS = ("after-lease:1", "after-step:2", "during-checkpoint:3", "after-checkpoint:4", "after-ledger:5")
+PROGRAM = "from tracegrad.adapters.cli import main; main()"
+LONG = os.environ.get("TRACEGRAD_LONG") == "1"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A configuration, and a store file with groups for all steps."""
+    folder = tmp_path_factory.mktemp("resume")
+    base = recorded.random_llama(folder / "base", hidden=64)
+    config = recorded.configuration(
+        base,
+        folder / "out",
+        store=f"sqlite:///{folder}/store.db",
+        steps=STEPS,
+        keep_checkpoints=STEPS,
+        optimizer={"epochs": 2, "minibatches": 2, "lr": 1e-3},
+    )
+    learner = Learner(config)
+    made = learner.create(str(folder / "sampler"))
+    with closing(open_store(config.store)) as store:
+        version = store.add_version(
+            model=recorded.MODEL,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.path,
+            checkpoint_hash=made.hash,
+            step=0,
+            job_id=None,
+        )
+        groups = recorded.recorded_groups(2 * STEPS, score=learner.score, version_id=version.version_id)
+        recorded.fill(store, groups)
+    return config, folder
+
+
+def start(config: Config, folder: Path, job: str, kill_at: str = "") -> subprocess.Popen[str]:
+    named = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, job=job))
+    path = folder / f"{job}.yaml"
+    path.write_text(yaml.safe_dump(msgspec.to_builtins(named)))
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "train", "--config", str(path), "--offline"],
+        env={**os.environ, "TRACEGRAD_KILL_AT": kill_at, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def trained(config: Config, job: str) -> list[tuple[int, str]]:
+    with closing(open_store(config.store)) as store:
+        return [(v.step, v.checkpoint_hash) for v in store.list_versions(recorded.MODEL) if v.job_id == job]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting: tuple[Config, Path]) -> list[tuple[int, str]]:
+    config, folder = setting
+    code, out, err = finish(start(config, folder, "undisturbed"))
+    assert code == 0, out + err
+    assert err == "", "the console is the user's"
+    found = trained(config, "undisturbed")
+    assert [step for step, _ in found] == list(range(STEPS + 1))
+    return found
+
+
+def check(config: Config, job: str, undisturbed: list[tuple[int, str]]) -> None:
+    assert trained(config, job) == undisturbed
+    with closing(open_store(config.store)) as store:
+        report = store.consumption(job)
+        assert report.conserved
+        assert report.trained == report.stored
+        assert store.reclaim(job, 1.0) is None
+    lines = (Path(config.trainer.output) / job / "metrics.jsonl").read_text().splitlines()
+    assert [msgspec.json.decode(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_ray_learns_what_one_process_learns(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
+    """The first step by a bare learner, from the same plan: the actor adds nothing."""
+    from tracegrad.tracestore.records import BatchPlan
+    from tracegrad.trainer.controller import step_seed
+    from tracegrad.trainer.samples import build_batch
+
+    config, folder = setting
+    learner = Learner(config)
+    assert learner.create(str(folder / "alone")).hash == undisturbed[0][1]
+    with closing(open_store(config.store)) as store:
+        run_ids = [f"run-s0-g{group:03d}-{member}" for group in range(2) for member in range(4)]
+        samples = build_batch(store.traces(run_ids), model=recorded.MODEL, role_model=config.model_of)
+    plan = BatchPlan(step=1, epoch=0, seed=step_seed(0, 1), run_ids=tuple(run_ids))
+    learner.step(plan, samples, version_id=None)
+    assert learner.save(str(folder / "alone"), 1).checkpoint.hash == undisturbed[1][1]
+
+
+def test_killed_at_five_points_and_continued(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
+    config, folder = setting
+    for kill_at in KILLS:
+        process = start(config, folder, "killed", kill_at)
+        code, out, err = finish(process)
+        assert code == -signal.SIGKILL, f"{kill_at}: exit {code}\n{out}{err}"
+    code, out, err = finish(start(config, folder, "killed"))
+    assert code == 0, out + err
+    check(config, "killed", undisturbed)
+
+
+def test_ctrl_c_finishes_the_step_and_says_so(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
+    config, folder = setting
+    process = start(config, folder, "interrupted")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    code, out, err = finish(process)
+    assert code == 130, out + err
+    assert "interrupted after step" in out
+    assert finish(start(config, folder, "interrupted"))[0] == 0
+    check(config, "interrupted", undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LONG, reason="TRACEGRAD_LONG=1 runs it")
+def test_killed_at_random_moments(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
+    config, folder = setting
+    seed = int(os.environ.get("TRACEGRAD_SEED", time.time_ns() % 1_000_000))
+    print(f"seed {seed}: TRACEGRAD_SEED={seed} repeats it")
+    rng = random.Random(seed)
+    for number in range(10):
+        job = f"random-{number}"
+        for _ in range(20):
+            process = start(config, folder, job)
+            try:
+                process.communicate(timeout=rng.uniform(6.0, 25.0))
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+        assert process.returncode == 0, f"seed {seed}: {job} never finished"
+        check(config, job, undisturbed)
+        shutil.rmtree(Path(config.trainer.output) / job)

@@ -145,13 +145,12 @@ class EngineProcess:
             self._clear()
             version = self._live()
             checkpoint = version.checkpoint_path if version else self.model.checkpoint
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._clear)
                 self._spawn(checkpoint)
                 self._wait_healthy(started)
                 self._catch_up(version)
-            except BaseException:
-                self._clear()
-                raise
+                undo.pop_all()
             self.start_s = time.monotonic() - started
         self._say(f"engine {self.name}: up after {self.start_s:.0f} s at {self.client.url}, serving {checkpoint}")
 

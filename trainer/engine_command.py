@@ -39,7 +39,7 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
     """Start the engines (vLLM) of the configuration and keep them up, on the newest live weights."""
     try:
         config = load_config(config_path)
-        models = _chosen(config, model_name)
+        models = _chosen(config, model_name, startable=not only_check)
         if only_check:
             for name, model in models.items():
                 check(EngineClient(model.engine.url, name), model)
@@ -54,12 +54,17 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
         _fail(error, USAGE)
 
 
-def _chosen(config: Config, name: str | None) -> Mapping[str, ModelConfig]:
+def _chosen(config: Config, name: str | None, *, startable: bool) -> Mapping[str, ModelConfig]:
+    """Return the models meant; with `startable`, without those whose engine is somebody else's."""
     if not config.models:
         raise click.UsageError("the configuration has no models: add `models: {main: {checkpoint: FOLDER}}`")
     if name is not None and name not in config.models:
         raise click.UsageError(f"the configuration has no model {name!r} (it has {', '.join(config.models)})")
-    return config.models if name is None else {name: config.models[name]}
+    named = {key: model for key, model in config.models.items() if name in (None, key)}
+    ours = {key: model for key, model in named.items() if not (startable and model.engine.external)}
+    if not ours:
+        raise click.UsageError(f"engine.external says that {', '.join(named)} is not ours to start; try --preflight")
+    return ours
 
 
 def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:

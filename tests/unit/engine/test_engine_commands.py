@@ -75,6 +75,10 @@ def test_mistakes_on_the_command_line(tmp_path: Path, fake: FakeEngine) -> None:
     assert (done.exit_code, "cannot read" in done.output) == (2, True)
     done = CliRunner().invoke(engine, ["--config", config])
     assert (done.exit_code, "is taken" in done.output) == (1, True)
+    external = str(write_config(tmp_path, fake.url, external=True))
+    done = CliRunner().invoke(engine, ["--config", external])
+    assert (done.exit_code, "main is not ours to start" in done.output) == (2, True)
+    assert CliRunner().invoke(engine, ["--config", external, "--preflight"]).exit_code == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,154 @@
+"""The loop with an engine behind HTTP that loads and scores real folders: publish, probe, canary, and what fails."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorded_runs as recorded
+from llama_engine import LlamaEngine
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.controller import Controller, Surroundings
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.errors import EngineError, PublishError
+from tracegrad.trainer.job_folder import JobFolder
+from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.metrics import Console
+
+PUBLISH = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
+
+
+@pytest.fixture
+def engine(llama: Path, tmp_path: Path) -> Iterator[LlamaEngine]:
+    with LlamaEngine(llama, tmp_path / "scratch", recorded.MODEL) as running:
+        yield running
+
+
+@pytest.fixture
+def store(configure: Callable[..., Config]) -> Iterator[Store]:
+    with closing(open_store(configure().store)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def config(configure: Callable[..., Config]) -> Config:
+    return configure(steps=2, publish=PUBLISH, keep_checkpoints=1)
+
+
+class Generates(Learner):
+    """A learner beside which traffic goes on: before each step the live version samples four groups."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        super().__init__(config)
+        self.store, self.seed = store, len(store.list_runs())
+
+    def traffic(self) -> None:
+        live = self.store.live_version(recorded.MODEL)
+        assert live is not None
+        self.seed += 1
+        recorded.fill(
+            self.store,
+            recorded.recorded_groups(2, score=self.score, version_id=live.version_id, seed=self.seed),
+        )
+
+
+def run(config: Config, store: Store, engine: LlamaEngine, workers: Learner) -> list[str]:
+    said: list[str] = []
+
+    def echo(text: str) -> None:
+        said.append(text)
+        if " waits for runs" in text:
+            workers.traffic()  # type: ignore[attr-defined]
+
+    with JobFolder(config.trainer).held() as folder:
+        around = Surroundings(
+            store=store,
+            workers=workers,
+            folder=folder,
+            console=Console(echo, steps=config.trainer.steps, as_json=False),
+            engine=EngineClient(engine.url, recorded.MODEL),
+        )
+        Controller(config, around).run()
+    return said
+
+
+def publishes(store: Store) -> list[tuple[str, int]]:
+    last = store.last_publish(recorded.MODEL)
+    return [] if last is None else [(last.state, store.get_version(last.version_id).step)]
+
+
+def test_every_step_goes_live_proven(config: Config, store: Store, engine: LlamaEngine) -> None:
+    said = run(config, store, engine, Generates(config, store))
+    assert said[1].startswith("version 1 is live")
+    assert publishes(store) == [("live", 2)]
+    last = store.last_publish(recorded.MODEL)
+    assert last is not None
+    assert last.probe is not None
+    assert last.probe["result"]["verdict"] == "new"
+    assert last.probe["result"]["n_tokens"] >= 16
+    live = store.live_version(recorded.MODEL)
+    assert live is not None
+    assert engine.version == str(live.version_id)
+    loaded = [name.split("-")[1] for name in engine.loaded]
+    assert loaded == ["000000", "000000", "000001", "000002"], "canary, initial, two steps"
+    kinds = [v.kind for v in store.list_versions(recorded.MODEL)]
+    assert kinds == ["initial", "canary", "step", "step"]
+    assert not (Path(config.trainer.output) / "test" / "canary").exists()
+    metrics = (Path(config.trainer.output) / "test" / "metrics.jsonl").read_text()
+    assert metrics.count('"verdict": "new"') == 2
+    assert store.last_checkpoint("test").metrics["logprob_abs_diff"] < 1e-4  # type: ignore[union-attr]
+
+
+def test_an_engine_that_keeps_its_weights_is_caught_by_the_canary(
+    config: Config, store: Store, engine: LlamaEngine
+) -> None:
+    engine.ignore_reload = True
+    with pytest.raises(PublishError, match="canary"):
+        run(config, store, engine, Generates(config, store))
+    assert publishes(store) == [("failed", 0)]
+
+
+def test_a_failed_publish_stops_and_the_last_good_version_serves_on(
+    config: Config, store: Store, engine: LlamaEngine
+) -> None:
+    class Breaks(Generates):
+        def save(self, root: str, step: int) -> Any:
+            if step == 2:
+                engine.fail_reloads = 1
+            return super().save(root, step)
+
+    with pytest.raises((PublishError, EngineError), match="out of memory"):
+        run(config, store, engine, Breaks(config, store))
+    live = store.live_version(recorded.MODEL)
+    assert live is not None
+    assert (live.step, engine.version) == (1, str(live.version_id))
+    assert store.last_checkpoint("test").step == 2  # type: ignore[union-attr]
+    assert "out of memory" in (Path(config.trainer.output) / "test" / "metrics.jsonl").read_text()
+    run(config, store, engine, Generates(config, store))
+    assert publishes(store) == [("live", 2)], "the next start publishes what was committed"
+    folders = sorted(p.name[:11] for p in (Path(config.trainer.output) / "test" / "checkpoints").iterdir())
+    assert folders == ["step-000000", "step-000001", "step-000002"]
+
+
+def test_a_death_inside_a_publish_is_ended_by_the_next_start(
+    config: Config, store: Store, engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dies(Exception):
+        pass
+
+    def die(self: Controller, state: str) -> None:
+        if state == "swapping" and self._step == 1:
+            raise Dies
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Controller, "_on_publish_state", die)
+        with pytest.raises(Dies):
+            run(config, store, engine, Generates(config, store))
+    assert publishes(store) == [("swapping", 1)]
+    said = run(config, store, engine, Generates(config, store))
+    assert any("had not finished" in line for line in said)
+    assert publishes(store) == [("live", 2)]
+    assert [v.step for v in store.list_versions(recorded.MODEL) if v.kind == "step"] == [1, 2]

@@ -38,7 +38,8 @@ class Conservation(Noun):
 
         Reasons of choices that no step accounted for, the first that applies: `no run`, `eval`, `leased` (being
         trained), `arrived after the lease` (its run is trained, it came later), `other model`, `open`, `run failed`,
-        `quarantined: …`, `no reward`, `other purpose`, `other role`, `group trained without it`, `group open`,
+        `failed call`, `aborted`, `quarantined: …`, `no version`, `no reward`, `other purpose`, `other role`,
+        `group trained without it`, `group open`,
         `group too small`, `too stale`, `not leased` (ready, waiting). Those after `no reward` are judged by the rule
         that the job last leased by; before its first lease such choices are `not leased`.
         """
@@ -120,6 +121,9 @@ def _before_the_rule(
         *whens,
         (runs.c.status == "open", literal("open")),
         (runs.c.status == "failed", literal("run failed")),
+        (calls.c.status == "failed", literal("failed call")),
+        (calls.c.status == "aborted", literal("aborted")),
         (calls.c.quarantine.is_not(None), literal("quarantined: ") + calls.c.quarantine),
+        (calls.c.version_dispatched.is_(None), literal("no version")),
         (not_(is_rewarded(rule or anything)), literal("no reward")),
     ]

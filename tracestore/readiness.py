@@ -1,8 +1,9 @@
 """Which groups a job could train, as one SQL expression that leasing, the backlog and conservation share.
 
 A unit is a group, or a run without a group (a group of one). It is ready when every planned member has ended, enough
-members are eligible (closed, rewarded, with a call to the model), none is held or trained by the job in this epoch,
-and the oldest weights that sampled it are recent enough. Purpose `eval` is refused here, and by the schema again.
+members are eligible (closed, rewarded, with an exactly recorded call to the model), none is held or trained by the
+job in this epoch, and the oldest weights that sampled it are recent enough. Purpose `eval`
+is refused here, and by the schema again.
 """
 
 from sqlalchemy import ColumnElement, Subquery, and_, case, exists, func, literal, select
@@ -35,6 +36,11 @@ def calls_that_count(rule: LeaseRule) -> ColumnElement[bool]:
     return counts if rule.roles is None else and_(counts, calls.c.role.in_(rule.roles))
 
 
+def is_exact() -> ColumnElement[bool]:
+    """Whether the call of the row could be trained as far as its metadata says; a choice of it may still not."""
+    return and_(calls.c.status == "complete", calls.c.quarantine.is_(None), calls.c.version_dispatched.is_not(None))
+
+
 def is_held(job_id: str) -> ColumnElement[bool]:
     """Whether an unfinished lease of the job holds the run."""
     return exists().where(holds.c.job_id == job_id, holds.c.run_id == runs.c.run_id)
@@ -48,7 +54,7 @@ def is_trained(job_id: str, epoch: int) -> ColumnElement[bool]:
 def members(job_id: str, rule: LeaseRule) -> Subquery:
     """Return one row per run that the rule allows: its unit, and what decides about it."""
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
-    eligible = and_(runs.c.status == "closed", is_rewarded(rule), exists().where(counted))
+    eligible = and_(runs.c.status == "closed", is_rewarded(rule), exists().where(counted, is_exact()))
     oldest = (
         select(func.min(policy_versions.c.step))
         .select_from(calls.join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
-from tracegrad.tracestore.records import Lease, Purpose, Run
+from tracegrad.tracestore.records import Lease, PolicyVersion, Purpose, Run
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
@@ -16,6 +16,7 @@ from tracegrad.tracestore.testing.rows import (
     account,
     add_group,
     finish_run,
+    first_version,
     live_version,
     make_call,
     make_commit,
@@ -62,6 +63,26 @@ class ReadinessContract:
         assert self.ready(store, roles=("answerer", "x")) == 1
         assert self.ready(store, roles=("rewriter",)) == 0
         assert self.ready(store, model="other") == 0
+
+    def test_a_member_needs_a_call_that_is_exact(self, store: Store) -> None:
+        """A failed, aborted or quarantined call, or one by unknown weights, is nothing to train on."""
+        version = first_version(store)
+        flaws: list[dict[str, Any]] = [
+            {"status": "failed"},
+            {"status": "aborted"},
+            {"quarantine": "no logprobs"},
+            {"version": None},
+        ]
+        for number, flaw in enumerate(flaws):
+            for run_id in add_group(store, f"flawed-{number}", size=2):
+                store.append_calls([make_call(f"call-{run_id}", run_id, **{"version": version, **flaw})])
+                store.add_rewards([make_reward(f"reward-{run_id}", run_id)])
+                store.end_run(run_id, status="closed", ended_by="explicit")
+        assert self.ready(store) == 0
+        ready_group(store, "good")
+        train(store)
+        excluded = store.consumption(JOB).excluded
+        assert excluded == {"failed call": 6, "aborted": 6, "quarantined: no logprobs": 6, "no version": 6}
 
     def test_the_named_rewards_are_needed(self, store: Store) -> None:
         """Every one of them; without names any reward does, on whatever target."""
@@ -279,7 +300,7 @@ class LedgerContract:
         lease = take(store)
         commit = make_commit(account(store, lease))
         assert store.commit_step(lease, commit) == store.commit_step(lease, commit)
-        assert len(store.list_versions()) == 1
+        assert len(made_by_steps(store)) == 1
         with pytest.raises(LeaseLost, match="acknowledged"):
             store.commit_step(lease, replace(commit, checkpoint_hash="other"))
 
@@ -302,7 +323,7 @@ class LedgerContract:
         store.commit_step(first, make_commit(account(store, first), hash_="one"))
         with pytest.raises(Conflict, match="step 1 already"):
             store.commit_step(second, make_commit(account(store, second), hash_="two"))
-        assert len(store.list_versions()) == 1
+        assert len(made_by_steps(store)) == 1
 
     def test_consumption_must_account_for_every_choice(self, store: Store) -> None:
         """Missing, double, foreign, wrong count, no reason, negative: nothing is committed."""
@@ -329,7 +350,7 @@ class LedgerContract:
             store.commit_step(lease, make_commit(entries, model="other"))
         with pytest.raises(InvalidRecord, match="parent"):
             store.commit_step(lease, replace(make_commit(entries), parent_version_id=99))
-        assert (store.list_versions(), store.last_checkpoint(JOB)) == ([], None)
+        assert (made_by_steps(store), store.last_checkpoint(JOB)) == ([], None)
         store.commit_step(lease, make_commit(entries))
 
     def test_the_schema_conserves_each_choice(self, store: Store) -> None:
@@ -412,6 +433,11 @@ class LedgerContract:
         assert (report.stored, report.trained, dict(report.excluded)) == (6, 0, {"not leased": 6})
 
 
+def made_by_steps(store: Store) -> list[PolicyVersion]:
+    """Return the versions that committed steps wrote."""
+    return [version for version in store.list_versions() if version.kind == "step"]
+
+
 def take_nothing(store: Store) -> Lease:
     """Lease a further group and return the lease."""
     ready_group(store, "more")
@@ -445,8 +471,8 @@ def every_fate(store: Store) -> dict[str, int]:
     fates.closed("role", tokens=13, role="rewriter")
     fates.closed(add_group(store, "open", size=2, purpose="live")[0], tokens=14)
     fates.closed("stale", tokens=16, version=old.version_id)
-    live_version(store, step=1)
-    fates.closed("ready", tokens=17)
+    newest = live_version(store, step=1)
+    fates.closed("ready", tokens=17, version=newest.version_id)
     return fates.expected()
 
 
@@ -455,6 +481,7 @@ class _Fates:
         self.store = store
 
     def closed(self, run_id: str, *, tokens: int, reward: bool = True, **call: Any) -> None:
+        call.setdefault("version", first_version(self.store, call.get("model", MODEL)))
         self.store.append_calls([make_call(f"call-{run_id}", run_id, tokens=[range(tokens)], **call)])
         if reward:
             self.store.add_rewards([make_reward(f"reward-{run_id}", run_id)])

@@ -108,7 +108,8 @@ def add_group(store: Store, group_id: str = "g", *, size: int = 2, purpose: Purp
 
 
 def finish_run(store: Store, run_id: str, *, version: int | None = None, reward: float | None = 1.0) -> None:
-    """Give a run one call of three sampled tokens, a reward (unless None), and close it."""
+    """Give a run one call of three sampled tokens, a reward (unless None), and close it; default: the first version."""
+    version = first_version(store) if version is None else version
     store.append_calls([make_call(f"call-{run_id}", run_id, version=version)])
     if reward is not None:
         store.add_rewards([make_reward(f"reward-{run_id}", run_id, reward)])
@@ -126,6 +127,17 @@ def ready_group(store: Store, group_id: str = "g", *, size: int = 2, version: in
     for run_id in run_ids:
         finish_run(store, run_id, version=version)
     return run_ids
+
+
+def first_version(store: Store, model: str = MODEL) -> int:
+    """Return the model's oldest version, made now where there is none: a call without one never trains."""
+    versions = store.list_versions(model)
+    if versions:
+        return min(version.version_id for version in versions)
+    made = store.add_version(
+        model=model, kind="initial", parent_id=None, checkpoint_path="/w", checkpoint_hash="w", step=0, job_id=None
+    )
+    return made.version_id
 
 
 def live_version(store: Store, step: int = 0, model: str = MODEL) -> PolicyVersion:

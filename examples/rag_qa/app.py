@@ -53,24 +53,30 @@ def retrieve(state: State) -> State:
     }
 
 
+def ask(prompt: ChatPromptTemplate, max_tokens: int, key: str) -> RunnableLambda[State, State]:
+    """Return a node, sync and async, that asks the model and puts its text under `key`."""
+    chain = prompt | ChatOpenAI(model=MODEL, temperature=0, max_tokens=max_tokens) | StrOutputParser()
+
+    def node(state: State) -> State:
+        return cast(State, {key: chain.invoke(state).strip()})
+
+    async def anode(state: State) -> State:
+        return cast(State, {key: (await chain.ainvoke(state)).strip()})
+
+    return RunnableLambda(node, anode)
+
+
 def build() -> StateGraph:
     """Return the graph, not yet compiled."""
-    rewriter = ChatOpenAI(model=MODEL, temperature=0, max_tokens=12)
-    answerer = ChatOpenAI(model=MODEL, temperature=0, max_tokens=20)
     graph = StateGraph(State)
-    graph.add_node("rewriter", REWRITER | rewriter | StrOutputParser() | _into("keywords"))
+    graph.add_node("rewriter", ask(REWRITER, 12, "keywords"))
     graph.add_node("retrieve", retrieve)
-    graph.add_node("answerer", ANSWERER | answerer | StrOutputParser() | _into("answer"))
+    graph.add_node("answerer", ask(ANSWERER, 20, "answer"))
     graph.add_edge(START, "rewriter")
     graph.add_edge("rewriter", "retrieve")
     graph.add_edge("retrieve", "answerer")
     graph.add_edge("answerer", END)
     return graph
-
-
-def _into(key: str) -> RunnableLambda[str, State]:
-    """Return the last link of a node's chain: the text becomes an update of the state."""
-    return RunnableLambda(lambda text: cast(State, {key: text.strip()}))
 
 
 graph = build().compile()

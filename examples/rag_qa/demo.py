@@ -48,6 +48,8 @@ GROUP_SIZE = 8
 CONCURRENCY = 48
 AHEAD = 1.5
 """Groups sampled ahead of the trainer, in steps: generation goes on while the trainer works, one step stale at most."""
+MAX_EXTRA = 5
+"""So many steps' worth of groups are sampled again where failed runs made some too small."""
 HELD_OUT = 256
 BUDGET_S = 1200.0
 """From the end of set-up to the table. Training stops early if it would not leave time for the last evaluation."""
@@ -223,6 +225,10 @@ class Demo:
                 alive()
                 if rollout.poll() == 0 and self._starved():
                     extra += 1
+                    if extra > MAX_EXTRA:
+                        raise DemoError(
+                            f"the trainer finds too few groups ready: {store.consumption(self.config.trainer.job)}"
+                        )
                     rollout = self._start_rollout(extra)
                 elif rollout.poll() not in (None, 0):
                     check(rollout, "tracegrad rollout", self.files.log("rollout"))

@@ -199,7 +199,7 @@ def print_table(summary: Mapping[str, Any], before: Answers, after: Answers) -> 
     table = Table(title=f"{summary['n_heldout']} held-out questions, greedy, the last weights")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    names = {"f1": "token F1", "em": "exact match", "format": "one short line", "recall@rewriter": "answer retrieved"}
+    names = {"f1": "token F1", "em": "exact match", "format": "one short line", "rewriter:recall": "answer retrieved"}
     for name, label in names.items():
         if name in before.scores and name in after.scores:
             table.add_row(label, f"{before.mean(name):.3f}", f"{after.mean(name):.3f}")

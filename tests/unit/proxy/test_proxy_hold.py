@@ -124,7 +124,8 @@ def test_a_swap_that_did_not_wait_for_us_quarantines_what_was_in_flight(
     store.advance_publish(publish_id, "swapping")
     if seen == "live":
         store.advance_publish(publish_id, "live")
-    wait_for(lambda: proxy.app.hold.gates["main"].state == seen, "the proxy sees it")
+    gate = proxy.app.hold.gates["main"]
+    wait_for(lambda: (gate.publish_id, gate.state) == (publish_id, seen), "the proxy sees it")
     engine_app.gate.set()
     engine_app.gate = None
     assert spanning.result(10).status_code == 200, "the app is answered all the same"

@@ -65,7 +65,7 @@ class Controller:
         self._around = around
         self._store, self._workers = around.store, around.workers
         self._job, self._model = config.trainer.job, config.trainer.model
-        self._rule = lease_rule(config)
+        self._rule = lease_rule(config, offline=around.engine is None)
         self._metrics = MetricsLog(around.folder.path)
         self._publisher: Publisher | None = None
         self._version: PolicyVersion | None = None

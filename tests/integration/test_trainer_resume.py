@@ -133,7 +133,9 @@ def test_killed_at_five_points_and_continued(setting: tuple[Config, Path], undis
     check(config, "killed", undisturbed)
 
 
-def test_ctrl_c_finishes_the_step_and_says_so(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
+def test_ctrl_c_finishes_the_step_and_twice_drops_it(
+    setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]
+) -> None:
     config, folder = setting
     process = start(config, folder, "interrupted")
     assert process.stdout is not None
@@ -144,6 +146,14 @@ def test_ctrl_c_finishes_the_step_and_says_so(setting: tuple[Config, Path], undi
     code, out, err = finish(process)
     assert code == 130, out + err
     assert "interrupted after step" in out
+    process = start(config, folder, "interrupted")
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("step "))
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    code, out, err = finish(process)
+    assert (code, err) == (130, ""), out + err
     assert finish(start(config, folder, "interrupted"))[0] == 0
     check(config, "interrupted", undisturbed)
 

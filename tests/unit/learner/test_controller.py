@@ -23,6 +23,7 @@ from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.metrics import Console
+from tracegrad.trainer.startup import ANY_STALENESS, lease_rule
 
 Configure = Callable[..., Config]
 
@@ -234,6 +235,16 @@ def test_step_seeds_are_the_first_32_bits_of_a_hash() -> None:
     """Resume depends on this rule staying what it is."""
     assert step_seed(0, 1) == int(hashlib.sha256(b"0:1").hexdigest()[:8], 16)
     assert len({step_seed(seed, step) for seed in range(3) for step in range(3)}) == 9
+
+
+def test_the_lease_rule_follows_the_configuration(configure: Configure) -> None:
+    rule = lease_rule(configure(batch={"max_staleness": 3, "min_group": 4}))
+    assert (rule.roles, rule.max_staleness, rule.min_group, rule.reward_names) == (recorded.ROLES, 3, 1, ())
+    grouped = configure(
+        algorithm={"advantage": "group", "reward_weights": {"style": 0.5, "score": 1.0}}, batch={"min_group": 4}
+    )
+    assert (lease_rule(grouped).min_group, lease_rule(grouped).reward_names) == (4, ("score", "style"))
+    assert lease_rule(grouped, offline=True).max_staleness == ANY_STALENESS
 
 
 def test_the_keeper_renews_and_reports_a_loss(configure: Configure, store: Store) -> None:

@@ -217,16 +217,17 @@ class Control:
 
 
 def lease_rule(config: Config) -> LeaseRule:
-    """Return which groups the configured training job would lease."""
+    """Return which groups the configured training job would lease; the trainer's own rule says the same."""
     trainer = config.trainer
-    roles = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model))
+    grouped = trainer.algorithm.advantage == "group"
+    named = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
     return LeaseRule(
         model=trainer.model,
-        roles=None if "*" in roles else roles,
-        purposes=("train", "live"),
+        roles=None if config.roles.get("*") == trainer.model else named,
         max_staleness=trainer.batch.max_staleness,
-        min_group=trainer.batch.min_group,
+        min_group=trainer.batch.min_group if grouped else 1,
         reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
+        project=config.project,
     )
 
 

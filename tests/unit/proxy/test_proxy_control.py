@@ -64,8 +64,14 @@ def test_a_failed_run_is_recorded_as_failed(proxy: SimpleNamespace, store: Store
     assert (run.status, run.ended_by, run.error) == ("failed", "explicit", "KeyError: 'x'")
 
 
-def test_the_backlog_is_the_trainers(proxy: SimpleNamespace, store: Store) -> None:
-    store.register_job("main", "main", {})
+def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace], store: Store) -> None:
+    version = store.add_version(
+        model="main", kind="initial", parent_id=None, checkpoint_path="/c", checkpoint_hash="h", step=0, job_id=None
+    )
+    publish_id = store.request_publish(version.version_id).publish_id
+    for state in ("draining", "swapping", "live"):
+        store.advance_publish(publish_id, state)
+    proxy = start_proxy()
     open_group(proxy)
     for member in (0, 1):
         run_id = f"r{member}"
@@ -78,8 +84,8 @@ def test_the_backlog_is_the_trainers(proxy: SimpleNamespace, store: Store) -> No
         "ready_groups": 1,
         "leased_groups": 0,
         "publishing": False,
-        "live_version": None,
-        "live_step": None,
+        "live_version": version.version_id,
+        "live_step": 0,
     }
 
 

@@ -1,7 +1,7 @@
 """Law 2: with recording on, the client receives what the engine would have sent. Compared with the direct answer."""
 
 import re
-import time
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -130,17 +130,17 @@ def test_a_body_that_is_no_object_is_a_400(proxy: SimpleNamespace, body: bytes) 
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_a_stream_is_passed_on_while_the_engine_still_samples(
-    proxy: SimpleNamespace, engine_app: Any, fake: Any
-) -> None:
-    engine_app.token_delay_s = 0.02
-    arrivals = []
+def test_a_stream_is_passed_on_while_the_engine_still_samples(proxy: SimpleNamespace, engine_app: Any) -> None:
+    """The engine does not sample its last token before the client has read all the others."""
+    engine_app.gate = threading.Event()
     with proxy.client.stream("POST", "/v1/chat/completions", json={**ASK, "stream": True}) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                arrivals.append((time.monotonic(), engine_app.finished))
-    assert arrivals[0][1] == 0 and arrivals[-3][1] == 0, "chunks came only when the engine had finished"
-    assert len({round(at, 3) for at, _ in arrivals}) > len(arrivals) // 2, "chunks came in one lump"
+        lines = (line for line in answer.iter_lines() if line)
+        early = [next(lines) for _ in range(1 + len("0: héllo \u2603".encode()))]
+        assert engine_app.finished == 0 and engine_app.in_flight == 1
+        assert all('"finish_reason":null' in line for line in early)
+        engine_app.gate.set()
+        late = list(lines)
+    assert len(late) == 2 and '"finish_reason":"stop"' in late[0] and late[1] == "data: [DONE]"
 
 
 def test_models_are_the_engines(proxy: SimpleNamespace, direct: httpx.Client) -> None:

@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" bash scripts/setup.sh $(VENV)
 
 demo: $(STAMP) ## the whole loop on SmolLM2-135M and real questions, at most 20 minutes after set-up
-	$(BIN)/python examples/rag_qa/demo.py
+	$(BIN)/python -m examples.rag_qa.demo
 
 test: test-unit test-integration ## unit tier, then the integration tier with the real engine
 

@@ -189,7 +189,7 @@ class Controller:
         probe_tokens = config.publish.probe_tokens if self._publisher is not None else 0
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
             samples = build_batch(
-                self._store.traces(lease.plan.run_ids),
+                self._store.lease_traces(lease),
                 model=self._model,
                 role_model=self.config.model_of,
                 reward_weights=config.algorithm.reward_weights,

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from tracegrad.trainer.batches import PackedRow
 from tracegrad.trainer.credit import token_starts
-from tracegrad.trainer.packing import pack
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.results import Scored
 from tracegrad.trainer.samples import ChoiceSample
@@ -52,28 +51,36 @@ def evaluate(
     )
 
 
-def at_temperature_one(choices: Sequence[ChoiceSample]) -> list[ChoiceSample]:
-    """Return the same choices as the engine scores them: its prompt logprobs know no temperature."""
-    return [replace(choice, temperature=1.0) for choice in choices]
+def choose_probe(choices: Sequence[ChoiceSample], n_tokens: int, max_tokens: int) -> list[ChoiceSample]:
+    """Return the step's probe: chains of sampled answers, at least `n_tokens` sampled tokens in all if there are.
 
-
-def choose_probe(choices: Sequence[ChoiceSample], n_tokens: int, row_tokens: int) -> list[int]:
-    """Return indices of whole groups with at least `n_tokens` sampled tokens in all (or everything there is).
-
-    Groups that show the most sampled tokens per computed token come first: the probe is scored twice a step.
+    A chain is a prompt followed by the distinct answers that were sampled to it, one after another, as far as
+    `max_tokens` (prompt and answers; the first answer always). The engine scores prompts without its prefix cache, so
+    chains cost it a fraction of what one sequence per answer would; what is compared is the same everywhere: what two
+    sets of weights say of the same tokens after the same context. Prompts with most sampled tokens per token of the
+    chain come first. Temperature is 1, as the engine's prompt logprobs know none.
     """
-    groups: dict[str, list[int]] = {}
-    for index, choice in enumerate(choices):
-        groups.setdefault(choice.group_key, []).append(index)
-    stats = {key: pack(choices, row_tokens=row_tokens, select=group).stats for key, group in groups.items()}
-    chosen: list[int] = []
+    answers: dict[tuple[int, ...], dict[tuple[int, ...], ChoiceSample]] = {}
+    for choice in choices:
+        answers.setdefault(choice.prompt_ids, {}).setdefault(choice.token_ids, choice)
+    chains = [_chain(prompt_ids, list(sampled.values()), max_tokens) for prompt_ids, sampled in answers.items()]
+    chains.sort(key=lambda chain: -len(chain.token_ids) / (len(chain.prompt_ids) + len(chain.token_ids)))
+    chosen: list[ChoiceSample] = []
     tokens = 0
-    for key in sorted(groups, key=lambda key: -stats[key].n_edges / stats[key].n_nodes):
+    for chain in chains:
         if tokens >= n_tokens:
             break
-        chosen += groups[key]
-        tokens += stats[key].n_edges
-    return sorted(chosen)
+        chosen.append(chain)
+        tokens += len(chain.token_ids)
+    return chosen
+
+
+def _chain(prompt_ids: tuple[int, ...], sampled: Sequence[ChoiceSample], max_tokens: int) -> ChoiceSample:
+    token_ids = sampled[0].token_ids
+    for choice in sampled[1:]:
+        if len(prompt_ids) + len(token_ids) + len(choice.token_ids) <= max_tokens:
+            token_ids += choice.token_ids
+    return replace(sampled[0], token_ids=token_ids, behaviour_logprobs=(0.0,) * len(token_ids), temperature=1.0)
 
 
 def scored(choices: Sequence[ChoiceSample], logprobs_N: Floats) -> tuple[Scored, ...]:

@@ -20,7 +20,7 @@ from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import StepRefused, TrainerError
-from tracegrad.trainer.evaluation import Evaluation, Floats, at_temperature_one, choose_probe, scored
+from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
 from tracegrad.trainer.results import Saved, Scored, StepResult
@@ -39,6 +39,7 @@ class Learner:
         model = config.models[self.config.model]
         self._base = Path(model.checkpoint)
         self._dtype = DTYPES[model.engine.dtype]
+        self._max_model_len = model.engine.max_model_len
         self._policy: Policy | None = None
         self._optimizer: torch.optim.AdamW | None = None
         self._ppo: PpoStep | None = None
@@ -169,8 +170,7 @@ class Learner:
         self, choices: Sequence[ChoiceSample], probe_tokens: int
     ) -> tuple[Evaluation, tuple[list[ChoiceSample], tuple[Scored, ...]] | None]:
         """Evaluate the step's choices, and the probe's at temperature 1, in one pass: they share their contexts."""
-        chosen = choose_probe(choices, probe_tokens, self.config.batch.row_tokens) if probe_tokens else []
-        probe = at_temperature_one([choices[index] for index in chosen])
+        probe = choose_probe(choices, probe_tokens, self._max_model_len - 1) if probe_tokens else []
         both = self.ppo.evaluate([*choices, *probe], full=True)
         n_tokens = int(token_starts(choices)[-1])
         proximal = Evaluation(

@@ -92,8 +92,14 @@ class PpoStep:
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
-        row_tokens, cost = self._config.batch.row_tokens, self._policy.attention_cost
-        return pack(choices, row_tokens=row_tokens, attention_cost=cost, select=select)
+        policy = self._policy
+        return pack(
+            choices,
+            row_tokens=self._config.batch.row_tokens,
+            attention_cost=policy.attention_cost,
+            row_cost=policy.row_cost,
+            select=select,
+        )
 
     def evaluate(self, choices: Sequence[ChoiceSample], *, full: bool = False) -> Evaluation:
         """Return logprobs of the current weights at the choices' temperatures; with `full` values and entropies."""

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tracegrad.trainer.errors import CheckpointError, UnsupportedModel
+from tracegrad.trainer.evaluation import choose_probe
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.results import Scored
+from tracegrad.trainer.samples import ChoiceSample, Turn
 from tracegrad.trainer.tensor_files import write_tensors
 
 SEQUENCE = Scored(ids=(3, 4, 5, 9, 11, 7), n_prompt=2, logprobs=())
@@ -109,15 +111,44 @@ def test_the_probe_is_scored_before_and_after(learner: Callable[..., Learner], t
     traces = recorded.traces_of(recorded.recorded_groups(3, score=made.score, temperature=0.7))
     samples = build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
     plan = BatchPlan(step=1, epoch=0, seed=0, run_ids=("r",))
-    before = {s.ids: s.logprobs for s in made.score([_plain(c) for c in samples.choices])}
+    chains = [_plain(chain) for chain in choose_probe(samples.choices, 10, made._max_model_len - 1)]
+    before = {s.ids: s.logprobs for s in made.score(chains)}
     made.step(plan, samples, version_id=1, probe_tokens=10)
     saved = made.save(str(tmp_path / "root"), 1)
-    after = {s.ids: s.logprobs for s in made.score([_plain(c) for c in samples.choices])}
+    after = {s.ids: s.logprobs for s in made.score(chains)}
     tokens = sum(len(s.logprobs) for s in saved.new)
     assert 10 <= tokens < samples.n_trained_tokens
+    assert [s.ids for s in saved.new] == [chain.ids for chain in chains]
     for series, known in ((saved.previous, before), (saved.new, after)):
         assert all(s.logprobs == pytest.approx(known[s.ids], abs=1e-5) for s in series)
     assert saved.previous != saved.new
+
+
+def test_a_probe_chains_the_distinct_answers_to_a_prompt() -> None:
+    def choice(prompt: tuple[int, ...], answer: tuple[int, ...]) -> ChoiceSample:
+        return ChoiceSample(
+            run_id="r",
+            group_id=None,
+            task_id=None,
+            call_id="c",
+            choice_index=0,
+            role=None,
+            turn=Turn(),
+            prompt_ids=prompt,
+            token_ids=answer,
+            behaviour_logprobs=(-1.0,) * len(answer),
+            temperature=0.7,
+            finish_reason="stop",
+            version_id=1,
+        )
+
+    choices = [choice((1, 2, 3, 4), a) for a in ((5, 6), (7,), (5, 6), (8, 9, 9))] + [choice((1,), (2, 3, 4))]
+    (shortest,) = choose_probe(choices, 3, 99)
+    assert (shortest.prompt_ids, shortest.token_ids, shortest.temperature) == ((1,), (2, 3, 4), 1.0)
+    _, chain = choose_probe(choices, 4, 99)
+    assert (chain.prompt_ids, chain.token_ids) == ((1, 2, 3, 4), (5, 6, 7, 8, 9, 9))
+    _, bounded = choose_probe(choices, 4, 7)
+    assert bounded.token_ids == (5, 6, 7), "a chain must fit into the engine's context"
 
 
 def _plain(choice: Any) -> Scored:

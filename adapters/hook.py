@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from tracegrad.adapters import chain_callers
 from tracegrad.adapters.caller import Caller, read_caller
 from tracegrad.adapters.import_hook import on_import
 from tracegrad.adapters.scope import RunScope, resolved_scope, scope_from_environ
@@ -46,6 +47,7 @@ def install(process: RunScope | None = None) -> None:
     hook = Hook(process if process is not None else scope_from_environ(os.environ))
     for name in _HTTP_LIBRARIES:
         on_import(name, functools.partial(_patch_library, hook=hook))
+    on_import(chain_callers.CONTEXT_MODULE, chain_callers.register)
 
 
 class Hook:
@@ -79,6 +81,8 @@ def _mark(request: Any, path: str, scope: RunScope) -> None:
     headers = request.headers
     said = _said_by_path(path) | {name: unquote(headers[name]) for name in _NAMES if name in headers}
     caller = read_caller()
+    if caller.node is None and scope.caller is not None:
+        caller = scope.caller
     run_id = said.get(RUN_HEADER, scope.run_id)
     found = {RUN_HEADER: run_id, ROLE_HEADER: scope.role or caller.role, SPAN_HEADER: _span_text(caller, run_id)}
     added = {name: _quoted(name, value) for name, value in found.items() if value and name not in said}

@@ -9,8 +9,9 @@ Threads and tasks that copy their context (LangChain's executors, asyncio) inher
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tracegrad.adapters.caller import Caller
 from tracegrad.adapters.errors import NoProxyNamed
 
 ENV_PROXY = "TRACEGRAD_PROXY"
@@ -21,11 +22,15 @@ ENV_PURPOSE = "TRACEGRAD_PURPOSE"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunScope:
-    """Every field may be unknown. `role` overrides the role that the graph would give; `proxy` is its root URL."""
+    """Every field may be unknown. `role` overrides the role that the graph would give; `proxy` is its root URL.
+
+    `caller` is the node whose model runs here, where a callback said so (see `chain_callers`).
+    """
 
     run_id: str | None = None
     role: str | None = None
     proxy: str | None = None
+    caller: Caller | None = None
 
 
 _current: ContextVar[RunScope | None] = ContextVar("tracegrad_run_scope", default=None)
@@ -50,6 +55,14 @@ def entered(scope: RunScope | None) -> Iterator[None]:
         _current.reset(token)
 
 
+def note_caller(caller: Caller | None) -> None:
+    """Note, for the rest of this context, that the model that runs here was called by `caller`."""
+    scope = _current.get() or RunScope()
+    if scope.caller != caller:
+        noted = replace(scope, caller=caller)
+        _current.set(None if noted == RunScope() else noted)
+
+
 def resolved_scope(process: RunScope) -> RunScope:
     """Return the current scope with the process's own values where it says nothing."""
     scope = _current.get()
@@ -59,6 +72,7 @@ def resolved_scope(process: RunScope) -> RunScope:
         run_id=scope.run_id or process.run_id,
         role=scope.role or process.role,
         proxy=scope.proxy or process.proxy,
+        caller=scope.caller,
     )
 
 

@@ -222,6 +222,48 @@ def test_lcel_and_its_batch_inside_a_node(proxy: Any) -> None:
     assert proxy.calls[0].span == proxy.calls[1].span
 
 
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream"])
+def test_a_chain_that_is_itself_a_node(proxy: Any, how: str) -> None:
+    """LangGraph sets the context for the first step of such a node only; the model is a later one."""
+
+    def chain(prefix: str) -> Any:
+        prompt = ChatPromptTemplate.from_template(prefix + "{question}")
+        return prompt | _model(proxy) | StrOutputParser() | (lambda text: {"answers": [text]})
+
+    builder = StateGraph(State)
+    for name in ("left", "right"):
+        builder.add_node(name, chain(f"{name} "))
+        builder.add_edge(START, name)
+    builder.add_node("last", chain("last "))
+    builder.add_edge(["left", "right"], "last")
+    graph = wrap(builder.compile(), proxy=proxy.root)
+
+    async def collect() -> None:
+        async for _ in graph.astream(_given(), stream_mode="messages"):
+            pass
+
+    if how == "invoke":
+        graph.invoke(_given())
+    elif how == "ainvoke":
+        asyncio.run(graph.ainvoke(_given()))
+    elif how == "stream":
+        list(graph.stream(_given(), stream_mode="messages"))
+    else:
+        asyncio.run(collect())
+    _one_run(proxy)
+    asked = {call.role: call.body["messages"][-1]["content"] for call in proxy.calls}
+    assert asked == {"left": "left why", "right": "right why", "last": "last why"}
+    assert len({call.span["span_id"] for call in proxy.calls}) == 3
+    assert current_scope() is None
+
+
+def test_a_note_of_a_chain_does_not_outlive_its_model(proxy: Any) -> None:
+    chain = ChatPromptTemplate.from_template("{question}") | _model(proxy)
+    wrap(_chain(("chain", chain | (lambda reply: {"answers": [reply.text]}))), proxy=proxy.root).invoke(_given())
+    _model(proxy).invoke("outside")
+    assert _roles(proxy) == ["chain", None]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_the_raw_sdk_inside_a_node(proxy: Any, is_async: bool) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]

@@ -4,8 +4,9 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
+from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
-from tracegrad.tracestore.testing.queue import LeaseContract, LedgerContract, ReadinessContract
+from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
 
 

@@ -168,17 +168,23 @@ class Learner:
 
     def _proximal(
         self, choices: Sequence[ChoiceSample], probe_tokens: int
-    ) -> tuple[Evaluation, tuple[list[ChoiceSample], tuple[Scored, ...]] | None]:
-        """Evaluate the step's choices, and the probe's at temperature 1, in one pass: they share their contexts."""
+    ) -> tuple[Evaluation | None, tuple[list[ChoiceSample], tuple[Scored, ...]] | None]:
+        """Evaluate the step's choices where the step needs it, and the probe, in one pass: they share contexts."""
         probe = choose_probe(choices, probe_tokens, self._max_model_len - 1) if probe_tokens else []
-        both = self.ppo.evaluate([*choices, *probe], full=True)
-        n_tokens = int(token_starts(choices)[-1])
+        needed = list(choices) if self.ppo.needs_proximal else []
+        if not needed and not probe:
+            return None, None
+        both = self.ppo.evaluate([*needed, *probe], full=bool(needed))
+        n_tokens = int(token_starts(needed)[-1])
+        known = (probe, scored(probe, both.logprobs_N[n_tokens:])) if probe else None
+        if not needed:
+            return None, known
         proximal = Evaluation(
             logprobs_N=both.logprobs_N[:n_tokens],
             values_N=_head(both.values_N, n_tokens),
             entropy_N=_head(both.entropy_N, n_tokens),
         )
-        return proximal, (probe, scored(probe, both.logprobs_N[n_tokens:])) if probe else None
+        return proximal, known
 
     def _optimizer_or_raise(self) -> torch.optim.AdamW:
         if self._optimizer is None:

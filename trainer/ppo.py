@@ -1,9 +1,10 @@
 """One PPO step of one model: evaluate, credit, update. No folders, no store, no engine.
 
-Order: proximal logprobs and values of every sampled token under the weights the step starts with; credit per choice;
-then `epochs` x `minibatches` updates over packed rows, each loss divided by the count of trained tokens of its
-minibatch, whatever rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that
-is not finite, nothing to train, and rows that do not select every trained token exactly once per epoch (law 5).
+Order: proximal logprobs and values of every sampled token under the weights the step starts with (with one update and
+no critic that pass is the update's own forward: nothing is computed twice); credit per choice; then `epochs` x
+`minibatches` updates over packed rows, each loss divided by the count of trained tokens of its minibatch, whatever
+rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite,
+nothing to train, and rows that do not select every trained token exactly once per epoch (law 5).
 Everything random comes from the plan's seed. Called by the learner.
 """
 
@@ -35,7 +36,7 @@ from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
 from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
 from tracegrad.trainer.packing import Packing, pack
-from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.policy import EdgeOutputs, Policy
 from tracegrad.trainer.samples import ChoiceSample, Samples
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 
@@ -55,7 +56,8 @@ class _Fixed:
     """What stays the same through all updates of a step, (N,) float32. Critic and reference may be absent."""
 
     behaviour: Tensor
-    proximal: Tensor
+    proximal: Tensor | None
+    """None: the policy that is being differentiated is the one the step starts with."""
     advantages: Tensor
     targets: Tensor | None
     old_values: Tensor | None
@@ -71,7 +73,7 @@ class _Fixed:
             policy_logprobs_E=logprobs_E,
             behaviour_logprobs_E=self.behaviour[index_E],
             advantages_E=self.advantages[index_E],
-            proximal_logprobs_E=self.proximal[index_E],
+            proximal_logprobs_E=logprobs_E.detach() if self.proximal is None else self.proximal[index_E],
             reference_logprobs_E=at(self.reference),
             values_E=values_E,
             old_values_E=at(self.old_values),
@@ -105,10 +107,18 @@ class PpoStep:
         """Return logprobs of the current weights at the choices' temperatures; with `full` values and entropies."""
         return self._evaluate_with(self._policy, choices, full=full)
 
-    def run(self, plan: BatchPlan, samples: Samples, proximal: Evaluation, *, version_id: int | None) -> dict[str, Any]:
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether `run` needs an evaluation beforehand: a critic's values, or logprobs that outlive an update."""
+        return self._critic or self._config.optimizer.epochs * self._config.optimizer.minibatches > 1
+
+    def run(
+        self, plan: BatchPlan, samples: Samples, proximal: Evaluation | None, *, version_id: int | None
+    ) -> dict[str, Any]:
         """Update the weights once through the step; return its metrics.
 
-        `proximal` is `evaluate(samples.choices, full=True)` under the present weights.
+        `proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
+        `needs_proximal`.
 
         Raises:
             StepRefused: see the module.
@@ -118,7 +128,7 @@ class PpoStep:
         credit = self.credit(samples, proximal)
         packing = self.pack(choices)
         fixed = self._fixed(samples, proximal, credit)
-        policy_N, values_N = np.full(len(fixed.behaviour), np.nan), np.full(len(fixed.behaviour), np.nan)
+        seen = _Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
         parts = self._config.optimizer.minibatches
         updates = self._config.optimizer.epochs * parts
@@ -130,17 +140,17 @@ class PpoStep:
                 rows = [[packed_row(row) for row in part.rows] for part in packings]
                 _check_mask(plan.step, [row for part in rows for row in part], samples)
                 for part in rows:
-                    facts = self._update(plan.step, part, fixed, policy_N, values_N)
+                    facts = self._update(plan.step, part, fixed, seen)
         arrays = StepArrays(
             starts=token_starts(choices),
             returns_B=credit.returns_B,
             behaviour_N=behaviour_logprobs(choices),
-            proximal_N=proximal.logprobs_N,
-            policy_N=policy_N,
+            proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
+            policy_N=seen.policy_N,
             advantages_N=credit.advantages_N,
-            entropy_N=_present(proximal.entropy_N),
-            values_N=values_N if self._critic else None,
-            old_values_N=proximal.values_N,
+            entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
+            values_N=seen.values_N if self._critic else None,
+            old_values_N=None if proximal is None else proximal.values_N,
             targets_N=credit.targets_N,
         )
         return {
@@ -154,13 +164,13 @@ class PpoStep:
             "seconds": {"update": time.monotonic() - started},
         }
 
-    def credit(self, samples: Samples, proximal: Evaluation) -> Credit:
+    def credit(self, samples: Samples, proximal: Evaluation | None) -> Credit:
         """Turn rewards into advantages: GAE over the critic's values, or group-relative."""
         algorithm = self._config.algorithm
         starts = token_starts(samples.choices)
         returns_B = choice_returns(samples.choices, samples.rewards, algorithm.reward_weights)
         if self._critic:
-            values_N = _present(proximal.values_N)
+            values_N = _present(None if proximal is None else proximal.values_N)
             gae = gae_advantages(returns_B, values_N, starts, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
             advantages_N = normalise(gae.advantages_N) if algorithm.normalise_std else gae.advantages_N
             return Credit(returns_B=returns_B, advantages_N=advantages_N, targets_N=gae.targets_N, counts={})
@@ -186,35 +196,32 @@ class PpoStep:
         n_tokens = int(token_starts(choices)[-1])
         return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
 
-    def _fixed(self, samples: Samples, proximal: Evaluation, credit: Credit) -> _Fixed:
+    def _fixed(self, samples: Samples, proximal: Evaluation | None, credit: Credit) -> _Fixed:
+        old_values_N = None if proximal is None else proximal.values_N
         reference_N = None
         if self._reference is not None:
             reference_N = self._evaluate_with(self._reference, samples.choices, full=False).logprobs_N
         return _Fixed(
             behaviour=_float32(behaviour_logprobs(samples.choices)),
-            proximal=_float32(proximal.logprobs_N),
+            proximal=None if proximal is None else _float32(proximal.logprobs_N),
             advantages=_float32(credit.advantages_N),
             targets=None if credit.targets_N is None else _float32(credit.targets_N),
-            old_values=None if proximal.values_N is None else _float32(proximal.values_N),
+            old_values=None if old_values_N is None else _float32(old_values_N),
             reference=None if reference_N is None else _float32(reference_N),
         )
 
-    def _update(
-        self, step: int, rows: Sequence[PackedRow], fixed: _Fixed, policy_N: Floats, values_N: Floats
-    ) -> dict[str, Any]:
+    def _update(self, step: int, rows: Sequence[PackedRow], fixed: _Fixed, seen: "_Seen") -> dict[str, Any]:
         """One optimizer step over the rows of a minibatch; the weights change only if everything is finite."""
         n_tokens = sum(row.n_edges for row in rows)
         total = 0.0
         self._policy.zero_grads()
         for row in rows:
-            outputs = self._policy.edge_outputs(row, with_values=self._critic)
+            outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=fixed.proximal is None)
             inputs = fixed.inputs(row.edge_index_E, outputs.logprobs_E, outputs.values_E)
             loss = ppo_loss(inputs, self._settings).total_sum / n_tokens
             loss.backward()
             total += float(loss.detach())
-            policy_N[row.edge_index_E.numpy()] = outputs.logprobs_E.detach().double().numpy()
-            if outputs.values_E is not None:
-                values_N[row.edge_index_E.numpy()] = outputs.values_E.detach().double().numpy()
+            seen.note(row.edge_index_E, outputs)
         norm = self._clip_grads()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
@@ -249,6 +256,20 @@ class PpoStep:
                 self._policy.zero_grads()
                 if kept is not None:
                     kept.restore()
+
+
+class _Seen:
+    """What the training passes computed, (N,), of each token's last one; NaN where nothing did."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.policy_N, self.values_N, self.entropy_N = (np.full(n_tokens, np.nan) for _ in range(3))
+
+    def note(self, index_E: Tensor, outputs: EdgeOutputs) -> None:
+        """Keep one row's outputs, detached."""
+        arrays = (self.policy_N, self.values_N, self.entropy_N)
+        for array_N, tensor_E in zip(arrays, (outputs.logprobs_E, outputs.values_E, outputs.entropy_E), strict=True):
+            if tensor_E is not None:
+                array_N[index_E.numpy()] = tensor_E.detach().double().numpy()
 
 
 class _Snapshot:

@@ -214,3 +214,18 @@ def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:
     metrics = apply(made, plan, samples).metrics
     assert metrics["tokens_unique"] <= metrics["tokens_computed"] <= metrics["tokens_unique"] + 3
     assert metrics["tokens_computed"] < metrics["tokens_naive"] / 3
+
+
+def test_one_update_without_a_critic_computes_nothing_twice(learner: MakeLearner) -> None:
+    """The update's own forward is the proximal pass: the same step as with a pass beforehand."""
+    lean, full = learner(**GROUP), learner(**GROUP)
+    plan, samples = samples_of(lean, temperature=0.7)
+    assert not lean.ppo.needs_proximal
+    ours = lean.ppo.run(plan, samples, None, version_id=1)
+    theirs = full.ppo.run(plan, samples, full.ppo.evaluate(samples.choices, full=True), version_id=1)
+    for name in ("entropy", "kl", "logprob_abs_diff", "ratio_mean", "reward", "loss", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+    for name, tensor in weights(lean).items():
+        torch.testing.assert_close(tensor, weights(full)[name], rtol=0, atol=1e-6)
+    assert learner().ppo.needs_proximal
+    assert learner(optimizer={"epochs": 2}, **GROUP).ppo.needs_proximal

@@ -19,6 +19,7 @@ import msgspec
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
 from tracegrad.tracestore.records import Lease, PolicyVersion, StepCommit
+from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
@@ -34,7 +35,6 @@ from tracegrad.trainer.startup import (
     clear_orphans,
     find_weights,
     first_publish,
-    lease_rule,
     probe_set,
     wait_for_engine,
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.records import LeaseRule, PolicyVersion
+from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import remove_orphans
 from tracegrad.trainer.engine_client import EngineClient
@@ -26,27 +26,6 @@ from tracegrad.trainer.workers import Trains
 
 CANARY_BOUNDS = 8
 """The canary's logprobs differ from the real ones by at least so many times the probe's bound."""
-
-
-ANY_STALENESS = 2**31 - 1
-
-
-def lease_rule(config: Config, *, offline: bool = False) -> LeaseRule:
-    """Return which groups the job takes: its roles, its rewards, its bound on staleness.
-
-    Offline there is no bound: whoever trains from stored runs has asked for what older weights sampled.
-    """
-    trainer = config.trainer
-    grouped = trainer.algorithm.advantage == "group"
-    by_name = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
-    return LeaseRule(
-        model=trainer.model,
-        roles=None if config.roles.get("*") == trainer.model else by_name,
-        max_staleness=ANY_STALENESS if offline else trainer.batch.max_staleness,
-        min_group=trainer.batch.min_group if grouped else 1,
-        reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
-        project=config.project,
-    )
 
 
 def find_weights(store: Store, workers: Trains, config: Config, root: Path) -> PolicyVersion:

@@ -18,7 +18,8 @@ from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.ids import new_id
-from tracegrad.tracestore.records import Call, Group, LeaseRule, Purpose, Reward, Run, Task
+from tracegrad.tracestore.records import Call, Group, Purpose, Reward, Run, Task
+from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 
 PREFIX = "/tracegrad/v1/"
@@ -214,21 +215,6 @@ class Control:
             "live_version": None if live is None else live.version_id,
             "live_step": None if live is None else live.step,
         }
-
-
-def lease_rule(config: Config) -> LeaseRule:
-    """Return which groups the configured training job would lease; the trainer's own rule says the same."""
-    trainer = config.trainer
-    grouped = trainer.algorithm.advantage == "group"
-    named = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
-    return LeaseRule(
-        model=trainer.model,
-        roles=None if config.roles.get("*") == trainer.model else named,
-        max_staleness=trainer.batch.max_staleness,
-        min_group=trainer.batch.min_group if grouped else 1,
-        reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
-        project=config.project,
-    )
 
 
 def _summary(call: Call) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import recorded_runs as recorded
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
 from tracegrad.tracestore.records import Lease
+from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.checkpoints import list_checkpoints
 from tracegrad.trainer.controller import Controller, Surroundings, step_seed
@@ -23,7 +24,6 @@ from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.metrics import Console
-from tracegrad.trainer.startup import ANY_STALENESS, lease_rule
 
 Configure = Callable[..., Config]
 

@@ -23,10 +23,10 @@ demo: $(STAMP) ## the whole loop on SmolLM2-135M and real questions, at most 20 
 test: test-unit test-integration ## unit tier, then the integration tier with the real engine
 
 test-unit: $(STAMP) ## unit tier, under a minute
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 3 --dist worksteal
 
 test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes
-	$(BIN)/python -m pytest tests/integration -m "not long"
+	$(BIN)/python -m pytest tests/integration -m "not long" --durations=15
 
 test-long: $(STAMP) ## many kills, soaks, fuzz
 	TRACEGRAD_LONG=1 $(BIN)/python -m pytest tests --timeout 7200

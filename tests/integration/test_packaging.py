@@ -22,6 +22,7 @@ PACKAGES = ("tracestore", "adapters", "trainer")
 
 def _run(*command: str, cwd: Path) -> str:
     env = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
@@ -70,6 +71,10 @@ def test_the_unit_tier_passes_on_the_wheel_in_a_clean_environment(wheel: Path, t
         "pytest",
         "tests/unit",
         "-q",
+        "-n",
+        "3",
+        "--dist",
+        "worksteal",
         "--ignore",
         "tests/unit/architecture",
         "-p",

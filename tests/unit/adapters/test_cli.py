@@ -1,6 +1,7 @@
 """The `tracegrad` command: lazy subcommands, helps in step, plain errors."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -28,8 +29,9 @@ def test_the_helps_name_every_command() -> None:
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_each_help_is_the_first_line_of_its_command(name: str) -> None:
     module, function = ENTRY_POINTS[name].split(":")
-    path = ROOT / (module.removeprefix("tracegrad.").replace(".", "/") + ".py")
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    functions = [node for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.FunctionDef)]
     (command,) = [node for node in functions if node.name == function]
     assert (ast.get_docstring(command) or "").split("\n")[0] == cli.HELPS[name]
 

@@ -145,6 +145,11 @@ class EngineProcess:
             self._clear()
             version = self._live()
             checkpoint = version.checkpoint_path if version else self.model.checkpoint
+            if version is not None and not Path(checkpoint).is_dir():
+                raise EngineStartFailed(
+                    f"engine {self.name}: the folder of the live version {version.version_id}, {checkpoint}, is gone: "
+                    "put it back, or `tracegrad rollback` to a version whose folder is there"
+                )
             with contextlib.ExitStack() as undo:
                 undo.callback(self._clear)
                 self._spawn(checkpoint)

@@ -154,6 +154,13 @@ def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path, engine: dict
     assert not child.exists() or gone(int(child.read_text()))
 
 
+def test_a_live_version_without_its_folder_is_said_plainly(tmp_path: Path) -> None:
+    process = EngineProcess("main", model(tmp_path), live=lambda: version(3, tmp_path / "moved"))
+    with pytest.raises(EngineStartFailed, match=r"live version 3, .*moved, is gone: .*rollback"):
+        process.start()
+    assert process.pid is None
+
+
 def test_a_killed_engine_comes_back_on_the_live_version(tmp_path: Path) -> None:
     live: list[PolicyVersion] = []
     process = EngineProcess("main", model(tmp_path), live=lambda: live[-1] if live else None)

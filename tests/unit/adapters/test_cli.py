@@ -31,7 +31,9 @@ def test_each_help_is_the_first_line_of_its_command(name: str) -> None:
     module, function = ENTRY_POINTS[name].split(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
-    functions = [node for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.FunctionDef)
+    ]
     (command,) = [node for node in functions if node.name == function]
     assert (ast.get_docstring(command) or "").split("\n")[0] == cli.HELPS[name]
 

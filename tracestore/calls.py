@@ -10,21 +10,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Double, Executable, Table, bindparam, func, select, update
+from sqlalchemy import Connection, Double, Executable, Table, bindparam, func, select
 
 from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
 from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Call, Choice, Span
-from tracegrad.tracestore.runs import lock_runs, open_unknown
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, runs, spans
+from tracegrad.tracestore.runs import lock_runs, open_or_touch
+from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, spans
 
-_TOUCH = (
-    update(runs)
-    .where(runs.c.run_id == bindparam("touched"), runs.c.active_at < bindparam("at"))
-    .values(active_at=bindparam("at"))
-)
+_KNOWN_ONE = HotStatement(select(calls.c.call_id).where(calls.c.call_id == bindparam("call_id")))
+_KNOWN = select(calls.c.call_id).where(calls.c.call_id.in_(bindparam("ids", expanding=True)))
 CHUNK = 400
 """Ids in one IN list."""
 
@@ -114,8 +112,11 @@ def _check(call: Call) -> None:
 def _known(connection: Connection, call_ids: list[str]) -> set[str]:
     known: set[str] = set()
     for start in range(0, len(call_ids), CHUNK):
-        chosen = select(calls.c.call_id).where(calls.c.call_id.in_(call_ids[start : start + CHUNK]))
-        known.update(connection.execute(chosen).scalars())
+        some = call_ids[start : start + CHUNK]
+        if len(some) == 1:
+            known.update(run_hot(connection, _KNOWN_ONE, [{"call_id": some[0]}]).scalars())
+        else:
+            known.update(connection.execute(_KNOWN, {"ids": some}).scalars())
     return known
 
 
@@ -124,9 +125,8 @@ def _insert(connection: Connection, batch: list[Call], now: float) -> None:
         return
     active = {call.attribution.run_id: now for call in batch if call.attribution.run_id is not None}
     if active:
-        open_unknown(connection, active, "default", now)
         lock_runs(connection, active)
-        connection.execute(_TOUCH, [{"touched": run_id, "at": at} for run_id, at in active.items()])
+        open_or_touch(connection, active, "default", now)
     _upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
     rows = _rows(batch)
     for table, table_rows in (
@@ -136,7 +136,7 @@ def _insert(connection: Connection, batch: list[Call], now: float) -> None:
         (choice_payloads, rows.choice_payloads),
     ):
         if table_rows:
-            connection.execute(_INSERTS[table.name], table_rows)
+            run_hot(connection, _INSERTS[table.name], table_rows)
 
 
 def _upsert_spans(connection: Connection, batch: list[Span]) -> None:
@@ -172,7 +172,7 @@ def _span_upsert(dialect: str) -> Executable:
     return upsert
 
 
-_INSERTS = {table.name: table.insert() for table in (calls, call_payloads, choices, choice_payloads)}
+_INSERTS = {table.name: HotStatement(table.insert()) for table in (calls, call_payloads, choices, choice_payloads)}
 
 
 def _rows(batch: Sequence[Call]) -> _Rows:

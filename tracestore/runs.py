@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Executable, select, update
 
 from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import EndedBy, Run, RunStatus
 from tracegrad.tracestore.schema import runs
@@ -139,6 +140,23 @@ def open_unknown(connection: Connection, run_ids: Iterable[str], project: str, n
     """Insert the unknown ones of `run_ids` as live runs."""
     rows = [_row(Run(run_id=run_id, project=project), now) for run_id in sorted(set(run_ids))]
     _insert_ignore(connection, rows)
+
+
+def open_or_touch(connection: Connection, run_ids: Iterable[str], project: str, now: float) -> None:
+    """As `open_unknown`; the known ones are marked active at `now`, never earlier than they were."""
+    rows = [_row(Run(run_id=run_id, project=project), now) for run_id in sorted(set(run_ids))]
+    run_hot(connection, _open_or_touch_for(connection.dialect.name), rows)
+
+
+@cache
+def _open_or_touch_for(dialect: str) -> HotStatement:
+    statement = insert_for(dialect, runs)
+    newer = statement.excluded.active_at
+    return HotStatement(
+        statement.on_conflict_do_update(
+            index_elements=["run_id"], set_={"active_at": newer}, where=runs.c.active_at < newer
+        )
+    )
 
 
 def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:

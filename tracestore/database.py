@@ -11,7 +11,7 @@ Refuses in-memory SQLite (two processes cannot share it) and other databases. Ca
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,3 @@ def _refused(error: IntegrityError) -> TraceStoreError:
 def _plain(error: StatementError) -> str:
     """Return the driver's words on one line, without the statement and its parameters (they hold prompts)."""
     return " ".join(str(error.orig).split())
-
-
-def row_dict(row: Any) -> dict[str, Any]:
-    """Return a result row as a dict of column name to value."""
-    mapping: Mapping[str, Any] = row._mapping
-    return dict(mapping)

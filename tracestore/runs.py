@@ -1,7 +1,7 @@
 """Runs: opened, ended by hook, explicit close or idle time-out, never reopened.
 
 Opening is idempotent by id. A failed run stays failed (law 6: it is not a reward of 0, and not a success either).
-Called by the proxy and the rollout driver, through `Store`; `open_unknown` and `lock_runs` by `calls`, `rewards`,
+Called by the proxy and the rollout driver, through `Store`; `open_or_touch` and `lock_runs` by `calls`, `rewards`,
 `leases` too.
 """
 

@@ -41,7 +41,7 @@ def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Con
         )
         for name, model in given.models.items()
     }
-    proxy = msgspec.structs.replace(given.proxy, host=ProxyConfig().host, port=_free_port())
+    proxy = msgspec.structs.replace(given.proxy, host=ProxyConfig().host, port=free_port())
     publish = msgspec.structs.replace(given.trainer.publish, canary=False)
     trainer = msgspec.structs.replace(given.trainer, output=str(folder), publish=publish)
     store = f"sqlite:///{folder}/eval.db"
@@ -87,11 +87,12 @@ def serving(
 
 
 def _engine_of_our_own(engine: EngineConfig) -> EngineConfig:
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     return msgspec.structs.replace(engine, url=url, external=False, log=None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback interface on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -8,12 +8,12 @@ are in flight, not the publisher's. Skipped with a plain message where the model
 import argparse
 import json
 import os
-import socket
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.store import open_store
 from tracegrad.trainer.engine import EngineProcess
@@ -25,10 +25,7 @@ GOAL_S = 3.0
 
 
 def configuration(model: Path, folder: Path) -> Config:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    engine = {"url": f"http://127.0.0.1:{port}", "max_model_len": 1024, "log": str(folder / "engine.log")}
+    engine = {"url": f"http://127.0.0.1:{free_port()}", "max_model_len": 1024, "log": str(folder / "engine.log")}
     return parse_config(
         {
             "store": f"sqlite:///{folder / 'store.db'}",

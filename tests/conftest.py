@@ -4,7 +4,6 @@
 ``PYTHONPATH``, and by hand.
 """
 
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
 
 import tiny_model as tiny  # noqa: E402
+from ports import free_port  # noqa: E402
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig  # noqa: E402
 from tracegrad.trainer.engine import EngineProcess  # noqa: E402
@@ -35,12 +35,6 @@ class ServedTiny:
         self.process.client.reload(str(self.model_path))
         self.process.client.reset_prefix_cache()
         self.process.client.set_version("default")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def tiny_config(path: Path, *, port: int, log: Path) -> ModelConfig:

@@ -178,11 +178,6 @@ class Policy(nn.Module):
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
-    def save_lm(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write the LM (rounded from the masters to `dtype`) and its configuration in Hugging Face format."""
-        state = {name: tensor.to(dtype) for name, tensor in self.lm_state().items()}
-        self.lm.save_pretrained(path, state_dict=state)
-
     @property
     def attention_cost(self) -> float:
         """Multiply-adds of dense attention per token^2 over those of the weights per token: see `packing.pack`."""

@@ -28,7 +28,6 @@ from examples.rag_qa.demo_processes import (
     DemoError,
     Ticker,
     check,
-    free_port,
     interrupt_on_sigterm,
     run,
     running,
@@ -38,6 +37,7 @@ from examples.rag_qa.demo_processes import (
 )
 from examples.rag_qa.fetch import MODEL_FOLDER, FetchError, cache_root, fetch_all
 from examples.rag_qa.questions import write_tasks
+from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import Config, dump_config, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import Store, open_store

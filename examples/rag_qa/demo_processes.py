@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,12 +21,6 @@ _PR_SET_PDEATHSIG = 1
 
 class DemoError(RuntimeError):
     """A part of the demo failed; the message says which, and where its log is."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(arguments: list[str], log: Path, *, stdout: Path | None = None) -> subprocess.Popen[bytes]:

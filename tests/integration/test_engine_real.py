@@ -4,8 +4,11 @@ The engine's logprobs are compared with transformers' own. Untied and tied heads
 caught; an engine started the wrong way must be named; a killed engine must come back on the live version.
 """
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ import digits_task
 import msgspec
 import pytest
 import tiny_model as tiny
+import yaml
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig, PublishConfig
 from tracegrad.tracestore.records import PolicyVersion
@@ -267,6 +271,42 @@ def test_a_stock_reload_of_a_tied_head_is_caught_as_stale(
     publisher.engines = (client,)
     publisher.publish(step.version_id, probe_of(drawn, small, tied_tiny_model))
     assert client.version() == str(step.version_id)
+
+
+def test_rollback_brings_back_what_the_engine_served_before(
+    engine: Any, other_weights: dict[str, Path], store: Store, tmp_path: Path
+) -> None:
+    """By command, as an operator would: the older weights sample again, the newer version is abandoned."""
+    engine.reset()
+    client, paths = engine.process.client, (engine.model_path, other_weights["untied"])
+    publisher = Publisher(store, "tiny", [client], PublishConfig(probe_bound=PARITY))
+    first, second = (add(store, path, step).version_id for step, path in enumerate(paths))
+    for version in (first, second):
+        publisher.publish(version)
+    before = sampled(client, 4)
+    assert mean_abs(flat(r for _, _, r in before), flat(reference(paths[1], before))) < PARITY
+    config = tmp_path / "tracegrad.yaml"
+    served = {"checkpoint": str(paths[0]), "engine": {"url": client.url, "external": True, "dtype": "float32"}}
+    settings = {"store": f"sqlite:///{tmp_path}/store.db", "models": {"tiny": served}, "roles": {"*": "tiny"}}
+    config.write_text(yaml.safe_dump({**settings, "trainer": {"model": "tiny"}}))
+
+    def tracegrad(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tracegrad.adapters.cli", *words, "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = tracegrad("rollback", str(first))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"version {first} is live again; abandoned: {second}\n"
+    assert client.version() == str(first)
+    after = sampled(client, 4)
+    assert mean_abs(flat(r for _, _, r in after), flat(reference(paths[0], after))) < PARITY
+    rows = json.loads(tracegrad("versions", "--json").stdout)
+    assert [(row["version_id"], row["live"], row["abandoned"]) for row in rows] == [
+        (first, True, False),
+        (second, False, True),
+    ]
+    again = tracegrad("rollback", str(first))
+    assert (again.returncode, "live already" in again.stderr) == (1, True)
 
 
 def test_the_preflight_passes_on_ours(engine: Any, tied_engine: TiedStory) -> None:

@@ -8,7 +8,6 @@ group-relative advantages.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from ports import free_port
 
 from tracegrad.tracestore.store import Store, open_store
 
@@ -44,13 +44,6 @@ class Trained:
     model: str = "tiny"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
     return {
         "store": "sqlite:///trace.db",
@@ -58,7 +51,7 @@ def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
             "tiny": {
                 "checkpoint": str(model),
                 "engine": {
-                    "url": f"http://127.0.0.1:{_free_port()}",
+                    "url": f"http://127.0.0.1:{free_port()}",
                     "dtype": "float32",
                     "max_model_len": 256,
                     "max_num_seqs": 64,
@@ -67,7 +60,7 @@ def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
             }
         },
         "roles": {"solver": "tiny", "checker": "tiny"},
-        "proxy": {"port": _free_port(), "sampling": {"*": {"temperature": 1.0}}},
+        "proxy": {"port": free_port(), "sampling": {"*": {"temperature": 1.0}}},
         "trainer": {
             "model": "tiny",
             "steps": STEPS,

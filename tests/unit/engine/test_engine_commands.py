@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
+from ports import free_port
 
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine_command import engine
@@ -83,9 +83,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, fake: FakeEngine) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop(tmp_path: Path, how: signal.Signals) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     save_weight(tmp_path / "w1.0", 1.0)
     config = write_config(tmp_path, url, launch=["{python}", fake_engine.__file__], log="engine.log")
     code = "from tracegrad.trainer.engine_command import engine; engine()"

@@ -14,18 +14,13 @@ from pathlib import Path
 import fake_engine
 import pytest
 from fake_engine import save_weight
+from ports import free_port
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.trainer import engine_launch
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_errors import EngineStartFailed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def model(folder: Path, **engine: object) -> ModelConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.rag_qa import demo_report
-from examples.rag_qa.demo_processes import DemoError, free_port, run, tail
+from examples.rag_qa.demo_processes import DemoError, run, tail
 from examples.rag_qa.demo_report import compare, cut, read_answers, read_golds, read_lines
 
 
@@ -69,4 +69,3 @@ def test_a_failing_command_is_an_error_that_names_its_log(tmp_path: Path) -> Non
         run(["no-such-command"], "the evaluation", tmp_path / "logs" / "eval.log")
     assert (tmp_path / "logs" / "eval.log").exists()
     assert tail(tmp_path / "nothing.log") == ""
-    assert 1024 <= free_port() <= 65535

@@ -19,6 +19,7 @@ from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
 from tracegrad.trainer.packing import pack
 from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.weights import save_serving
 
 SMALL = {
     "vocab_size": 61,
@@ -239,7 +240,7 @@ def gradients_of_lm(policy):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_saved_policy_loads_again(tmp_path, choices, config, precision):
     policy = build(config, precision=precision)
-    policy.save_lm(tmp_path, dtype=torch.float32)
+    save_serving(tmp_path, policy, torch.float32, tmp_path)
     again = Policy.from_checkpoint(tmp_path, precision)
     again.load_value_state(policy.value_state())
     row = packed_row(pack(choices, row_tokens=1000).rows[0])

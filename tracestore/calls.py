@@ -7,19 +7,18 @@ Called by the proxy (through `group_commit`) and by `Store`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Double, Executable, Table, bindparam, func, select
+from sqlalchemy import Connection, Double, Table, bindparam, select
 
 from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
-from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Call, Choice, Span
+from tracegrad.tracestore.records import Call, Choice
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, spans
+from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices
+from tracegrad.tracestore.spans import upsert_spans
 
 _KNOWN_ONE = HotStatement(select(calls.c.call_id).where(calls.c.call_id == bindparam("call_id")))
 _KNOWN = select(calls.c.call_id).where(calls.c.call_id.in_(bindparam("ids", expanding=True)))
@@ -80,6 +79,21 @@ class Calls(Noun):
             raise Conflict(f"several calls have the completion id {call_or_completion_id!r}: name the call id")
         return rows[0].call_id, rows[0].run_id
 
+    def find_attempt(self, request_hash: str, run_id: str | None, since: float) -> str | None:
+        """Return the newest call of the run (None: of no run) with this body that arrived after `since`, or None.
+
+        `since` is in Unix seconds. Who retries a request asks this to learn which call it repeats.
+        """
+        same_run = calls.c.run_id.is_(None) if run_id is None else calls.c.run_id == run_id
+        with self._db.read() as connection:
+            found = connection.execute(
+                select(calls.c.call_id)
+                .where(calls.c.request_hash == request_hash, same_run, calls.c.received_at > since)
+                .order_by(calls.c.received_at.desc(), calls.c.seq.desc())
+                .limit(1)
+            ).scalar()
+        return None if found is None else str(found)
+
 
 def _distinct(batch: Sequence[Call]) -> dict[str, Call]:
     distinct: dict[str, Call] = {}
@@ -123,11 +137,11 @@ def _known(connection: Connection, call_ids: list[str]) -> set[str]:
 def _insert(connection: Connection, batch: list[Call], now: float) -> None:
     if not batch:
         return
-    active = {call.attribution.run_id: now for call in batch if call.attribution.run_id is not None}
+    active = {call.attribution.run_id: call.project for call in batch if call.attribution.run_id is not None}
     if active:
         lock_runs(connection, active)
-        open_or_touch(connection, active, "default", now)
-    _upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
+        open_or_touch(connection, active, now)
+    upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
     rows = _rows(batch)
     for table, table_rows in (
         (calls, rows.calls),
@@ -137,39 +151,6 @@ def _insert(connection: Connection, batch: list[Call], now: float) -> None:
     ):
         if table_rows:
             run_hot(connection, _INSERTS[table.name], table_rows)
-
-
-def _upsert_spans(connection: Connection, batch: list[Span]) -> None:
-    if not batch:
-        return
-    latest = {(span.run_id, span.span_id): span for span in batch}
-    connection.execute(
-        _span_upsert(connection.dialect.name),
-        [
-            {
-                "run_id": span.run_id,
-                "span_id": span.span_id,
-                "name": span.name,
-                "kind": span.kind,
-                "parent_span_id": span.parent_span_id,
-                "namespace": span.namespace,
-                "superstep": span.superstep,
-                "triggers": span.triggers,
-            }
-            for span in latest.values()
-        ],
-    )
-
-
-@cache
-def _span_upsert(dialect: str) -> Executable:
-    """A span seen again takes the newer name and triggers; what it knew of its place it does not forget."""
-    statement = insert_for(dialect, spans)
-    given = statement.excluded
-    changed = {name: given[name] for name in ("name", "kind", "triggers")}
-    kept = {name: func.coalesce(given[name], spans.c[name]) for name in ("parent_span_id", "namespace", "superstep")}
-    upsert: Executable = statement.on_conflict_do_update(index_elements=["run_id", "span_id"], set_={**changed, **kept})
-    return upsert
 
 
 _INSERTS = {table.name: HotStatement(table.insert()) for table in (calls, call_payloads, choices, choice_payloads)}
@@ -209,6 +190,10 @@ def _call_row(call: Call) -> dict[str, Any]:
         "stream": call.stream,
         "quarantine": call.quarantine,
         "error": call.error,
+        "endpoint": call.endpoint,
+        "project": call.project,
+        "request_hash": call.request_hash,
+        "retry_of": call.retry_of,
     }
 
 

@@ -19,7 +19,7 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
 from tracegrad.tracestore.readiness import is_ready, members, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
-from tracegrad.tracestore.schema import calls, holds, jobs, leases, rewards, runs
+from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
 
 
 class Leases(Noun):
@@ -96,6 +96,9 @@ class Leases(Noun):
             "run_ids": plan.run_ids,
             "calls_through": connection.execute(select(func.coalesce(func.max(calls.c.seq), 0))).scalar_one(),
             "rewards_through": connection.execute(select(func.coalesce(func.max(rewards.c.seq), 0))).scalar_one(),
+            "attributions_through": connection.execute(
+                select(func.coalesce(func.max(attributions.c.seq), 0))
+            ).scalar_one(),
             "created_at": now,
             "expires_at": now + lease_s,
         }

@@ -7,7 +7,7 @@ not account for every choice the lease planned (law 5). Called by the trainer, t
 
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, case, func, select, update
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord
 from tracegrad.tracestore.jobs import existing_job
@@ -15,6 +15,7 @@ from tracegrad.tracestore.leases import claimed, drop_holds
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import CheckpointRow, Consumption, Lease, PolicyVersion, StepCommit
 from tracegrad.tracestore.schema import calls, checkpoints, choices, consumption, holds, leases, ledger
+from tracegrad.tracestore.traces import stood_when_leased
 from tracegrad.tracestore.versions import add, existing
 
 
@@ -101,13 +102,14 @@ def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
         if entry.run_id not in planned:
             raise InvalidRecord(f"choice {key} is of run {entry.run_id!r}, which lease {lease.lease_id} does not hold")
         given.add(key)
+    stood = case((stood_when_leased(lease.calls_through, lease.attributions_through), 1), else_=0).label("stood")
     stored = connection.execute(
-        select(calls.c.run_id, choices.c.call_id, choices.c.choice_index, choices.c.n_tokens, calls.c.seq)
+        select(calls.c.run_id, choices.c.call_id, choices.c.choice_index, choices.c.n_tokens, stood)
         .join(calls, calls.c.call_id == choices.c.call_id)
         .join(holds, holds.c.run_id == calls.c.run_id)
         .where(holds.c.lease_id == lease.lease_id)
     ).all()
-    required = {(row.call_id, row.choice_index) for row in stored if row.seq <= lease.calls_through}
+    required = {(row.call_id, row.choice_index) for row in stored if row.stood}
     if required - given:
         raise InvalidRecord(
             f"step {lease.step} of job {lease.job_id!r} leaves out {len(required - given)} choices, such as "

@@ -18,6 +18,8 @@ RoleSource = Literal["header", "path", "key", "hook", "langsmith", "inferred"]
 PublishState = Literal["requested", "draining", "swapping", "live", "failed"]
 VersionKind = Literal["initial", "step", "canary"]
 LeaseState = Literal["held", "acknowledged", "released", "expired"]
+Endpoint = Literal["chat", "completions", "embeddings"]
+SpanKind = Literal["node", "tool", "graph"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,16 +61,34 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """One node execution inside a run. `namespace` is LangGraph's checkpoint namespace (branch path)."""
+    """One execution inside a run: of a node, a tool or a (sub)graph. `namespace` is LangGraph's checkpoint namespace.
+
+    It is told in parts (by a call, at its start, at its end): what one part leaves None, another may say. `input` and
+    `output` are any JSON; a tool's `output` is what it returned. `source` is who told of it first.
+    """
 
     span_id: str
     run_id: str
     name: str
-    kind: Literal["node", "tool", "graph"] = "node"
+    kind: SpanKind = "node"
     parent_span_id: str | None = None
     namespace: str | None = None
     superstep: int | None = None
     triggers: tuple[str, ...] = ()
+    input: Any = None
+    output: Any = None
+    error: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    source: RoleSource | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edge:
+    """The output of span `source` fed span `target`. See `edges`."""
+
+    source: str
+    target: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +97,8 @@ class Choice:
 
     Invariant: where `logprobs` is not None, ``len(logprobs) == len(token_ids)``. `message` is the assistant
     message as the client got it (text is for people; nothing is re-tokenised). `flags` names what the trainer
-    must know: "greedy", "constrained", "penalised", "truncated_sampling", "stop_string".
+    must know: "greedy", "constrained", "penalised", "truncated_sampling", "stop_string", "reasoning",
+    "hidden_tool_calls" (the model wrote more than the client got), "external" (sampled by somebody else's engine).
     """
 
     index: int
@@ -110,6 +131,34 @@ class Attribution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LateAttribution:
+    """What a source said of a call after it was stored. The call is named by our id or by its completion id.
+
+    Append-only: one row per (named call, source). What the call does not know yet, it takes from here; where it knows
+    something else, that is a conflict, and the call keeps what it has.
+    """
+
+    source: RoleSource
+    call_id: str | None = None
+    completion_id: str | None = None
+    run_id: str | None = None
+    role: str | None = None
+    span_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttributionConflict:
+    """A call that one source placed in one run or role, and a later source in another."""
+
+    call_id: str
+    field: Literal["run", "role"]
+    kept: str
+    kept_source: RoleSource | None
+    said: str
+    said_source: RoleSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """One request to a model with its choices: the unit that is committed before the reply ends (law 3).
 
@@ -117,6 +166,8 @@ class Call:
     `version_dispatched`/`version_completed` are policy version ids of `model`; unequal ones quarantine.
     `requested`/`effective` hold the sampling parameters as sent by the client and as sent to the engine.
     `request` is the client's body without them (messages, tools, ...). `quarantine` is a reason or None.
+    `request_hash` is a digest of the body as sent; `retry_of` names the call that this one was sent again for, because
+    its answer did not arrive. `project` is the project that a run opened for this call belongs to.
     """
 
     call_id: str
@@ -136,6 +187,10 @@ class Call:
     stream: bool = False
     quarantine: str | None = None
     error: str | None = None
+    endpoint: Endpoint = "chat"
+    request_hash: str | None = None
+    retry_of: str | None = None
+    project: str = "default"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,11 +214,15 @@ class Reward:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTrace:
-    """A run with everything training needs: its calls (by dispatch time) and the current view of its rewards."""
+    """A run with everything training needs: its calls (by dispatch time), the current view of its rewards, its spans.
+
+    `spans` are in order of their start, those without one last; every span that a call names is among them.
+    """
 
     run: Run
     calls: tuple[Call, ...]
     rewards: tuple[Reward, ...]
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ Called by the proxy and the rollout driver, through `Store`; `open_or_touch` and
 `leases` too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -142,9 +142,9 @@ def open_unknown(connection: Connection, run_ids: Iterable[str], project: str, n
     _insert_ignore(connection, rows)
 
 
-def open_or_touch(connection: Connection, run_ids: Iterable[str], project: str, now: float) -> None:
-    """As `open_unknown`; the known ones are marked active at `now`, never earlier than they were."""
-    rows = [_row(Run(run_id=run_id, project=project), now) for run_id in sorted(set(run_ids))]
+def open_or_touch(connection: Connection, projects: Mapping[str, str], now: float) -> None:
+    """As `open_unknown`, from run id -> project; the known ones are marked active at `now`, never earlier."""
+    rows = [_row(Run(run_id=run_id, project=project), now) for run_id, project in sorted(projects.items())]
     run_hot(connection, _open_or_touch_for(connection.dialect.name), rows)
 
 

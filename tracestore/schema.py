@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0001"
+HEAD = "0002"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -140,6 +140,12 @@ spans = Table(
     _word("namespace", null=True),
     _number("superstep", null=True),
     Column("triggers", JsonText, nullable=False),
+    Column("input", JsonText),
+    Column("output", JsonText),
+    Column("error", Text),
+    _time("started_at", null=True),
+    _time("ended_at", null=True),
+    _word("source", null=True),
     _one_of("kind", "node", "tool", "graph"),
 )
 
@@ -196,6 +202,12 @@ calls = Table(
     Column("stream", Boolean(create_constraint=False), nullable=False),
     Column("quarantine", Text),
     Column("error", Text),
+    Column("endpoint", String, nullable=False, server_default="chat"),
+    Column("project", String, nullable=False, server_default="default"),
+    _word("request_hash", null=True),
+    _word("retry_of", null=True),
+    Column("placed_by", BigInteger),
+    Column("role_by", BigInteger),
     ForeignKeyConstraint(["run_id", "span_id"], ["spans.run_id", "spans.span_id"]),
     ForeignKeyConstraint(["version_dispatched", "model"], ["policy_versions.version_id", "policy_versions.model"]),
     ForeignKeyConstraint(["version_completed", "model"], ["policy_versions.version_id", "policy_versions.model"]),
@@ -205,8 +217,31 @@ calls = Table(
     CheckConstraint("span_id IS NULL OR run_id IS NOT NULL", name="span_has_run"),
     Index(None, "run_id", "model"),
     Index(None, "completion_id"),
+    Index(None, "request_hash"),
+    Index(None, "retry_of"),
     sqlite_autoincrement=True,
 )
+
+attributions = Table(
+    "attributions",
+    metadata,
+    Column("seq", _Serial, Identity(), primary_key=True),
+    _word("source"),
+    _word("call_id", null=True),
+    _word("completion_id", null=True),
+    _word("run_id", null=True),
+    _word("role", null=True),
+    _word("span_id", null=True),
+    _time("created_at"),
+    UniqueConstraint("source", "call_id"),
+    UniqueConstraint("source", "completion_id"),
+    _one_of("source", "header", "path", "key", "hook", "langsmith", "inferred"),
+    CheckConstraint("call_id IS NOT NULL OR completion_id IS NOT NULL", name="names_a_call"),
+    Index(None, "run_id"),
+    sqlite_autoincrement=True,
+)
+"""What was said of calls after they were stored. `calls` takes over what it does not know: `placed_by` and `role_by`
+name the row that gave it its run and its role (NULL: known when it was stored)."""
 
 call_payloads = Table(
     "call_payloads",
@@ -281,6 +316,7 @@ leases = Table(
     Column("run_ids", JsonText, nullable=False),
     Column("calls_through", BigInteger, nullable=False),
     Column("rewards_through", BigInteger, nullable=False),
+    Column("attributions_through", BigInteger, nullable=False, server_default="0"),
     _time("created_at"),
     _time("expires_at"),
     UniqueConstraint("lease_id", "job_id"),
@@ -394,4 +430,18 @@ publish_acks = Table(
     Column("publish_id", Integer, ForeignKey("publishes.publish_id"), primary_key=True, autoincrement=False),
     Column("proxy_id", String, ForeignKey("proxies.proxy_id", ondelete="CASCADE"), primary_key=True),
     _time("acked_at"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _key("key_id"),
+    Column("hash", String, nullable=False, unique=True),
+    _word("name"),
+    _word("project"),
+    Column("scopes", JsonText, nullable=False),
+    _word("run_id", null=True),
+    _word("role", null=True),
+    _time("created_at"),
+    _time("revoked_at", null=True),
 )

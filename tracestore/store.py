@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from tracegrad.tracestore import migrate
+from tracegrad.tracestore.attributions import Attributions
 from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.database import Database
@@ -19,12 +20,28 @@ from tracegrad.tracestore.publishes import Publishes
 from tracegrad.tracestore.rewards import Rewards
 from tracegrad.tracestore.run_list import RunList
 from tracegrad.tracestore.runs import Runs
+from tracegrad.tracestore.spans import Spans
 from tracegrad.tracestore.tasks import Tasks
 from tracegrad.tracestore.traces import Traces
 from tracegrad.tracestore.versions import Versions
 
 
-class Store(Tasks, Runs, RunList, Calls, Traces, Rewards, Jobs, Leases, Ledger, Conservation, Versions, Publishes):
+class Store(
+    Tasks,
+    Runs,
+    RunList,
+    Spans,
+    Calls,
+    Attributions,
+    Traces,
+    Rewards,
+    Jobs,
+    Leases,
+    Ledger,
+    Conservation,
+    Versions,
+    Publishes,
+):
     """A trace store. Made by `open_store`."""
 
     def __init__(self, database: Database) -> None:

@@ -4,10 +4,11 @@ Read only. Called by the trainer (`traces`, `lease_traces`) and by whoever shows
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, select, true
+from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, true
 
 from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.errors import NotFound
@@ -15,7 +16,8 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Lease, Reward, Run, RunTrace, Span
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import run_of
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs, spans
+from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs
+from tracegrad.tracestore.spans import spans_of
 
 
 class Traces(Noun):
@@ -28,7 +30,7 @@ class Traces(Noun):
     def traces(self, run_ids: Sequence[str]) -> list[RunTrace]:
         """Return the runs in the order asked for, from one snapshot. Raises NotFound for an unknown one."""
         with self._db.read() as connection:
-            return _traces(connection, run_ids, None, None)
+            return _traces(connection, run_ids, None)
 
     def lease_traces(self, lease: Lease) -> list[RunTrace]:
         """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.
@@ -36,18 +38,31 @@ class Traces(Noun):
         A reclaimed lease therefore gives the same data as the first claim did. Raises NotFound.
         """
         with self._db.read() as connection:
-            row = connection.execute(
-                select(leases.c.calls_through, leases.c.rewards_through).where(leases.c.lease_id == lease.lease_id)
-            ).one_or_none()
+            row = connection.execute(select(leases).where(leases.c.lease_id == lease.lease_id)).one_or_none()
             if row is None:
                 raise NotFound(f"no lease {lease.lease_id}: lease again")
-            return _traces(connection, lease.plan.run_ids, row.calls_through, row.rewards_through)
+            until = _Until(row.calls_through, row.rewards_through, row.attributions_through)
+            return _traces(connection, lease.plan.run_ids, until)
 
 
-def _traces(
-    connection: Connection, run_ids: Sequence[str], calls_through: int | None, rewards_through: int | None
-) -> list[RunTrace]:
+@dataclass(frozen=True, slots=True)
+class _Until:
+    """The last call, reward and late attribution that a lease knows."""
+
+    calls: int
+    rewards: int
+    attributions: int
+
+
+def stood_when_leased(calls_through: Any, attributions_through: Any) -> ColumnElement[bool]:
+    """Whether the call of the row was in its run when a lease was made."""
+    placed = or_(calls.c.placed_by.is_(None), calls.c.placed_by <= attributions_through)
+    return and_(calls.c.seq <= calls_through, placed)
+
+
+def _traces(connection: Connection, run_ids: Sequence[str], until: _Until | None) -> list[RunTrace]:
     found: dict[str, Run] = {}
+    spans: dict[str, list[Span]] = {}
     by_run: dict[str, list[Call]] = defaultdict(list)
     rewards: dict[str, list[Reward]] = defaultdict(list)
     wanted = list(dict.fromkeys(run_ids))
@@ -56,25 +71,32 @@ def _traces(
         found.update(
             (row.run_id, run_of(row)) for row in connection.execute(select(runs).where(runs.c.run_id.in_(some)))
         )
-        for call in _calls(connection, some, calls_through):
+        spans.update(spans_of(connection, some))
+        for call in _calls(connection, some, until, spans):
             by_run[str(call.attribution.run_id)].append(call)
-        for reward in current_rewards(connection, some, rewards_through):
+        for reward in current_rewards(connection, some, None if until is None else until.rewards):
             rewards[reward.run_id].append(reward)
     missing = [run_id for run_id in wanted if run_id not in found]
     if missing:
         raise NotFound(f"no run {missing[0]!r}: open it first (POST /tracegrad/v1/runs)")
     return [
-        RunTrace(run=found[run_id], calls=tuple(by_run[run_id]), rewards=tuple(rewards[run_id])) for run_id in run_ids
+        RunTrace(
+            run=found[run_id],
+            calls=tuple(by_run[run_id]),
+            rewards=tuple(rewards[run_id]),
+            spans=tuple(spans.get(run_id, ())),
+        )
+        for run_id in run_ids
     ]
 
 
-def _calls(connection: Connection, run_ids: Sequence[str], through: int | None) -> Iterator[Call]:
-    within = and_(calls.c.run_id.in_(run_ids), true() if through is None else calls.c.seq <= through)
+def _calls(
+    connection: Connection, run_ids: Sequence[str], until: _Until | None, spans: Mapping[str, Sequence[Span]]
+) -> Iterator[Call]:
+    stood = true() if until is None else stood_when_leased(until.calls, until.attributions)
+    within = and_(calls.c.run_id.in_(run_ids), stood)
     sampled = _choices(connection, select(choices.c.call_id, choices.c.finish_reason, choices.c.flags), within)
-    known = {
-        (row.run_id, row.span_id): _span(row)
-        for row in connection.execute(select(spans).where(spans.c.run_id.in_(run_ids)))
-    }
+    known = {(run_id, span.span_id): span for run_id in run_ids for span in spans.get(run_id, ())}
     rows = connection.execute(
         select(calls, call_payloads)
         .join(call_payloads, call_payloads.c.call_id == calls.c.call_id)
@@ -83,7 +105,9 @@ def _calls(connection: Connection, run_ids: Sequence[str], through: int | None) 
     )
     for row in rows.mappings():
         span = known[row[calls.c.run_id], row[calls.c.span_id]] if row[calls.c.span_id] is not None else None
-        yield _call(row, span, tuple(sampled[row[calls.c.call_id]]))
+        role_by = row[calls.c.role_by]
+        knows_role = until is None or role_by is None or role_by <= until.attributions
+        yield _call(row, span, tuple(sampled[row[calls.c.call_id]]), knows_role=knows_role)
 
 
 def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[str, list[Choice]]:
@@ -115,20 +139,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
     return by_call
 
 
-def _span(row: Any) -> Span:
-    return Span(
-        span_id=row.span_id,
-        run_id=row.run_id,
-        name=row.name,
-        kind=row.kind,
-        parent_span_id=row.parent_span_id,
-        namespace=row.namespace,
-        superstep=row.superstep,
-        triggers=tuple(row.triggers),
-    )
-
-
-def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...]) -> Call:
+def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...], *, knows_role: bool) -> Call:
     column = calls.c
     return Call(
         call_id=row[column.call_id],
@@ -136,8 +147,8 @@ def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...]) -> Call:
         attribution=Attribution(
             run_id=row[column.run_id],
             run_source=row[column.run_source],
-            role=row[column.role],
-            role_source=row[column.role_source],
+            role=row[column.role] if knows_role else None,
+            role_source=row[column.role_source] if knows_role else None,
             span=span,
         ),
         model=row[column.model],
@@ -159,4 +170,8 @@ def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...]) -> Call:
         stream=row[column.stream],
         quarantine=row[column.quarantine],
         error=row[column.error],
+        endpoint=row[column.endpoint],
+        request_hash=row[column.request_hash],
+        retry_of=row[column.retry_of],
+        project=row[column.project],
     )

@@ -5,6 +5,7 @@ empty store opened with that clock.
 """
 
 from tracegrad.tracestore.testing.ledger import LedgerContract
+from tracegrad.tracestore.testing.placing import AttemptContract, AttributionContract, SpanContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
@@ -14,6 +15,9 @@ class StoreContract(
     TaskContract,
     CallContract,
     RewardContract,
+    SpanContract,
+    AttributionContract,
+    AttemptContract,
     ReadinessContract,
     LeaseContract,
     LedgerContract,

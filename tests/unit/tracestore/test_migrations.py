@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import tracegrad.tracestore.migrate
 from tracegrad.tracestore.errors import ConfigError, SchemaMismatch, StoreUnavailable
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.testing.rows import make_call
 
 
 def url_of(path: Path) -> str:
@@ -56,11 +58,65 @@ def ddl(path: Path) -> dict[str, list[str]]:
     """Each object's DDL as its comma-separated parts, sorted: CHECKs and defaults included, order left aside."""
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    parts = {name: sorted(part.strip(" ,\t") for part in sql.splitlines()) for name, sql in rows}
-    return {name: lines for name, lines in parts.items() if name != "alembic_version"}
+    parts = {name: sorted(part.strip() for part in _at_outer_commas(sql)) for name, sql in rows}
+    return {name: found for name, found in parts.items() if name != "alembic_version"}
 
 
-def test_the_first_revision_can_be_taken_back(migrated: Path) -> None:
+def _at_outer_commas(sql: str) -> Iterator[str]:
+    """Cut the list of a CREATE TABLE at the commas outside inner parentheses: ADD COLUMN writes no line of its own."""
+    before, _, rest = sql.partition("(")
+    yield before
+    depth, part = 0, ""
+    for character in rest.rpartition(")")[0]:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            yield part
+            part = ""
+        else:
+            part += character
+    yield part
+
+
+def test_a_store_of_the_first_revision_is_migrated_with_its_data(tmp_path: Path) -> None:
+    """Its calls are in the project of their run, its leases know no late attribution, and it is written to again."""
+    from alembic import command
+
+    path = tmp_path / "store.db"
+    engine = create_engine(url_of(path))
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", script().dir)
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    engine.dispose()
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO runs (run_id, project, purpose, status, opened_at, active_at) "
+            "VALUES ('r', 'p', 'live', 'open', 1.0, 1.0)"
+        )
+        connection.execute(
+            "INSERT INTO spans (run_id, span_id, name, kind, triggers) VALUES ('r', 's', 'node', 'node', '[\"t\"]')"
+        )
+        connection.execute(
+            "INSERT INTO calls (call_id, run_id, run_source, role, role_source, span_id, model, requested_model,"
+            " status, received_at, dispatched_at, completed_at, stream)"
+            " VALUES ('c', 'r', 'hook', 'a', 'hook', 's', 'm', 'gpt', 'complete', 1.0, 2.0, 3.0, 0)"
+        )
+        connection.execute(
+            "INSERT INTO call_payloads (call_id, n_prompt, prompt_ids, request, requested, effective)"
+            " VALUES ('c', 1, x'05000000', '{}', '{}', '{}')"
+        )
+    store = open_store(url_of(path))
+    trace = store.trace("r")
+    assert (trace.calls[0].project, trace.calls[0].endpoint, trace.calls[0].prompt_ids) == ("p", "chat", (5,))
+    assert trace.calls[0].attribution.span is trace.spans[0]
+    assert trace.spans[0].triggers == ("t",)
+    store.append_calls([make_call("new", "r")])
+    assert [call.call_id for call in store.trace("r").calls] == ["c", "new"]
+    store.close()
+
+
+def test_every_revision_can_be_taken_back(migrated: Path) -> None:
     from alembic import command
 
     engine = create_engine(url_of(migrated))

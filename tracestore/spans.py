@@ -1,0 +1,83 @@
+"""Spans: what ran inside a run, told in parts by calls, hooks and posted run trees.
+
+A part writes what it knows; what an earlier part said is kept where a later one says nothing. Refuses what is not JSON;
+an unknown run is opened as a live one. Called by `calls` and `attributions`, and by the proxy
+through `Store`; the graph they form is derived in `edges`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Text, case, func, literal_column, select, type_coerce
+
+from tracegrad.tracestore.database import insert_for
+from tracegrad.tracestore.hot import HotStatement, run_hot
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import Span
+from tracegrad.tracestore.runs import lock_runs, open_or_touch
+from tracegrad.tracestore.schema import spans
+
+_FIELDS = tuple(field.name for field in fields(Span))
+_KEY = ("run_id", "span_id")
+
+
+class Spans(Noun):
+    """The part of the store that knows what ran inside a run."""
+
+    def put_spans(self, spans: Sequence[Span], project: str = "default") -> None:
+        """Write parts of spans, in order. Unknown runs are opened as live runs of `project`.
+
+        Raises:
+            InvalidRecord: an input or output that is not JSON.
+        """
+        if not spans:
+            return
+        with self._db.write() as connection:
+            run_ids = {span.run_id: project for span in spans}
+            lock_runs(connection, run_ids)
+            open_or_touch(connection, run_ids, self._db.now())
+            upsert_spans(connection, spans)
+
+    def list_spans(self, run_id: str) -> list[Span]:
+        """Return the spans of a run in order of their start (those without one last, then by superstep and id)."""
+        with self._db.read() as connection:
+            return spans_of(connection, [run_id]).get(run_id, [])
+
+
+def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:
+    """Write parts of spans whose runs exist and are locked, in the order given."""
+    for part in parts:
+        row = {name: getattr(part, name) for name in _FIELDS}
+        run_hot(connection, _upsert_for(connection.dialect.name), [row])
+
+
+def spans_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[Span]]:
+    """Return run id -> its spans, ordered as `Spans.list_spans` says."""
+    unknown_last = case((spans.c.started_at.is_(None), 1), else_=0)
+    order = (unknown_last, spans.c.started_at, func.coalesce(spans.c.superstep, -1), spans.c.span_id)
+    found: dict[str, list[Span]] = {}
+    for row in connection.execute(select(spans).where(spans.c.run_id.in_(run_ids)).order_by(*order)):
+        found.setdefault(row.run_id, []).append(_span(row))
+    return found
+
+
+def _span(row: Any) -> Span:
+    values = {name: getattr(row, name) for name in _FIELDS}
+    return Span(**{**values, "triggers": tuple(row.triggers)})
+
+
+@cache
+def _upsert_for(dialect: str) -> HotStatement:
+    """The newer name and kind; of the rest the newer, where it says anything, but for `source`: the first that told."""
+    statement = insert_for(dialect, spans)
+    given, known = statement.excluded, spans.c
+    changed: dict[str, Any] = {name: given[name] for name in ("name", "kind")}
+    says_none = type_coerce(given.triggers, Text) == literal_column("'[]'")
+    changed["triggers"] = case((says_none, known.triggers), else_=given.triggers)
+    changed["source"] = func.coalesce(known.source, given.source)
+    for name in _FIELDS:
+        if name not in (*_KEY, *changed):
+            changed[name] = func.coalesce(given[name], known[name])
+    return HotStatement(statement.on_conflict_do_update(index_elements=list(_KEY), set_=changed))

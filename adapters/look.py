@@ -6,6 +6,7 @@ shortened in tables and whole in JSON.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.errors import NotFound, TraceStoreError
-from tracegrad.tracestore.records import Call, Purpose, Reward, RunStatus, RunSummary, RunTrace
+from tracegrad.tracestore.records import AttributionConflict, Call, Purpose, Reward, RunStatus, RunSummary, RunTrace
 from tracegrad.tracestore.store import Store, open_store
 
 _SHORT = 160
@@ -70,20 +73,27 @@ def runs(
 )
 @click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
 @click.option("--full", is_flag=True, help="Do not shorten texts.")
-@click.option("--json", "as_json", is_flag=True, help="The whole trace, token ids included.")
-def show(*, run_id: str, config_path: Path | None, url: str | None, full: bool, as_json: bool) -> None:
+@click.option("--mermaid", "as_mermaid", is_flag=True, help="The graph of the run, for a Mermaid renderer.")
+@click.option("--json", "as_json", is_flag=True, help="The whole trace with its edges, token ids included.")
+def show(
+    *, run_id: str, config_path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool
+) -> None:
     """Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well."""
     store = _open(config_path, url)
     try:
         trace = store.trace(_owning_run(store, run_id))
+        conflicts = store.attribution_conflicts(trace.run.run_id)
     except NotFound as error:
         raise click.ClickException(f"{error}; `tracegrad runs` lists what there is") from error
     finally:
         store.close()
     if as_json:
-        _print_json(asdict(trace))
-        return
-    print_trace(Console(), trace, longest=None if full else _SHORT)
+        more = {"edges": [asdict(edge) for edge in edges(trace.spans)], "conflicts": [asdict(one) for one in conflicts]}
+        _print_json({**asdict(trace), **more})
+    elif as_mermaid:
+        click.echo(mermaid(trace), nl=False)
+    else:
+        print_trace(Console(), trace, conflicts, longest=None if full else _SHORT)
 
 
 def runs_table(found: list[RunSummary]) -> Table:
@@ -109,8 +119,13 @@ def runs_table(found: list[RunSummary]) -> Table:
     return table
 
 
-def print_trace(console: Console, trace: RunTrace, *, longest: int | None) -> None:
-    """Print a run: what it is, its calls with prompts and answers, its rewards. `longest` shortens texts."""
+def print_trace(
+    console: Console, trace: RunTrace, conflicts: Sequence[AttributionConflict] = (), *, longest: int | None
+) -> None:
+    """Print a run: what it is, what ran inside what, its calls with prompts and answers, its rewards.
+
+    `longest` shortens texts.
+    """
     run = trace.run
     facts = Table(show_header=False, title=f"run {escape(run.run_id)}", title_justify="left")
     ended = "" if run.ended_at is None else f" by {run.ended_by} after {run.ended_at - run.opened_at:.2f} s"
@@ -124,6 +139,13 @@ def print_trace(console: Console, trace: RunTrace, *, longest: int | None) -> No
     if run.error is not None:
         facts.add_row("error", f"[red]{escape(_shorten(run.error, longest))}[/]")
     console.print(facts)
+    if trace.spans:
+        console.print(tree_of(trace, shorten=lambda text: _shorten(text, longest)))
+    for conflict in conflicts:
+        kept, said = f"{conflict.kept} ({conflict.kept_source})", f"{conflict.said} ({conflict.said_source})"
+        console.print(
+            escape(f"conflict: the {conflict.field} of {conflict.call_id} is {kept}, not {said}"), style="red"
+        )
     for number, call in enumerate(trace.calls, start=1):
         _print_call(console, number, call, longest)
     if trace.rewards:

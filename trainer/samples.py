@@ -33,6 +33,8 @@ CONSTRAINED = "constrained"
 PENALISED = "penalised"
 TRUNCATED = "truncated sampling"
 NO_REWARD = "no reward"
+SUPERSEDED = "superseded by a retry"
+"""The answer did not reach the app, which sent the request again: what the app went on with is the retry's answer."""
 
 MIN_TEMPERATURE = 0.01
 """Below this a call counts as greedy: vLLM clamps smaller temperatures, so the recorded one was not used."""
@@ -133,12 +135,15 @@ def build_batch(
         _check_run(trace)
         run_id = trace.run.run_id
         counted = counted_rewards(trace, reward_weights)
+        superseded = {call.retry_of for call in trace.calls}
         if trace.run.status == "closed":
             rewards[run_id] = counted
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
                 reason = exclusion(trace, call, choice, model=model, role_model=role_model, rewards=counted)
+                if reason is None and call.call_id in superseded:
+                    reason = SUPERSEDED
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(

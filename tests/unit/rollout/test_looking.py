@@ -1,6 +1,7 @@
 """`tracegrad runs` and `tracegrad show`: what a person reads, and the same as JSON."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tracegrad.adapters.cli import main
-from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Reward, Run, Span, Task
+from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, LateAttribution, Reward, Run, Span, Task
 from tracegrad.tracestore.store import open_store
 
 
@@ -95,3 +96,57 @@ def test_what_is_not_there_is_said_plainly(url: str, tmp_path: Path, monkeypatch
     assert "--config FILE or --store URL" in invoke("runs").stderr
     assert invoke("runs", "--store", f"sqlite:///{tmp_path}/none.db").exit_code == 1
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.fixture
+def graph_url(tmp_path: Path) -> str:
+    """A run whose node `plan` called a tool and fed `write`; a conflict; a call that belongs to no span."""
+    where = f"sqlite:///{tmp_path}/graph.db"
+    store = open_store(where)
+    told: list[dict[str, Any]] = [
+        {"span_id": "p", "name": "plan", "namespace": "plan:1", "superstep": 1, "started_at": 1.0, "ended_at": 3.0},
+        {"span_id": "t", "name": "search", "kind": "tool", "parent_span_id": "p", "input": {"q": "x"}, "output": "4"},
+        {"span_id": "w", "name": '"write"', "namespace": "write:2", "superstep": 2, "error": "no [ink]"},
+        {"span_id": "ring", "name": "ring", "parent_span_id": "ring"},
+    ]
+    store.put_spans([Span(run_id="run_a", **part) for part in told])
+    by = Attribution(run_id="run_a", run_source="hook", role="planner", role_source="hook")
+    span = Span(span_id="p", run_id="run_a", name="plan")
+    store.append_calls([call(1, attribution=replace(by, span=span)), call(2, attribution=by)])
+    store.attribute_late([LateAttribution(source="langsmith", call_id="call_2", role="writer")])
+    store.close()
+    return where
+
+
+def test_a_run_is_shown_as_a_tree(graph_url: str) -> None:
+    shown = invoke("show", "run_a", "--store", graph_url).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    tree = lines[lines.index("run run_a", 1) : lines.index("run run_a", 1) + 9]
+    assert tree == [
+        "run run_a",
+        "├── plan node step 1 2.00 s",
+        "│   ├── call 1 planner 2 tokens",
+        "│   └── search tool",
+        '│         in  {"q":"x"}',
+        "│         out 4",
+        "├── ring node",
+        '├── "write" node step 2',
+        "│     no [ink]",
+    ]
+    assert "└── call 2 planner 2 tokens" in lines
+    assert "conflict: the role of call_2 is planner (hook), not writer (langsmith)" in shown
+
+
+def test_a_run_is_drawn_for_mermaid(graph_url: str) -> None:
+    assert invoke("show", "run_a", "--store", graph_url, "--mermaid").stdout.splitlines() == [
+        "flowchart TD",
+        '    s0["plan, step 1, 1 call"]',
+        '    s1["ring"]',
+        '    s2(["search"])',
+        '    s3["&quot;write&quot;, step 2, failed"]',
+        "    s0 --> s3",
+        "    s0 -.-> s2",
+    ]
+    shown = json.loads(invoke("show", "run_a", "--store", graph_url, "--json").stdout)
+    assert shown["edges"] == [{"source": "p", "target": "w"}]
+    assert [(conflict["kept"], conflict["said"]) for conflict in shown["conflicts"]] == [("planner", "writer")]

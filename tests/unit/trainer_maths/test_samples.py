@@ -112,6 +112,14 @@ def test_a_failed_run_does_not_train_and_gives_no_reward(make_call, make_trace):
     assert samples.rewards == {}
 
 
+def test_a_request_sent_again_trains_once(make_call, make_trace):
+    """The retry's answer is the one the app went on with; what it repeats is context for nobody."""
+    calls = [make_call("first"), make_call("second", retry_of="first"), make_call("third", retry_of="second")]
+    samples = batch([make_trace(calls=calls, rewards=[score()])])
+    assert [choice.call_id for choice in samples.choices] == ["third"]
+    assert samples.excluded_tokens == {"superseded by a retry": 4}
+
+
 def test_no_reward_is_not_a_reward_of_zero(make_call, make_trace):
     bare = batch([make_trace(calls=[make_call()])])
     assert bare.consumption[0].reason == "no reward"

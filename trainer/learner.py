@@ -21,6 +21,7 @@ from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_c
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import StepRefused, TrainerError
 from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
+from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
 from tracegrad.trainer.results import Saved, Scored, StepResult
@@ -153,6 +154,7 @@ class Learner:
         evaluated = time.monotonic()
         metrics = self.ppo.run(plan, samples, proximal, version_id=version_id)
         self._probe = probe
+        return_freed_memory()
         return StepResult(
             consumption=samples.consumption,
             metrics={

@@ -13,6 +13,7 @@ store. Nothing is chosen on the held-out questions. Refuses to report when a par
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import time
 import urllib.request
@@ -23,6 +24,7 @@ from typing import Any
 import msgspec
 
 from examples.rag_qa import demo_report
+from examples.rag_qa.demo_memory import tree_memory_bytes
 from examples.rag_qa.demo_processes import (
     ROOT,
     DemoError,
@@ -35,7 +37,7 @@ from examples.rag_qa.demo_processes import (
     stop,
     tail,
 )
-from examples.rag_qa.fetch import MODEL_FOLDER, FetchError, cache_root, fetch_all
+from examples.rag_qa.fetch import MODEL_FOLDER, cache_root
 from examples.rag_qa.questions import write_tasks
 from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import Config, dump_config, load_config
@@ -54,6 +56,8 @@ HELD_OUT = 256
 BUDGET_S = 1200.0
 """From the end of set-up to the table. Training stops early if it would not leave time for the last evaluation."""
 START_S = 900.0
+MEMORY_EVERY_S = 10.0
+_FETCH = (sys.executable, "-m", "examples.rag_qa.fetch")
 _APP = ["--app", "examples.rag_qa.app:graph", "--reward", "examples.rag_qa.reward:reward"]
 
 
@@ -71,6 +75,7 @@ class Files:
         self.before_s = out / "heldout_before_s.json"
         self.after = out / "heldout_after.json"
         self.trained = out / "trained.json"
+        self.memory = out / "memory.json"
         self.rollouts = out / "rollouts.jsonl"
         self.summary = out / "summary.json"
         self.curve = out / "curve.png"
@@ -109,6 +114,7 @@ class Demo:
         self.files = Files(out)
         out.mkdir(parents=True, exist_ok=True)
         self.clock = Clock(self.files.clock)
+        self._memory_seen_at = float("-inf")
         self.cache = cache_root()
         self.tasks = self._prepare()
         self.config = self._configure(steps)
@@ -134,7 +140,9 @@ class Demo:
 
     def _prepare(self) -> dict[str, Path]:
         _say(f"data (kept in {self.cache})")
-        fetch_all(self.cache, _say)
+        # In a process of its own: turning the model into its format takes 0.6 GB, which would stay with the demo.
+        if subprocess.run([*_FETCH, "--cache", str(self.cache)], cwd=ROOT, stdout=sys.stderr, check=False).returncode:
+            raise DemoError("the data could not be fetched; the message is above")
         tasks = write_tasks(self.cache / "tasks", self.cache, _say)
         lines = tasks["heldout"].read_text(encoding="utf-8").split("\n")[:HELD_OUT]
         self.files.held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -233,12 +241,21 @@ class Demo:
                 elif rollout.poll() not in (None, 0):
                     check(rollout, "tracegrad rollout", self.files.log("rollout"))
                 self.clock.save()
+                self._watch_memory()
                 time.sleep(1.0)
         finally:
             stop(rollout)
             store.close()
         self._settle(alive)
         _write(self.files.trained, {"step": self._live_step()})
+
+    def _watch_memory(self) -> None:
+        """Keep the most memory that was seen, of all starts; a look every 10 s."""
+        if time.monotonic() - self._memory_seen_at < MEMORY_EVERY_S:
+            return
+        self._memory_seen_at = time.monotonic()
+        known = json.loads(self.files.memory.read_text()) if self.files.memory.exists() else 0
+        _write(self.files.memory, max(known, tree_memory_bytes() or 0))
 
     def _start_rollout(self, extra: int) -> Any:
         """Sample what the steps take; `extra` more steps' worth where failed runs made groups too small."""
@@ -319,7 +336,10 @@ class Demo:
         }
         store = open_store(self.config.store, create=False)
         try:
-            summary = demo_report.summarise(store, self.config, metrics, held_out, seconds)
+            peak = json.loads(files.memory.read_text()) if files.memory.exists() else None
+            summary = demo_report.summarise(
+                store, self.config, metrics, held_out, seconds=seconds, peak_memory_bytes=peak
+            )
         finally:
             store.close()
         demo_report.draw(files.curve, metrics, held_out)
@@ -351,7 +371,7 @@ def main() -> int:
     except KeyboardInterrupt:
         _say("\ninterrupted: start it again to go on where it stopped")
         return 130
-    except (DemoError, FetchError, TraceStoreError) as error:
+    except (DemoError, TraceStoreError) as error:
         _say(f"demo: {error}")
         return 1
     finally:

@@ -112,9 +112,11 @@ def summarise(
     config: Config,
     metrics: Sequence[Mapping[str, Any]],
     held_out: HeldOut,
+    *,
     seconds: Mapping[str, float],
+    peak_memory_bytes: int | None,
 ) -> dict[str, Any]:
-    """Return what `summary.json` holds. `seconds` has setup, generate and total.
+    """Return what `summary.json` holds. `seconds` has setup, generate and total; the peak is that of all processes.
 
     Raises:
         DemoError: stored sampled tokens are not trained + excluded (law 5).
@@ -143,6 +145,7 @@ def summarise(
             "publish": publish_s,
             "total": seconds["total"],
         },
+        "peak_memory_bytes": peak_memory_bytes,
         "calls_recorded": sum(run.n_calls for run in runs),
         "calls_trained": sum(line["choices"] for line in metrics),
         "sampled_tokens_stored": tokens.stored,
@@ -217,3 +220,5 @@ def print_table(summary: Mapping[str, Any], before: Answers, after: Answers) -> 
         f"{summary['steps']} steps; {summary['calls_trained']:,} of {summary['calls_recorded']:,} calls trained; "
         + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     )
+    if summary["peak_memory_bytes"]:
+        console.print(f"at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory while training, all processes")

@@ -1,11 +1,14 @@
 """The demo's numbers: pairing, the brevity control, and what is left out, with the arithmetic."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from examples.rag_qa import demo_report
+from examples.rag_qa.demo_memory import tree_memory_bytes
 from examples.rag_qa.demo_processes import DemoError, run, tail
 from examples.rag_qa.demo_report import compare, cut, read_answers, read_golds, read_lines
 
@@ -69,3 +72,20 @@ def test_a_failing_command_is_an_error_that_names_its_log(tmp_path: Path) -> Non
         run(["no-such-command"], "the evaluation", tmp_path / "logs" / "eval.log")
     assert (tmp_path / "logs" / "eval.log").exists()
     assert tail(tmp_path / "nothing.log") == ""
+
+
+def test_memory_is_that_of_the_process_and_its_children() -> None:
+    """A child that holds 64 MB adds at least that, and takes it away when it ends."""
+    program = "import sys; held = bytearray(b'x') * (64 << 20); print('held', flush=True); sys.stdin.read()"
+    alone = tree_memory_bytes()
+    if alone is None:
+        pytest.skip("no /proc here")
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        assert child.stdin is not None
+        both = tree_memory_bytes()
+        child.stdin.close()
+    assert both is not None
+    assert both - alone > 60 << 20
+    assert (tree_memory_bytes(child.pid) or 0) == 0

@@ -64,7 +64,7 @@ class ProxyApp:
 
     async def _start(self) -> None:
         proxy = self.config.proxy
-        purposes = Purposes(self.store, self.config.project)
+        purposes = Purposes(self.store)
         await self.hold.start()
         engines = {name: model.engine.url for name, model in self.config.models.items()}
         self.upstream = Upstream(engines, timeout_s=proxy.upstream_timeout_s)

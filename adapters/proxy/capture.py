@@ -7,6 +7,7 @@ are dropped. Everything else passes as the bytes that came (values are never dec
 Refuses fields by which a client could reach into the engine (`kv_transfer_params`). Called by `chat`.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Ask:
 
     raw: RawObject
     body: dict[str, Any]
+    digest: str = ""
+    """Of the body as it was sent: two requests with one digest are a retry, or equal calls side by side."""
 
     @property
     def model(self) -> str | None:
@@ -77,7 +80,7 @@ def read_ask(body: bytes) -> Ask:
             raise InvalidRequest(
                 f"the field {name!r} is not allowed through this proxy; remove it", code="field_not_allowed", param=name
             )
-    return Ask(raw, values)
+    return Ask(raw, values, hashlib.blake2b(body, digest_size=16).hexdigest())
 
 
 def plan_injection(body: Mapping[str, Any]) -> Injection:

@@ -74,6 +74,8 @@ class ChatEndpoint:
             n=ask.n,
             stream=ask.stream,
             received_at=received_at,
+            request_hash=ask.digest,
+            project=self.config.project,
         )
 
 

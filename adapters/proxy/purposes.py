@@ -1,7 +1,8 @@
 """The purpose of a run, remembered: only it decides whether the sampling override applies.
 
-A run's purpose never changes, so what was once read is kept (least recently used ones are let go). An unknown run is
-opened as a live run of our project. Refuses nothing. Called by `chat` and `control`.
+A run's purpose never changes, so what was once read is kept (least recently used ones are let go). An unknown run
+counts as live, and is asked for again next time: the store opens it with its first call, unless somebody opens it
+before. Refuses nothing. Called by `chat` and `control`.
 """
 
 import asyncio
@@ -15,11 +16,10 @@ CAPACITY = 16_384
 
 
 class Purposes:
-    """A cache in front of `Store.get_run` and `Store.ensure_runs`."""
+    """A cache in front of `Store.get_run`."""
 
-    def __init__(self, store: Store, project: str, capacity: int = CAPACITY) -> None:
+    def __init__(self, store: Store, capacity: int = CAPACITY) -> None:
         self._store = store
-        self._project = project
         self._capacity = capacity
         self._known: OrderedDict[str, Purpose] = OrderedDict()
 
@@ -31,20 +31,16 @@ class Purposes:
             self._known.popitem(last=False)
 
     async def of(self, run_id: str | None) -> Purpose:
-        """Return the purpose of a run, which is opened as `live` where it is unknown. Raises TraceStoreError."""
+        """Return the purpose of a run, `live` where the store does not know it. Raises TraceStoreError."""
         if run_id is None:
             return "live"
         known = self._known.get(run_id)
         if known is not None:
             self._known.move_to_end(run_id)
             return known
-        purpose = await asyncio.to_thread(self._look_up, run_id)
+        try:
+            purpose = (await asyncio.to_thread(self._store.get_run, run_id)).purpose
+        except NotFound:
+            return "live"
         self.learn(run_id, purpose)
         return purpose
-
-    def _look_up(self, run_id: str) -> Purpose:
-        try:
-            return self._store.get_run(run_id).purpose
-        except NotFound:
-            self._store.ensure_runs([run_id], self._project)
-            return self._store.get_run(run_id).purpose

@@ -179,6 +179,8 @@ class Draft:
     n: int
     stream: bool
     received_at: float
+    request_hash: str | None = None
+    project: str = "default"
 
 
 @dataclass(slots=True)
@@ -225,6 +227,8 @@ def compose(
         stream=draft.stream,
         quarantine=reason,
         error=error if error is not None else detail,
+        request_hash=draft.request_hash,
+        project=draft.project,
     )
 
 

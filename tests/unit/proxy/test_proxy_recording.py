@@ -305,3 +305,31 @@ def test_tool_calls_of_a_stream_are_joined() -> None:
             {"id": "c1", "type": "function", "function": {"name": "g", "arguments": "{}"}},
         ],
     }
+
+
+def test_a_call_knows_its_project_and_a_digest_of_the_body_as_sent(
+    start_proxy: Callable[..., SimpleNamespace], store: Store
+) -> None:
+    proxy = start_proxy(project="shop")
+    post(proxy, seed=1)
+    post(proxy, seed=1)
+    post(proxy, seed=2)
+    first, same, other = calls_of(store)
+    assert first.request_hash == same.request_hash != other.request_hash
+    assert first.project == store.get_run("r").project == "shop"
+
+
+def test_an_unknown_run_is_opened_by_its_first_call_and_not_before(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
+) -> None:
+    """So that whoever opens it while that call runs can still say what it is for."""
+    proxy = start_proxy(proxy={"sampling": {"*": {"temperature": 0.5}}})
+    engine_app.gate = threading.Event()
+    calling = threading.Thread(target=post, args=(proxy,))
+    calling.start()
+    wait_for(lambda: engine_app.in_flight, "the engine has the call")
+    assert proxy.client.post("/tracegrad/v1/runs", json={"run_id": "r", "purpose": "train"}).status_code == 200
+    engine_app.gate.set()
+    calling.join(10)
+    post(proxy, temperature=0)
+    assert [call.effective.get("temperature") for call in calls_of(store)] == [None, 0.5]

@@ -25,6 +25,9 @@ class GroupCommitter:
         self._store = store
         self._max_batch = max_batch
         self._waiting: list[_Waiting] = []
+        self._writing = 0
+        self.commits = 0
+        """Transactions that became durable."""
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tracegrad-group-commit", daemon=True)
@@ -44,6 +47,11 @@ class GroupCommitter:
             self._changed.notify()
         return future
 
+    @property
+    def backlog(self) -> int:
+        """How many calls were submitted and are not decided yet: waiting, or being written."""
+        return len(self._waiting) + self._writing
+
     def close(self) -> None:
         """Write everything submitted so far, then stop the thread. Twice is a no-op."""
         with self._changed:
@@ -62,6 +70,7 @@ class GroupCommitter:
     def _run(self) -> None:
         while batch := self._next():
             self._commit(batch)
+            self._writing = 0
 
     def _next(self) -> list[_Waiting]:
         """Return what waits, in order of arrival; empty when closed and drained."""
@@ -70,6 +79,7 @@ class GroupCommitter:
                 self._changed.wait()
             batch = self._waiting[: self._max_batch]
             del self._waiting[: self._max_batch]
+            self._writing = len(batch)
             return batch
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
@@ -85,5 +95,6 @@ class GroupCommitter:
             for _, future in batch:
                 future.set_exception(error)
         else:
+            self.commits += 1
             for _, future in batch:
                 future.set_result(None)

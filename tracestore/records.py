@@ -376,3 +376,21 @@ class ModelState:
     live_version: int | None
     publish_id: int | None
     state: PublishState | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyRow:
+    """A registered proxy; `age_s` is the time since its last heartbeat, by the clock of the reader."""
+
+    proxy_id: str
+    url: str
+    registered_at: float
+    age_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenRuns:
+    """The runs that have not ended: how many, and when the quietest of them was last heard of."""
+
+    count: int
+    quietest_at: float | None

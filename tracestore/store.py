@@ -16,6 +16,7 @@ from tracegrad.tracestore.database import Database
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
+from tracegrad.tracestore.overview import Overview
 from tracegrad.tracestore.publishes import Publishes
 from tracegrad.tracestore.rewards import Rewards
 from tracegrad.tracestore.run_list import RunList
@@ -41,6 +42,7 @@ class Store(
     Conservation,
     Versions,
     Publishes,
+    Overview,
 ):
     """A trace store. Made by `open_store`."""
 

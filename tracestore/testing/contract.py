@@ -5,6 +5,7 @@ empty store opened with that clock.
 """
 
 from tracegrad.tracestore.testing.ledger import LedgerContract
+from tracegrad.tracestore.testing.overview import OverviewContract
 from tracegrad.tracestore.testing.placing import AttemptContract, AttributionContract, SpanContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
@@ -23,5 +24,6 @@ class StoreContract(
     LedgerContract,
     VersionContract,
     PublishContract,
+    OverviewContract,
 ):
     """Every test of the contract."""

@@ -57,6 +57,19 @@ def test_a_batch_has_a_bound(store: GatedStore) -> None:
     assert store.batches == [["first"], ["c0", "c1"], ["c2"]]
 
 
+def test_the_backlog_counts_what_waits_and_what_is_being_written(store: GatedStore) -> None:
+    with GroupCommitter(store) as committer:
+        assert (committer.backlog, committer.commits) == (0, 0)
+        first = committer.submit(make_call("first", "r"))
+        assert store.entered.wait(20)
+        last = [committer.submit(make_call(f"c{i}", "r")) for i in range(3)][-1]
+        assert committer.backlog == 4
+        store.gate.set()
+        first.result(20)
+        last.result(20)
+    assert (committer.backlog, committer.commits) == (0, 2)
+
+
 def test_a_call_is_stored_when_its_future_is_done(store: GatedStore) -> None:
     store.gate.set()
     with GroupCommitter(store) as committer:

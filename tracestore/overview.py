@@ -1,0 +1,43 @@
+"""What an operator asks first: which proxies there are, how many runs are open, since when.
+
+Counts and heartbeats only; reads no payload. Called by `tracegrad status` and by the proxy's `/metrics`, through `Store`.
+"""
+
+from sqlalchemy import func, select
+
+from tracegrad.tracestore.migrate import revision
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import OpenRuns, ProxyRow
+from tracegrad.tracestore.schema import proxies, runs
+
+
+class Overview(Noun):
+    """The part of the store that is looked at from outside."""
+
+    def schema_revision(self) -> str | None:
+        """Return the revision of the tables that are there, or None where there are none."""
+        with self._db.read() as connection:
+            return revision(connection)
+
+    def list_proxies(self) -> list[ProxyRow]:
+        """Return every proxy that is registered, the newest heartbeat first."""
+        chosen = select(proxies).order_by(proxies.c.beat_at.desc(), proxies.c.proxy_id)
+        with self._db.read() as connection:
+            return [
+                ProxyRow(
+                    proxy_id=row.proxy_id,
+                    url=row.url,
+                    registered_at=row.registered_at,
+                    age_s=max(self._db.now() - row.beat_at, 0.0),
+                )
+                for row in connection.execute(chosen)
+            ]
+
+    def open_runs(self, project: str) -> OpenRuns:
+        """Return how many runs of a project are open, and when the quietest of them was last heard of."""
+        chosen = select(func.count(), func.min(runs.c.active_at)).where(
+            runs.c.status == "open", runs.c.project == project
+        )
+        with self._db.read() as connection:
+            count, quietest = connection.execute(chosen).one()
+            return OpenRuns(count=int(count), quietest_at=quietest)

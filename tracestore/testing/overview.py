@@ -1,0 +1,41 @@
+"""What every backend must say to an operator: proxies with the age of their heartbeats, open runs, the revision."""
+
+from tracegrad.tracestore.records import OpenRuns, Run
+from tracegrad.tracestore.schema import HEAD
+from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.rows import Clock
+
+
+class OverviewContract:
+    """Counts for `tracegrad status` and `/metrics`."""
+
+    def test_proxies_are_listed_with_the_age_of_their_heartbeat(self, store: Store, clock: Clock) -> None:
+        """The newest first; one that stopped is gone, one that died stays and ages."""
+        assert store.list_proxies() == []
+        for proxy_id in ("dead", "well", "gone"):
+            store.register_proxy(proxy_id, f"http://{proxy_id}")
+        store.remove_proxy("gone")
+        clock.advance(20)
+        store.beat_proxy("well")
+        clock.advance(1)
+        found = store.list_proxies()
+        assert [(row.proxy_id, row.url, row.age_s) for row in found] == [
+            ("well", "http://well", 1.0),
+            ("dead", "http://dead", 21.0),
+        ]
+        assert {row.registered_at for row in found} == {1_000.0}
+
+    def test_open_runs_are_counted_by_project(self, store: Store, clock: Clock) -> None:
+        """Ended ones and those of other projects do not count."""
+        assert store.open_runs("default") == OpenRuns(count=0, quietest_at=None)
+        for number, project in enumerate(("default", "default", "other")):
+            store.open_run(Run(run_id=f"r{number}", project=project))
+            clock.advance(5)
+        store.open_run(Run(run_id="ended"))
+        store.end_run("ended", status="closed", ended_by="explicit")
+        assert store.open_runs("default") == OpenRuns(count=2, quietest_at=1_000.0)
+        assert store.open_runs("other").count == 1
+
+    def test_the_revision_is_the_newest(self, store: Store) -> None:
+        """Of an open store."""
+        assert store.schema_revision() == HEAD

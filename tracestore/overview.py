@@ -1,6 +1,7 @@
 """What an operator asks first: which proxies there are, how many runs are open, since when.
 
-Counts and heartbeats only; reads no payload. Called by `tracegrad status` and by the proxy's `/metrics`, through `Store`.
+Counts and heartbeats only; reads no payload. Called by `tracegrad status` and by the proxy's `/metrics`,
+through `Store`.
 """
 
 from sqlalchemy import func, select

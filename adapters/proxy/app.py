@@ -14,26 +14,37 @@ from tracegrad.adapters.proxy.chat import ChatEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
 from tracegrad.adapters.proxy.hold import Hold
+from tracegrad.adapters.proxy.metrics import ProxyMetrics
+from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.upstream import Upstream
+from tracegrad.adapters.proxy.watch import WatchedCommitter
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, ClientGone, Receive, Reply, Request, Scope, Send
+from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
-from tracegrad.tracestore.group_commit import GroupCommitter
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.store import Store
 
 log = logging.getLogger("tracegrad.proxy")
+COUNTED_PATHS = frozenset(
+    ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
+)
+OTHER_PATH = "other"
 
 
 class ProxyApp:
     """One proxy in front of the configured engines, writing to one store. The caller closes the store."""
 
-    def __init__(self, config: Config, store: Store, *, url: str = "") -> None:
+    def __init__(self, config: Config, store: Store, *, url: str = "", sockets: WorkerSockets | None = None) -> None:
         self.config = config
         self.store = store
         self.proxy_id = new_id("proxy")
         self.url = url
+        worker = "0" if sockets is None else str(sockets.own)
+        self.metrics = ProxyMetrics(config, proxy_id=self.proxy_id, worker=worker)
+        self._sockets = sockets
+        self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
         self.hold = Hold(
             store,
             config.models,
@@ -47,6 +58,8 @@ class ProxyApp:
         """Speak ASGI 3: `lifespan` and `http`."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
+        elif scope["type"] == "http" and self._sockets is not None and self._sockets.is_private(scope):
+            await Reply(send).whole(200, METRICS_HEADERS, self.metrics.render().encode())
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
 
@@ -68,10 +81,16 @@ class ProxyApp:
         await self.hold.start()
         engines = {name: model.engine.url for name, model in self.config.models.items()}
         self.upstream = Upstream(engines, timeout_s=proxy.upstream_timeout_s)
-        self.committer = GroupCommitter(self.store)
+        self.committer = WatchedCommitter(self.store, self.metrics)
+        self.metrics.watch(self.hold.gates, self.committer)
         self.control = Control(self.config, self.store, purposes)
         self.chat = ChatEndpoint(
-            self.config, upstream=self.upstream, hold=self.hold, committer=self.committer, purposes=purposes
+            self.config,
+            upstream=self.upstream,
+            hold=self.hold,
+            committer=self.committer,
+            purposes=purposes,
+            metrics=self.metrics,
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
 
@@ -94,8 +113,10 @@ class ProxyApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
+        path = OTHER_PATH
         try:
             route = split_path(scope.get("raw_path") or scope["path"].encode())
+            path = counted_as(route.path)
             limit = self.config.proxy.max_body_bytes
             await self._route(Request(scope, receive, route, max_body_bytes=limit), route, reply)
         except ClientGone:
@@ -105,6 +126,8 @@ class ProxyApp:
         except Exception:  # the boundary: a fault of ours is logged and answered, and the server lives on
             log.exception("unexpected error in %s %s", scope["method"], scope["path"])
             await reply.error(ProxyError("the proxy failed; its log says why"))
+        finally:
+            self.metrics.answered(path, reply.status)
 
     async def _route(self, request: Request, route: Route, reply: Reply) -> None:
         if route.path == "/v1/chat/completions":
@@ -116,6 +139,9 @@ class ProxyApp:
         elif route.path == "/health":
             _check_method(request, route.path, "GET")
             await self._health(reply)
+        elif route.path == "/metrics":
+            _check_method(request, route.path, "GET")
+            await reply.whole(200, METRICS_HEADERS, await self._metrics_page.render())
         elif route.path.startswith(PREFIX) and (handlers := self.control.find(route.path)):
             _check_method(request, route.path, *handlers)
             await reply.whole(200, JSON_HEADERS, await self.control.answer(handlers[request.method], request))
@@ -156,6 +182,13 @@ class ProxyApp:
         except ProxyError as error:
             return f"unreachable: {error}"
         return "ok" if answer.status == 200 else f"HTTP {answer.status}"
+
+
+def counted_as(path: str) -> str:
+    """Return the path as a label: one of a fixed list, whatever clients ask for."""
+    if path in COUNTED_PATHS:
+        return path
+    return PREFIX if path.startswith(PREFIX) else OTHER_PATH
 
 
 class _ModelList(msgspec.Struct):

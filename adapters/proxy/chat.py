@@ -18,6 +18,8 @@ from tracegrad.adapters.proxy.attribution import attribute, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.hold import Hold, Ticket
+from tracegrad.adapters.proxy.log_lines import of_call
+from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
 from tracegrad.adapters.proxy.routing import engine_of
@@ -41,13 +43,21 @@ class ChatEndpoint:
     """The endpoint with what its exchanges share."""
 
     def __init__(
-        self, config: Config, *, upstream: Upstream, hold: Hold, committer: GroupCommitter, purposes: Purposes
+        self,
+        config: Config,
+        *,
+        upstream: Upstream,
+        hold: Hold,
+        committer: GroupCommitter,
+        purposes: Purposes,
+        metrics: ProxyMetrics,
     ) -> None:
         self.config = config
         self.upstream = upstream
         self.hold = hold
         self.committer = committer
         self.purposes = purposes
+        self.metrics = metrics
 
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answer one request. Raises ProxyError where nothing has been dispatched."""
@@ -237,7 +247,10 @@ class _Exchange:
                 await answer.drain()  # the stream's last bytes arrive while the store commits
             await asyncio.shield(commit)
         except (TraceStoreError, ProxyError) as failure:
-            log.error("call %s could not be recorded: %s", self._draft.call_id, failure)
+            draft = self._draft
+            self._endpoint.metrics.not_recorded(draft.model)
+            about = of_call(draft.call_id, draft.attribution, draft.model)
+            log.error("call %s could not be recorded: %s", draft.call_id, failure, extra=about)
             raise NotRecorded(
                 f"the call {self._draft.call_id} could not be recorded, so its answer is withheld: {failure}"
             ) from failure

@@ -61,10 +61,12 @@ class Reply:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.status = 0
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers."""
         self.started = True
+        self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
     async def send(self, body: bytes, *, more: bool = True) -> None:

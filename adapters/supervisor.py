@@ -1,12 +1,15 @@
 """Child processes kept running: started in order, watched, restarted with back-off, stopped in reverse.
 
-Each child runs under a keeper (see `keeper`), writes to a log file of its own, and is ready when its health URLs
-answer. Refuses to go on with a child that crashes `max_restarts` times in a row. It knows nothing
-of what the children are. Used by `tracegrad up` and by evaluations that start an engine and a proxy of their own.
-Call it from the main thread: a keeper dies with the thread that started it.
+Each child runs under a keeper (see `keeper`), writes to a log file of its own (or where we write), and is ready when
+its health URLs answer. Refuses to go on with a child that crashes `max_restarts` times in a row. It knows nothing of
+what the children are. Used by `tracegrad up`, by evaluations that start an engine and a proxy of their own, and by a
+proxy of several processes. Call it from the main thread: a keeper dies with the thread that started it.
 """
 
+import contextlib
 import http.client
+import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -14,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from tracegrad.adapters.keeper import keeper_command
 
@@ -25,7 +28,8 @@ ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "sto
 class ChildSpec:
     """A command to keep running. With `may_finish`, exit code 0 is its normal end, not a crash.
 
-    It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`.
+    It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`; of `unix:PATH`, when
+    somebody listens there.
     """
 
     name: str
@@ -71,11 +75,13 @@ class ChildGaveUp(Exception):
 class Child:
     """One child's process, log and state. Driven by `Supervisor`; `tick` never blocks for longer than a second."""
 
-    def __init__(self, spec: ChildSpec, log_dir: Path, policy: RestartPolicy, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, spec: ChildSpec, log_dir: Path | None, policy: RestartPolicy, emit: Callable[[Event], None]
+    ) -> None:
         self.spec = spec
         self.state: ChildState = "waiting"
         self.exit_code: int | None = None
-        self.log_path = log_dir / f"{spec.name}.log"
+        self.log_path = None if log_dir is None else log_dir / f"{spec.name}.log"
         self._policy = policy
         self._emit = emit
         self._process: subprocess.Popen[bytes] | None = None
@@ -90,10 +96,18 @@ class Child:
         """Whether its process lives (the keeper's, which lives as long as the command does)."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def up(self) -> bool:
+        """Whether it is ready, or has done its work."""
+        return self.state in ("ready", "done")
+
     def start(self) -> None:
         """Start the command under a keeper, in a session of its own (a terminal's Ctrl-C does not reach it)."""
-        with self.log_path.open("ab") as log:
-            self._log_offset = log.tell() if self._process is None else self._log_offset
+        with contextlib.ExitStack() as stack:
+            log: BinaryIO | None = None
+            if self.log_path is not None:
+                log = stack.enter_context(self.log_path.open("ab"))
+                self._log_offset = log.tell() if self._process is None else self._log_offset
             self._process = subprocess.Popen(
                 keeper_command(self.spec.command, grace_s=self._policy.stop_timeout_s),
                 stdin=subprocess.DEVNULL,
@@ -169,7 +183,8 @@ class Child:
         self._crashes += 1
         if self._crashes > self._policy.max_restarts:
             self._enter("stopped")
-            detail = f"{self.spec.name} {how}, {self._crashes} times in a row; see {self.log_path}"
+            where = "its messages are above" if self.log_path is None else f"see {self.log_path}"
+            detail = f"{self.spec.name} {how}, {self._crashes} times in a row; {where}"
             self._emit(Event(kind="gave up", child=self.spec.name, detail=detail, exit_code=code))
             raise ChildGaveUp(detail)
         detail = f"{how}; starting it again in {self._policy.wait_s(self._crashes):g} s"
@@ -187,7 +202,7 @@ class Child:
         self._since = time.monotonic()
 
     def _read_log(self) -> None:
-        if not self.log_path.exists():
+        if self.log_path is None or not self.log_path.exists():
             return
         with self.log_path.open("rb") as log:
             log.seek(self._log_offset)
@@ -199,18 +214,25 @@ class Child:
 
 
 class Supervisor:
-    """Children in dependency order: each is started once the one before it is ready."""
+    """Children in dependency order: each is started once the one before it is ready, and stopped before it is.
+
+    With `together` they do not depend on one another: all start at once and stop at once. Without a `log_dir` they
+    write where this process writes.
+    """
 
     def __init__(
         self,
         specs: Sequence[ChildSpec],
         *,
-        log_dir: Path,
+        log_dir: Path | None,
+        together: bool = False,
         policy: RestartPolicy | None = None,
         emit: Callable[[Event], None] = lambda event: None,
         tick_s: float = 0.1,
     ) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        if log_dir is not None:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        self._together = together
         self._policy = policy or RestartPolicy()
         self._tick_s = tick_s
         self._stopping = False
@@ -230,8 +252,10 @@ class Supervisor:
         """
         for child in self.children:
             child.start()
-            while not self._stopping and child.state not in ("ready", "done"):
+            while not self._together and not self._stopping and not child.up:
                 self._tick()
+        while not self._stopping and not all(child.up for child in self.children):
+            self._tick()
         return not self._stopping
 
     def watch(self, until: Callable[[], bool] = lambda: False) -> None:
@@ -244,19 +268,26 @@ class Supervisor:
             self._tick()
 
     def stop(self) -> None:
-        """Stop the children in reverse order: each is asked, given the policy's time-out, then killed."""
-        for child in reversed(self.children):
+        """Stop the children, the last first: each is asked, given the policy's time-out, then killed."""
+        backwards = tuple(reversed(self.children))
+        for some in (backwards,) if self._together else tuple((child,) for child in backwards):
+            self._stop_some(some)
+
+    def _stop_some(self, some: Sequence[Child]) -> None:
+        for child in some:
             child.ask_to_stop()
-            # The keeper kills the command itself at the time-out; the extra seconds are for what it left behind.
-            deadline = time.monotonic() + self._policy.stop_timeout_s + 5.0
-            hurried = False
-            while not child.stopped():
-                if self._kill_now and not hurried:
-                    hurried = True
+        # The keeper kills the command itself at the time-out; the extra seconds are for what it left behind.
+        deadline = time.monotonic() + self._policy.stop_timeout_s + 5.0
+        hurried = False
+        while left := [child for child in some if not child.stopped()]:
+            if self._kill_now and not hurried:
+                hurried = True
+                for child in left:
                     child.ask_to_stop()
-                if time.monotonic() > deadline:
+            if time.monotonic() > deadline:
+                for child in left:
                     child.kill()
-                time.sleep(0.02)
+            time.sleep(0.02)
 
     def _tick(self) -> None:
         for child in self.children:
@@ -264,8 +295,36 @@ class Supervisor:
         time.sleep(self._tick_s)
 
 
+def supervise(supervisor: Supervisor, *, exit_with: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
+    """Run the children until a signal, until `exit_with` has finished, or until one gives up.
+
+    Calls `ready` once all are. Returns 0 when nothing failed, 1 when a child gave up. Installs handlers of SIGINT and
+    SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: supervisor.request_stop())
+    leaders = [child for child in supervisor.children if child.spec.name == exit_with]
+
+    def finished() -> bool:
+        return any(child.state == "done" for child in leaders)
+
+    try:
+        if supervisor.start():
+            ready()
+            supervisor.watch(finished)
+    except ChildGaveUp:
+        return 1
+    finally:
+        supervisor.stop()
+    return 0
+
+
 def answers(url: str, *, any_status: bool = False, timeout_s: float = 1.0) -> bool:
-    """Return whether a GET of `url` gives 200 (or any status) within the time-out."""
+    """Return whether a GET of `url` gives 200 (or any status) within the time-out; `unix:PATH` need only connect."""
+    if url.startswith("unix:"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            return connection.connect_ex(url.removeprefix("unix:")) == 0
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
             return any_status or response.status == 200

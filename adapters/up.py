@@ -6,7 +6,6 @@ a plain message when something keeps crashing. No child outlives it, even if it 
 """
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
+from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Supervisor, supervise
 from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 
@@ -46,28 +45,6 @@ def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, 
     if train:
         specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
     return tuple(specs)
-
-
-def supervise(supervisor: Supervisor, *, exit_with: str | None = None) -> int:
-    """Run the children until a signal, until `exit_with` has finished, or until one gives up.
-
-    Returns 0 when nothing failed, 1 when a child gave up. Installs handlers of SIGINT and SIGTERM.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: supervisor.request_stop())
-    leaders = [child for child in supervisor.children if child.spec.name == exit_with]
-
-    def finished() -> bool:
-        return any(child.state == "done" for child in leaders)
-
-    try:
-        if supervisor.start():
-            supervisor.watch(finished)
-    except ChildGaveUp:
-        return 1
-    finally:
-        supervisor.stop()
-    return 0
 
 
 def event_printer(*, as_json: bool) -> Callable[[Event], None]:

@@ -8,7 +8,7 @@ resolves its configuration once, and `--show-config` prints the result.
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -61,6 +61,9 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 8080
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Processes that listen on the port."""
+    log: Literal["text", "json"] = "text"
     sampling: Mapping[str, SamplingOverride] = {}
     """Role (or `*`) -> the sampling override of purpose `train`."""
     idle_close_s: float = 300.0

@@ -6,6 +6,7 @@ are asked for, from the gates and the committer. A value that is not known is ab
 call, by `app` for each answer, and by `metrics_page`, which renders.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -134,8 +135,8 @@ class _Gauges(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield one family after the other."""
         worker = self._metrics.worker
-        info = GaugeMetricFamily("tracegrad_proxy_info", "1 for each process.", labels=("worker", "proxy_id"))
-        info.add_metric((worker, self._metrics.proxy_id), 1)
+        info = GaugeMetricFamily("tracegrad_proxy_info", "1 for each process.", labels=("worker", "proxy_id", "pid"))
+        info.add_metric((worker, self._metrics.proxy_id, str(os.getpid())), 1)
         per_model = ("worker", "model")
         flying = GaugeMetricFamily("tracegrad_calls_in_flight", "Calls with the engine.", labels=per_model)
         holding = GaugeMetricFamily("tracegrad_model_holding", "1 while a publish holds new calls.", labels=per_model)

@@ -35,12 +35,11 @@ class WorkerSockets:
         server = scope.get("server")
         return server is not None and server[0] == str(self.path(self.own))
 
-    def listen(self) -> socket.socket:
-        """Open our own socket, in place of one that a dead predecessor left."""
+    def bound(self) -> socket.socket:
+        """Return our own socket, in place of one that a dead predecessor left; nobody is heard before it listens."""
         path = self.path(self.own)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
-        listener.listen(16)
         return listener

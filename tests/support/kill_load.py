@@ -1,16 +1,19 @@
 """Load on a proxy that is killed: clients that note every answer they finished reading, and the comparison after.
 
-Used by the unit tier (2 moments) and the integration tier (10 moments).
+Used by the unit tier (2 moments) and the integration tier (10 moments, and 10 of one of two proxies; 50 in
+`make test-long`).
 """
 
 import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +52,7 @@ def start_engine(token_delay_s: float) -> tuple["subprocess.Popen[str]", str]:
     return process, process.stdout.readline().strip()
 
 
-def start_proxy(config: Path) -> tuple["subprocess.Popen[str]", str]:
+def start_proxy(config: Path, *arguments: str) -> tuple["subprocess.Popen[str]", str]:
     command = [
         sys.executable,
         "-m",
@@ -59,12 +62,24 @@ def start_proxy(config: Path) -> tuple["subprocess.Popen[str]", str]:
         "--port",
         "0",
         "--json",
+        *arguments,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line, f"the proxy ended with status {process.wait()}"
     return process, str(json.loads(line)["url"])
+
+
+def worker_pids(url: str) -> dict[str, int]:
+    """The processes behind a port, by their numbers; none where we reached one that is being killed."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            page = answer.read().decode()
+    except OSError:
+        return {}
+    found = re.findall(r'tracegrad_proxy_info{pid="(\d+)",proxy_id="[^"]+",worker="(\d+)"} 1', page)
+    return {worker: int(pid) for pid, worker in found}
 
 
 async def _one_call(session: aiohttp.ClientSession, url: str, number: int, finished: Finished) -> None:
@@ -114,6 +129,46 @@ async def _kill_under_load(config: Path, after_s: float, clients: int) -> Finish
     return finished
 
 
+async def _kill_workers_under_load(url: str, rng: random.Random, moments: int, clients: int) -> Finished:
+    """Kill one of two workers, `moments` times, at random moments under load that never stops."""
+    finished, stop = Finished(), asyncio.Event()
+    loading = asyncio.create_task(load(url, finished, stop, clients=clients))
+    killed = -1
+    for _ in range(moments):
+        read = len(finished.completion_ids)
+        while len(pids := await asyncio.to_thread(worker_pids, url)) < 2 or killed in pids.values():
+            assert not loading.done()
+            await asyncio.sleep(0.05)
+        while len(finished.completion_ids) < read + WARM and not loading.done():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(rng.uniform(0.0, 0.6))
+        killed = rng.choice(sorted(pids.values()))
+        os.kill(killed, signal.SIGKILL)
+    stop.set()
+    await asyncio.wait_for(loading, 30)
+    return finished
+
+
+def kill_one_of_two_at_random_moments(folder: Path, *, seed: int, moments: int, clients: int = 16) -> None:
+    """One store, one port, two proxies: whichever is killed, every finished answer is in the store exactly once."""
+    store_url = f"sqlite:///{folder / 'store.db'}"
+    open_store(store_url).close()
+    engine, engine_url = start_engine(0.002)
+    try:
+        process, url = start_proxy(write_config(folder, engine_url, store_url), "--workers", "2")
+        try:
+            seen = asyncio.run(_kill_workers_under_load(url, random.Random(seed), moments, clients))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        engine.kill()
+        engine.wait()
+    compare(store_url, seen.completion_ids, seen.broken, seed=seed, moments=moments)
+
+
 def kill_at_random_moments(folder: Path, *, seed: int, moments: int, clients: int = 8) -> None:
     """Start and kill a proxy `moments` times under load; then every finished answer is in the store exactly once."""
     rng = random.Random(seed)
@@ -131,6 +186,11 @@ def kill_at_random_moments(folder: Path, *, seed: int, moments: int, clients: in
     finally:
         engine.kill()
         engine.wait()
+    compare(store_url, finished, broken, seed=seed, moments=moments)
+
+
+def compare(store_url: str, finished: list[str], broken: int, *, seed: int, moments: int) -> None:
+    """Every answer that a client read to its end is in the store, once; and there was load to prove it."""
     began = time.monotonic()
     store = open_store(store_url)
     try:

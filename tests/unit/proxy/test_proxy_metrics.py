@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_calls_are_counted_by_how_they_ended(proxy: SimpleNamespace, engine_app:
     assert value(page, "tracegrad_runs_open") == 1
     assert value(page, "tracegrad_store_up") == 1
     assert value(page, "tracegrad_worker_up") == 1
-    assert value(page, "tracegrad_proxy_info", proxy_id=proxy.app.proxy_id) == 1
+    assert value(page, "tracegrad_proxy_info", proxy_id=proxy.app.proxy_id, pid=str(os.getpid())) == 1
     assert value(page, "tracegrad_http_answers_total", path="/v1/chat/completions", code="200") == 4
     assert value(page, "tracegrad_http_answers_total", path="other", code="404") == 1
     assert value(page, "tracegrad_live_version", model="main") is None, "no version is live: absent, not 0"

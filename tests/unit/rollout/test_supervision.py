@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
-from tracegrad.adapters.up import child_specs, supervise
+from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
+from tracegrad.adapters.up import child_specs
 from tracegrad.tracestore.config import parse_config
 
 FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, steady_s=60.0, stop_timeout_s=2.0)
@@ -142,8 +142,8 @@ def test_ready_means_well_unless_any_answer_will_do(tmp_path: Path, any_answer: 
 UP = """
     import sys
     from pathlib import Path
-    from tracegrad.adapters.supervisor import ChildSpec, Supervisor
-    from tracegrad.adapters.up import event_printer, supervise
+    from tracegrad.adapters.supervisor import ChildSpec, Supervisor, supervise
+    from tracegrad.adapters.up import event_printer
     script = "sleep 62 & echo $$ $! > {}/{}; wait"
     specs = [ChildSpec(name=n, command=("/bin/sh", "-c", script.format(sys.argv[1], n))) for n in "ab"]
     sys.exit(supervise(Supervisor(specs, log_dir=Path(sys.argv[1]), emit=event_printer(as_json=True), tick_s=0.02)))

@@ -20,6 +20,7 @@ HELPS = {
     "run": "Run a program with its model calls going through the proxy.",
     "rollout": "Drive a graph over a task file, in groups, for training.",
     "eval": "Score a graph over a task file, as its users get it: no sampling override, never trained on.",
+    "status": "Say what is up, what is live, what waits, and what is wrong (then with exit status 1).",
     "runs": "List the newest runs.",
     "show": "Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",

@@ -1,0 +1,102 @@
+"""`tracegrad status`: is everything up, and if not, what is to be done. Exit status 1 where something is wrong.
+
+Needs no proxy. Refuses to create a store that is not there (that is one of the things it reports).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tracegrad.adapters.status_report import Report, as_json, examine
+from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.publishes import UNFINISHED
+
+
+@click.command()
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="tracegrad.yaml",
+    show_default=True,
+)
+@click.option("--timeout", default=3.0, show_default=True, help="Seconds an engine or a proxy gets to answer.")
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object.")
+def status(*, config_path: Path, timeout: float, json_wanted: bool) -> None:
+    """Say what is up, what is live, what waits, and what is wrong (then with exit status 1)."""
+    try:
+        config = load_config(config_path)
+    except TraceStoreError as error:
+        raise click.ClickException(str(error)) from error
+    report = examine(config, timeout_s=timeout)
+    if json_wanted:
+        click.echo(json.dumps(as_json(report), ensure_ascii=False, default=str))
+    else:
+        _print(Console(soft_wrap=True), report)
+    sys.exit(1 if report.problems else 0)
+
+
+def _print(console: Console, report: Report) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in _rows(report):
+        table.add_row(f"[bold]{name}[/]", escape(text))
+    console.print(table)
+    if not report.problems:
+        console.print("[green]everything is up[/]")
+    for problem in report.problems:
+        console.print(f"[red]problem:[/] {escape(problem)}")
+
+
+def _rows(report: Report) -> list[tuple[str, str]]:
+    schema = "not readable" if report.revision is None else f"schema {report.revision}"
+    rows = [("store", f"{report.store}, {schema}")]
+    for proxy in report.proxies:
+        rows.append(("proxy", f"{proxy.proxy_id} at {proxy.url}, heartbeat {proxy.age_s:.1f} s ago"))
+    if report.dead_proxies:
+        rows.append(
+            ("proxies", f"{report.dead_proxies} more are registered and have no heartbeat: no one waits for them")
+        )
+    for engine in report.engines:
+        version = "" if engine.version is None else f", serves version {engine.version}"
+        rows.append(("engine", f"{engine.model} at {engine.url}: {engine.health}{version}"))
+    for state in report.models:
+        live = "no version is live" if state.live_version is None else f"version {state.live_version} is live"
+        step = "" if state.live_step is None else f" (step {state.live_step})"
+        publish = state.publish
+        going_on = (
+            f"; publish {publish.publish_id} of version {publish.version_id} is {publish.state} "
+            f"since {state.publish_age_s:.0f} s"
+            if publish is not None and publish.state in UNFINISHED
+            else ""
+        )
+        rows.append(("model", f"{state.model}: {live}{step}{going_on}"))
+    if report.open_runs is not None:
+        rows.append(("runs", f"{report.open_runs.count} open"))
+    if report.trainer is not None:
+        trainer = report.trainer
+        step = (
+            "no step yet"
+            if trainer.step is None
+            else f"step {trainer.step} of {trainer.steps}, {_ago(trainer.step_age_s or 0.0)} ago"
+        )
+        waiting = trainer.backlog
+        rows.append(
+            (
+                "trainer",
+                f"job {trainer.job}: {step}; {waiting.ready_groups} groups ready, {waiting.leased_groups} leased",
+            )
+        )
+    return rows
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,150 @@
+"""`tracegrad status`: what it sees, and that each thing that is wrong is a line that says what to do."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_engine
+import pytest
+from click.testing import CliRunner
+from ports import free_port
+
+from tracegrad.adapters.status import status
+from tracegrad.tracestore.records import Run
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.rows import JOB, Clock, live_version, ready_group, sql, train
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[fake_engine.FakeEngine]:
+    with fake_engine.FakeEngine(fake_engine.save_weight(tmp_path / "weights", 1.0)) as served:
+        yield served
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(f"sqlite:///{tmp_path}/trace.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def ask(tmp_path: Path, engine: fake_engine.FakeEngine) -> Callable[..., tuple[int, dict[str, Any], str]]:
+    """Run the command; returns (exit status, the JSON, the text for people)."""
+
+    def run(**changed: Any) -> tuple[int, dict[str, Any], str]:
+        config = {
+            "store": f"sqlite:///{tmp_path}/trace.db",
+            "models": {"main": {"checkpoint": "none", "engine": {"url": engine.url}}},
+            "roles": {"*": "main"},
+            **changed,
+        }
+        path = tmp_path / "tracegrad.yaml"
+        path.write_text(json.dumps(config))
+        arguments = ["--config", str(path), "--timeout", "1"]
+        text = CliRunner().invoke(status, arguments)
+        answer = CliRunner().invoke(status, [*arguments, "--json"])
+        assert text.exit_code == answer.exit_code, text.output
+        return answer.exit_code, json.loads(answer.output), " ".join(text.output.split())
+
+    return run
+
+
+def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:
+    version = live_version(store, 3)
+    engine.version = str(version.version_id)
+    store.register_proxy("proxy_1", engine.url)
+    store.open_run(Run(run_id="r"))
+    code, found, text = ask()
+    assert (code, found["ok"], found["problems"]) == (0, True, [])
+    assert found["engines"] == [
+        {"model": "main", "url": engine.url, "health": "ok", "version": str(version.version_id)}
+    ]
+    assert (found["models"][0]["live_version"], found["models"][0]["live_step"]) == (version.version_id, 3)
+    assert found["open_runs"]["count"] == 1
+    assert [row["proxy_id"] for row in found["proxies"]] == ["proxy_1"]
+    assert found["trainer"]["step"] is None
+    assert "everything is up" in text and "version 1 is live (step 3)" in text and "1 open" in text
+    assert "job main: no step yet; 0 groups ready" in text
+
+
+def test_nothing_is_there(tmp_path: Path, ask: Any) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    code, found, text = ask(models={"main": {"checkpoint": "none", "engine": {"url": url}}})
+    assert code == 1
+    assert not (tmp_path / "trace.db").exists(), "looking must not make a store"
+    engine, there = found["problems"]
+    assert engine.startswith(f"engine of main at {url}: does not answer") and "`tracegrad engine`" in engine
+    assert there.startswith("store: there is no store at") and "`tracegrad proxy`" in there
+    assert "problem: engine of main" in text and "not readable" in text
+
+
+def test_no_proxy_a_dead_one_and_an_engine_that_is_unwell(
+    store: Store, tmp_path: Path, engine: fake_engine.FakeEngine, ask: Any
+) -> None:
+    old = open_store(store.url, clock=Clock())
+    old.register_proxy("dead", "http://127.0.0.1:9")
+    old.close()
+    _, found, text = ask(
+        models={"main": {"checkpoint": "none", "engine": {"url": engine.url + "/no", "external": True}}}
+    )
+    assert (found["proxies"], found["dead_proxies"]) == ([], 1)
+    assert found["problems"] == [
+        f"engine of main at {engine.url}/no: answers HTTP 404; start it (it is external)",
+        "no proxy has a heartbeat; start `tracegrad proxy`, or `tracegrad up` for everything",
+    ]
+    assert "1 more are registered and have no heartbeat" in text
+
+
+def test_an_engine_on_another_version_and_a_proxy_that_does_not_answer(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any
+) -> None:
+    live_version(store, 0)
+    store.register_proxy("proxy_1", f"http://127.0.0.1:{free_port()}")
+    code, found, _ = ask()
+    proxy, version = found["problems"]
+    assert code == 1
+    assert "has a heartbeat and does not answer" in proxy
+    assert version == (
+        f"engine of main at {engine.url} serves version default, live is 1; "
+        "restart `tracegrad engine`, which loads the live one"
+    )
+
+
+def test_a_publish_that_hangs_names_who_holds_it_and_one_that_failed_says_why(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any
+) -> None:
+    engine.version = str(live_version(store, 0).version_id)
+    store.register_proxy("slow", engine.url)
+    long_ago = open_store(store.url, clock=Clock())
+    publish_id = long_ago.request_publish(1).publish_id
+    long_ago.advance_publish(publish_id, "draining")
+    long_ago.close()
+    _, found, text = ask()
+    (problem,) = found["problems"]
+    assert problem.startswith(f"publish {publish_id} of main (version 1) is draining since ")
+    assert "not acknowledged by slow" in problem and "start `tracegrad train`" in problem
+    assert f"publish {publish_id} of version 1 is draining since" in text
+    store.advance_publish(publish_id, "failed", error="the probe saw stale weights")
+    (problem,) = ask()[1]["problems"]
+    assert "failed: the probe saw stale weights; version 1 stays live" in problem
+
+
+def test_a_trainer_that_is_gone_while_runs_wait(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:
+    live = live_version(store, 0)
+    engine.version = str(live.version_id)
+    store.register_proxy("proxy_1", engine.url)
+    trainer = {"job": JOB, "batch": {"groups": 1}, "algorithm": {"advantage": "group"}}
+    ready_group(store, "g1")
+    train(store)
+    ready_group(store, "g2")
+    _, found, text = ask(trainer=trainer)
+    assert found["problems"] == [], "it has just made a step"
+    assert "step 1 of 100, 0 s ago; 1 groups ready" in text
+    sql(store, "UPDATE checkpoints SET created_at = created_at - 600")
+    (problem,) = ask(trainer=trainer)[1]["problems"]
+    assert problem.startswith(
+        "trainer: 1 groups are ready for job 'job', and nobody has taken them since step 1; start"
+    )
+    assert ask(trainer={**trainer, "steps": 1})[1]["problems"] == [], "it has done its steps"

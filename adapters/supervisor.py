@@ -21,6 +21,7 @@ from typing import BinaryIO, Literal
 
 from tracegrad.adapters.keeper import keeper_command
 
+_LONGEST_LAST_WORDS = 400
 ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "stopped"]
 
 
@@ -90,6 +91,7 @@ class Child:
         self._next_probe = 0.0
         self._log_offset = 0
         self._partial = b""
+        self._last_words = ""
 
     @property
     def running(self) -> bool:
@@ -185,6 +187,8 @@ class Child:
             self._enter("stopped")
             where = "its messages are above" if self.log_path is None else f"see {self.log_path}"
             detail = f"{self.spec.name} {how}, {self._crashes} times in a row; {where}"
+            if self._last_words:
+                detail += f"; it last said: {self._last_words}"
             self._emit(Event(kind="gave up", child=self.spec.name, detail=detail, exit_code=code))
             raise ChildGaveUp(detail)
         detail = f"{how}; starting it again in {self._policy.wait_s(self._crashes):g} s"
@@ -210,7 +214,9 @@ class Child:
         self._log_offset += len(data)
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
-            self._emit(Event(kind="log", child=self.spec.name, detail=line.decode(errors="replace").rstrip("\r")))
+            text = line.decode(errors="replace").rstrip("\r")
+            self._last_words = text.strip()[:_LONGEST_LAST_WORDS] or self._last_words
+            self._emit(Event(kind="log", child=self.spec.name, detail=text))
 
 
 class Supervisor:

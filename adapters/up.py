@@ -21,10 +21,13 @@ _COLOURS = {"engine": "magenta", "proxy": "cyan", "train": "green"}
 _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
 
 
-def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, ...]:
+def child_specs(
+    config: Config, path: Path, *, train: bool, proxy_options: tuple[str, ...] = ()
+) -> tuple[ChildSpec, ...]:
     """Return the commands of a configuration in the order they depend on one another.
 
-    An engine that is somebody else's (`external`) is neither started nor waited for.
+    `proxy_options` go to the proxy's command. An engine that is somebody else's (`external`) is neither started nor
+    waited for.
     """
     file = ("--config", str(path))
     engines = [model.engine for model in config.models.values() if not model.engine.external]
@@ -40,7 +43,7 @@ def child_specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, 
         )
     health = f"http://{config.proxy.host}:{config.proxy.port}/health"
     # The proxy is up when it answers; that it is unwell because somebody else's engine is away is not its failure.
-    command = (*_TRACEGRAD, "proxy", *file)
+    command = (*_TRACEGRAD, "proxy", *file, *proxy_options)
     specs.append(ChildSpec(name="proxy", command=command, ready_urls=(health,), any_answer=True))
     if train:
         specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
@@ -53,7 +56,14 @@ def event_printer(*, as_json: bool) -> Callable[[Event], None]:
 
 
 def _print_json(event: Event) -> None:
-    click.echo(json.dumps({key: value for key, value in asdict(event).items() if value is not None}))
+    shown = {key: value for key, value in asdict(event).items() if value is not None}
+    if event.kind == "log" and event.detail.startswith("{"):
+        try:
+            shown["line"] = json.loads(event.detail)
+            del shown["detail"]
+        except ValueError:
+            pass  # it only looks like JSON: the detail stays
+    click.echo(json.dumps(shown))
 
 
 def _print_line(event: Event) -> None:
@@ -74,13 +84,24 @@ def _print_line(event: Event) -> None:
 @click.option(
     "--stop-timeout", default=30.0, show_default=True, help="Seconds a child gets to stop before it is killed."
 )
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="The proxy's log. Default: proxy.log.")
+@click.option("--verbose", is_flag=True, help="A log line of the proxy for each call.")
 @click.option("--json", "as_json", is_flag=True, help="Events as JSON lines on standard output.")
 def up(
-    *, path: Path, no_train: bool, exit_with_train: bool, max_restarts: int, stop_timeout: float, as_json: bool
+    *,
+    path: Path,
+    no_train: bool,
+    exit_with_train: bool,
+    max_restarts: int,
+    stop_timeout: float,
+    log_format: str | None,
+    verbose: bool,
+    as_json: bool,
 ) -> None:
     """Run store, engine, proxy and trainer together, supervised, until Ctrl-C.
 
-    Logs go to <trainer.output>/logs/. A crashed child is restarted; exit code 1 says that one kept crashing.
+    Logs go to <trainer.output>/logs/. A crashed child is restarted; exit code 1 says that one kept crashing (its last
+    line says why: mend that and start `tracegrad up` again). `tracegrad status` says how things stand.
     """
     from tracegrad.tracestore.store import open_store
 
@@ -91,8 +112,9 @@ def up(
         open_store(config.store).close()
     except TraceStoreError as error:
         raise click.ClickException(str(error)) from error
+    options = (*(() if log_format is None else ("--log-format", log_format)), *(("--verbose",) if verbose else ()))
     supervisor = Supervisor(
-        child_specs(config, path.resolve(), train=not no_train),
+        child_specs(config, path.resolve(), train=not no_train, proxy_options=options),
         log_dir=Path(config.trainer.output) / "logs",
         policy=RestartPolicy(max_restarts=max_restarts, stop_timeout_s=stop_timeout),
         emit=event_printer(as_json=as_json),

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from ports import free_port
 
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
-from tracegrad.adapters.up import child_specs
+from tracegrad.adapters.up import child_specs, event_printer
 from tracegrad.tracestore.config import parse_config
 
 FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, steady_s=60.0, stop_timeout_s=2.0)
@@ -53,7 +55,9 @@ def test_a_crashing_child_is_restarted_then_given_up_and_the_others_are_stopped(
         ChildSpec(name="bad", command=shell("echo boom; exit 3"), ready_urls=("http://127.0.0.1:9/health",)),
     ]
     supervisor = make(specs, tmp_path, events)
-    with pytest.raises(ChildGaveUp, match=r"bad exited with code 3, 3 times in a row; see .*bad\.log"):
+    with pytest.raises(
+        ChildGaveUp, match=r"bad exited with code 3, 3 times in a row; see .*bad\.log; it last said: boom$"
+    ):
         supervisor.start()
     supervisor.stop()
     assert kinds(events, "bad") == ["started", "crashed", "started", "crashed", "started", "gave up"]
@@ -150,7 +154,9 @@ UP = """
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: int, code: int) -> None:
     script = textwrap.dedent(UP)
     up = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -165,6 +171,43 @@ def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: 
     wait_until(lambda: not any(alive(pid) for pid in pids))
     started = [json.loads(line)["child"] for line in out.splitlines() if json.loads(line)["kind"] == "started"]
     assert started == ["a", "b"]
+
+
+def test_children_that_do_not_depend_on_one_another_start_and_stop_together(tmp_path: Path) -> None:
+    """Neither waits for the other to be ready; asked to stop, each waits for the other to be asked as well."""
+    events: list[Event] = []
+    script = (
+        "trap 'touch {0}/asked{1}; while [ ! -e {0}/asked{2} ]; do sleep 0.02; done; exit 0' TERM; "
+        "touch {0}/{1}; while :; do sleep 0.02; done"
+    )
+    specs = [
+        ChildSpec(name=str(n), command=shell(script.format(tmp_path, n, 1 - n)), ready_urls=(f"unix:{tmp_path}/s",))
+        for n in range(2)
+    ]
+    with socket.socket(socket.AF_UNIX) as listener:
+
+        def listen_once_both_run() -> None:
+            wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+            listener.bind(f"{tmp_path}/s")
+            listener.listen()
+
+        supervisor = Supervisor(specs, log_dir=None, together=True, policy=FAST, emit=events.append, tick_s=0.02)
+        threading.Thread(target=listen_once_both_run, daemon=True).start()
+        assert supervisor.start()
+        supervisor.stop()
+    assert [event.kind for event in events] == ["started"] * 2 + ["ready"] * 2 + ["stopped"] * 2
+    assert {event.exit_code for event in events[-2:]} == {0}, (
+        "one waited in vain: they were stopped one after the other"
+    )
+
+
+def test_a_json_line_of_a_child_is_not_encoded_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    show = event_printer(as_json=True)
+    for detail in ('{"message": "call complete"}', "{not json"):
+        show(Event(kind="log", child="proxy", detail=detail, at=0.0))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"kind": "log", "child": "proxy", "at": 0.0, "line": {"message": "call complete"}}
+    assert second["detail"] == "{not json"
 
 
 def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def serving(
 
 def _engine_of_our_own(engine: EngineConfig) -> EngineConfig:
     url = f"http://127.0.0.1:{free_port()}"
-    return msgspec.structs.replace(engine, url=url, external=False, log=None)
+    return msgspec.structs.replace(engine, url=url, bind=None, external=False, log=None)
 
 
 def free_port() -> int:

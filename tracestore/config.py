@@ -24,6 +24,9 @@ class EngineConfig(_Section, frozen=True, kw_only=True):
     """The vLLM that serves one model."""
 
     url: str = "http://127.0.0.1:8000"
+    bind: str | None = None
+    """Address that the engine listens on where it is not the host of `url`. For a private network only: the engine's
+    control endpoints have no authentication."""
     external: bool = False
     """The engine at `url` is somebody else's to start and to watch."""
     launch: tuple[str, ...] = ()

@@ -4,8 +4,8 @@
 container); tracegrad's own flags follow, then `args`, which therefore win. A flag whose placeholder already stands
 in `launch` is not repeated. Called by `tracegrad.trainer.engine` and the preflight's hints.
 
-Refuses an address that is not loopback: vLLM's control endpoints (`/collective_rpc`, `/pause`, ...) have no
-authentication, whatever `--api-key` says.
+Refuses an address that is not loopback, unless `engine.bind` names it: vLLM's control endpoints (`/collective_rpc`,
+`/pause`, ...) have no authentication, whatever `--api-key` says.
 """
 
 import ipaddress
@@ -34,19 +34,22 @@ ENVIRONMENT: Mapping[str, str] = {
 
 
 def address(config: EngineConfig) -> tuple[str, int]:
-    """Return the (host, port) to listen on.
+    """Return the (host, port) to listen on: `bind` where it is said, else the host of `url`.
 
     Raises:
-        EngineStartFailed: the url names no port, or a host that is not loopback.
+        EngineStartFailed: the url names no port, or (without `bind`) a host that is not loopback.
     """
     parts = urlsplit(config.url)
     host, port = parts.hostname or "", parts.port
     if port is None:
         raise EngineStartFailed(f"engine.url {config.url!r} names no port: write http://127.0.0.1:8000")
+    if config.bind is not None:
+        return config.bind, port
     if host != "localhost" and not _loopback(host):
         raise EngineStartFailed(
             f"engine.url {config.url!r} is not loopback: the engine's control endpoints have no authentication. "
-            "Use 127.0.0.1, or start that engine yourself and only name it here"
+            "Use 127.0.0.1; on a private network say engine.bind: 0.0.0.0; or start that engine yourself and only name "
+            "it here (engine.external)"
         )
     return host, port
 

@@ -122,6 +122,15 @@ def test_addresses_that_are_refused(tmp_path: Path, url: str, says: str) -> None
         EngineProcess("main", model(tmp_path, url=url)).start()
 
 
+def test_an_address_of_a_private_network_is_used_where_it_is_named(tmp_path: Path) -> None:
+    config = EngineConfig(url="http://engine:8000", bind="0.0.0.0")
+    command = engine_launch.command("main", "/w", "/base", config)
+    assert command[command.index("--host") + 1] == "0.0.0.0"
+    assert command[command.index("--port") + 1] == "8000"
+    with pytest.raises(EngineStartFailed, match=r"engine\.bind"):
+        engine_launch.address(EngineConfig(url="http://engine:8000"))
+
+
 def test_a_taken_port_is_a_plain_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ def eventually(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.03)
     return found
+
+
+def metrics(url: str) -> str:
+    try:
+        return httpx.get(f"{url}/metrics").text
+    except httpx.TransportError:
+        return ""
+
+
+def in_flight(page: str) -> str:
+    return "".join(line for line in page.splitlines() if line.startswith("tracegrad_calls_in_flight{"))
 
 
 def exists(pid: int) -> bool:
@@ -57,13 +70,20 @@ def test_two_workers_share_a_port_and_the_dead_come_back(
         os.kill(pids["1"], signal.SIGKILL)
         eventually(lambda: kill_load.worker_pids(url).get("1", pids["1"]) != pids["1"])
         assert kill_load.worker_pids(url)["0"] == pids["0"]
-        process.send_signal(signal.SIGINT)
+        engine_app.gate = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            last = pool.submit(httpx.post, f"{url}/run/r0/v1/chat/completions", json=HELLO, timeout=20)
+            eventually(lambda: "} 1.0" in in_flight(metrics(url)))
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            engine_app.gate.set()
+            assert last.result().status_code == 200, "a call that runs when the proxy is stopped is finished"
         assert process.wait(15) == 0
         eventually(lambda: not any(exists(pid) for pid in pids.values()))
     finally:
         process.kill()
     assert len(store.list_proxies()) == 1, "those that stop take their row away; the killed one's row expires"
-    assert [len(store.trace(f"r{number}").calls) for number in range(2)] == [6, 6]
+    assert [len(store.trace(f"r{number}").calls) for number in range(2)] == [7, 6]
 
 
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path, engine_url: str, store_url: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tracegrad.adapters.status_report import Report, as_json, examine
 from tracegrad.tracestore.config import load_config
@@ -43,10 +42,8 @@ def status(*, config_path: Path, timeout: float, json_wanted: bool) -> None:
 
 
 def _print(console: Console, report: Report) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
     for name, text in _rows(report):
-        table.add_row(f"[bold]{name}[/]", escape(text))
-    console.print(table)
+        console.print(f"[bold]{name:<8}[/] {escape(text)}")
     if not report.problems:
         console.print("[green]everything is up[/]")
     for problem in report.problems:

@@ -36,6 +36,7 @@ def about_call(call: Call) -> dict[str, Any]:
         role=who.role,
         model=call.model,
         endpoint=call.endpoint,
+        status=call.status,
         stream=call.stream,
         version=call.version_dispatched,
         prompt_tokens=None if call.prompt_ids is None else len(call.prompt_ids),

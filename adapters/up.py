@@ -41,13 +41,19 @@ def child_specs(
                 ready_timeout_s=max(engine.start_timeout_s for engine in engines),
             )
         )
-    health = f"http://{config.proxy.host}:{config.proxy.port}/health"
+    health = f"http://{_reachable(config.proxy.host)}:{config.proxy.port}/health"
     # The proxy is up when it answers; that it is unwell because somebody else's engine is away is not its failure.
     command = (*_TRACEGRAD, "proxy", *file, *proxy_options)
     specs.append(ChildSpec(name="proxy", command=command, ready_urls=(health,), any_answer=True))
     if train:
         specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
     return tuple(specs)
+
+
+def _reachable(host: str) -> str:
+    """Return where a listener on `host` is found from this machine, as it stands in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def event_printer(*, as_json: bool) -> Callable[[Event], None]:

@@ -23,9 +23,11 @@ from tracegrad.tracestore.config import Config, dump_config
 from tracegrad.tracestore.store import open_store
 
 log = logging.getLogger("tracegrad.proxy")
+_LONGEST_TMPDIR = 60
 _MODULE = "tracegrad.adapters.proxy.command"
-# One that served for a while and died is started again at once and for ever: the others serve on meanwhile.
-POLICY = RestartPolicy(max_restarts=10, first_wait_s=0.2, longest_wait_s=10.0, steady_s=1.0, stop_timeout_s=20.0)
+# One that served and died is started again at once and for ever, since the others serve on; what counts as crashes in a
+# row is dying before it serves.
+POLICY = RestartPolicy(max_restarts=10, first_wait_s=0.2, longest_wait_s=10.0, steady_s=0.0, stop_timeout_s=20.0)
 
 
 def listen(host: str, port: int, *, shared: bool = False, backlog: int | None = None) -> socket.socket:
@@ -66,7 +68,7 @@ def run_workers(config: Config, arguments: tuple[str, ...], *, ready: Callable[[
     `arguments` go to each of them. Raises what `open_store` raises: the schema is made before the first starts.
     """
     open_store(config.store).close()
-    with tempfile.TemporaryDirectory(prefix="tracegrad-proxy-") as name:
+    with tempfile.TemporaryDirectory(prefix="tracegrad-proxy-", dir=_folder_for_sockets()) as name:
         folder, count = Path(name), config.proxy.workers
         path = folder / "tracegrad.yaml"
         path.write_text(dump_config(config))
@@ -78,6 +80,11 @@ def run_workers(config: Config, arguments: tuple[str, ...], *, ready: Callable[[
             emit=_say,
         )
         return supervise(supervisor, ready=ready)
+
+
+def _folder_for_sockets() -> str | None:
+    """A Unix socket's path has room for some 100 characters: a long TMPDIR is passed over."""
+    return None if len(tempfile.gettempdir()) < _LONGEST_TMPDIR else "/tmp"
 
 
 def _spec(folder: Path, config: Path, number: int, count: int, arguments: tuple[str, ...]) -> ChildSpec:

@@ -220,3 +220,13 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     engine["external"] = True
     external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in external] == ["proxy", "train"]
+
+
+@pytest.mark.parametrize(
+    ("host", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")]
+)
+def test_the_proxy_is_asked_where_it_listens(tmp_path: Path, host: str, asked: str) -> None:
+    config = parse_config({"proxy": {"host": host, "port": 81}})
+    (proxy,) = child_specs(config, tmp_path / "c.yaml", train=False, proxy_options=("--log-format", "json"))
+    assert proxy.ready_urls == (f"http://{asked}:81/health",)
+    assert proxy.command[-2:] == ("--log-format", "json")

@@ -15,6 +15,9 @@ import yaml
 
 from tracegrad.tracestore.errors import ConfigError
 
+Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
+"""What clients may send to an engine only where the operator says so."""
+
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A part of the file. Unknown keys are refused."""
@@ -74,6 +77,9 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     heartbeat_expires_s: float = 10.0
     upstream_timeout_s: float = 600.0
     max_body_bytes: int = 32 * 1024 * 1024
+    allow: tuple[Allowed, ...] = ()
+    """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),
+    `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):

@@ -38,7 +38,8 @@ def calls_that_count(rule: LeaseRule) -> ColumnElement[bool]:
 
 def is_exact() -> ColumnElement[bool]:
     """Whether the call of the row could be trained as far as its metadata says; a choice of it may still not."""
-    return and_(calls.c.status == "complete", calls.c.quarantine.is_(None), calls.c.version_dispatched.is_not(None))
+    sampled = and_(calls.c.status == "complete", calls.c.endpoint != "embeddings")
+    return and_(sampled, calls.c.quarantine.is_(None), calls.c.version_dispatched.is_not(None))
 
 
 def is_held(job_id: str) -> ColumnElement[bool]:

@@ -9,9 +9,11 @@ import logging
 
 import msgspec
 
+from tracegrad.adapters.proxy import model_cards
 from tracegrad.adapters.proxy.attribution import Route, split_path
-from tracegrad.adapters.proxy.chat import ChatEndpoint
+from tracegrad.adapters.proxy.chat import ModelEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
+from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
@@ -81,10 +83,11 @@ class ProxyApp:
         await self.hold.start()
         engines = {name: model.engine.url for name, model in self.config.models.items()}
         self.upstream = Upstream(engines, timeout_s=proxy.upstream_timeout_s)
+        self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
         self.metrics.watch(self.hold.gates, self.committer)
         self.control = Control(self.config, self.store, purposes)
-        self.chat = ChatEndpoint(
+        self.answer = ModelEndpoint(
             self.config,
             upstream=self.upstream,
             hold=self.hold,
@@ -130,12 +133,12 @@ class ProxyApp:
             self.metrics.answered(path, reply.status)
 
     async def _route(self, request: Request, route: Route, reply: Reply) -> None:
-        if route.path == "/v1/chat/completions":
+        if (shape := SHAPES.get(route.path)) is not None:
             _check_method(request, route.path, "POST")
-            await self.chat(request, reply)
-        elif route.path == "/v1/models":
+            await self.answer(shape, request, reply)
+        elif route.path == "/v1/models" or route.path.startswith(model_cards.PREFIX):
             _check_method(request, route.path, "GET")
-            await self._models(reply)
+            await self.model_cards.answer(route.path, reply)
         elif route.path == "/health":
             _check_method(request, route.path, "GET")
             await self._health(reply)
@@ -147,18 +150,6 @@ class ProxyApp:
             await reply.whole(200, JSON_HEADERS, await self.control.answer(handlers[request.method], request))
         else:
             raise UnknownPath(f"{route.path} is not a path of this proxy")
-
-    async def _models(self, reply: Reply) -> None:
-        """Every engine's list, one after the other; an engine's error is passed on."""
-        cards: list[msgspec.Raw] = []
-        for model in self.config.models:
-            answer = await self.upstream.get(model, "v1/models")
-            body = await answer.read()
-            if answer.status != 200:
-                await reply.whole(answer.status, answer.headers, body)
-                return
-            cards += msgspec.json.decode(body, type=_ModelList).data
-        await reply.whole(200, JSON_HEADERS, msgspec.json.encode({"object": "list", "data": cards}))
 
     async def _health(self, reply: Reply) -> None:
         """200 where the store answers and every engine is healthy, 503 otherwise; the body says what is wrong."""
@@ -189,10 +180,6 @@ def counted_as(path: str) -> str:
     if path in COUNTED_PATHS:
         return path
     return PREFIX if path.startswith(PREFIX) else OTHER_PATH
-
-
-class _ModelList(msgspec.Struct):
-    data: list[msgspec.Raw] = []
 
 
 def _check_method(request: Request, path: str, *allowed: str) -> None:

@@ -1,22 +1,27 @@
 """What is added to a request so that it can be recorded, and taken out of the answer again.
 
 Upstream: `return_token_ids`, `logprobs` and, for streams, `stream_options.include_usage`, each only where the client
-did not ask for it itself and where adding it cannot turn an error of the engine into an answer. Downstream: the same
-fields become the `null` that vLLM writes where they are not asked for, and the chunks that exist only because of them
-are dropped. Everything else passes as the bytes that came (values are never decoded and encoded again).
-Refuses fields by which a client could reach into the engine (`kv_transfer_params`). Called by `chat`.
+did not ask for it itself and where adding it can neither turn an error of the engine into an answer nor change the
+answer (a completion with `echo` loses the echoed prompt once ids are asked for); and the project's `cache_salt`.
+Downstream: the same fields become the `null` that vLLM writes where they are not asked for, and the chunks that exist
+only because of them are dropped. Everything else passes as the bytes that came (values are never decoded and encoded
+again). Refuses what `fields` refuses. Called by `chat`.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from tracegrad.adapters.proxy.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, Shape
 from tracegrad.adapters.proxy.errors import InvalidRequest
+from tracegrad.adapters.proxy.fields import check_body
+from tracegrad.tracestore.config import Allowed
 
-REFUSED_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+SEVERAL_PROMPTS = "several prompts"
+ECHO = "echo"
 _OFF = (None, False)
 _NULL = msgspec.Raw(b"null")
 _TRUE = msgspec.Raw(b"true")
@@ -33,6 +38,7 @@ class Ask:
 
     raw: RawObject
     body: dict[str, Any]
+    shape: Shape = CHAT
     digest: str = ""
     """Of the body as it was sent: two requests with one digest are a retry, or equal calls side by side."""
 
@@ -45,13 +51,32 @@ class Ask:
     @property
     def stream(self) -> bool:
         """Whether the client wants server-sent events."""
-        return self.body.get("stream") is True
+        return self.body.get("stream") is True and self.shape is not EMBEDDINGS
 
     @property
     def n(self) -> int:
-        """How many choices the client wants; what is no count is the engine's to refuse."""
+        """How many choices the answer will have; what is no count is the engine's to refuse."""
         value = self.body.get("n")
-        return value if isinstance(value, int) and value > 0 else 1
+        per_prompt = value if isinstance(value, int) and value > 0 else 1
+        return 0 if self.shape is EMBEDDINGS else per_prompt * self.prompts
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts stand in the request: only a completion can have several."""
+        if self.shape is not COMPLETIONS:
+            return 1
+        prompt, embeds = self.body.get("prompt"), self.body.get("prompt_embeds")
+        texts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+        if not embeds:
+            return texts
+        return (len(embeds) if isinstance(embeds, list) else 1) + (texts if prompt else 0)
+
+    @property
+    def flaw(self) -> str | None:
+        """A reason to quarantine the call whatever its answer says, None where it can be recorded exactly."""
+        if self.prompts != 1:
+            return SEVERAL_PROMPTS
+        return ECHO if self.shape is COMPLETIONS and self.body.get("echo") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +88,8 @@ class Injection:
     usage: bool
 
 
-def read_ask(body: bytes) -> Ask:
-    """Decode a request body.
+def read_ask(body: bytes, shape: Shape = CHAT, *, allow: Collection[Allowed] = ()) -> Ask:
+    """Decode a request body. `allow` is what the operator lets through of what is otherwise refused.
 
     Raises:
         InvalidRequest: the body is not a JSON object, or has a field that clients must not send.
@@ -74,31 +99,37 @@ def read_ask(body: bytes) -> Ask:
         values = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body must be a JSON object: {error}", code="invalid_json") from error
-    extra = values.get("vllm_xargs")
-    for name in REFUSED_FIELDS:
-        if values.get(name) is not None or (isinstance(extra, Mapping) and name in extra):
-            raise InvalidRequest(
-                f"the field {name!r} is not allowed through this proxy; remove it", code="field_not_allowed", param=name
-            )
-    return Ask(raw, values, hashlib.blake2b(body, digest_size=16).hexdigest())
+    check_body(values, allow)
+    return Ask(raw, values, shape, hashlib.blake2b(body, digest_size=16).hexdigest())
 
 
-def plan_injection(body: Mapping[str, Any]) -> Injection:
+def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT) -> Injection:
     """Decide what to add. Top-logprob fields without `logprobs` are an error that stays the engine's to report."""
+    if shape is EMBEDDINGS:
+        return Injection(token_ids=False, logprobs=False, usage=False)
     wants_top = body.get("top_logprobs") not in (None, 0) or body.get("logprob_token_ids")
     options = body.get("stream_options")
     plain_options = options is None or (isinstance(options, Mapping) and options.get("include_usage") in _OFF)
+    echo = shape is COMPLETIONS and bool(body.get("echo"))
+    # a completion's `logprobs` is a count: 0 asks for those of the sampled tokens, and `false` counts as 0
+    without_logprobs = body.get("logprobs") is None if shape is COMPLETIONS else _is_off(body.get("logprobs"))
     return Injection(
-        token_ids=_is_off(body.get("return_token_ids")),
-        logprobs=_is_off(body.get("logprobs")) and not wants_top,
+        token_ids=_is_off(body.get("return_token_ids")) and not echo,
+        logprobs=without_logprobs and not wants_top and not echo,
         usage=body.get("stream") is True and plain_options,
     )
 
 
 def upstream_body(
-    ask: Ask, injection: Injection, *, model: str, requested: Mapping[str, Any], effective: Mapping[str, Any]
+    ask: Ask,
+    injection: Injection,
+    *,
+    model: str,
+    requested: Mapping[str, Any],
+    effective: Mapping[str, Any],
+    salt: str | None = None,
 ) -> bytes:
-    """Return the request for the engine: the client's fields in their order, then ours."""
+    """Return the request for the engine: the client's fields in their order, then ours. `salt` None: as it came."""
     fields = dict(ask.raw)
     fields["model"] = msgspec.Raw(_encode(model))
     if effective != requested:
@@ -110,11 +141,13 @@ def upstream_body(
     if injection.token_ids:
         fields["return_token_ids"] = _TRUE
     if injection.logprobs:
-        fields["logprobs"] = _TRUE
+        fields["logprobs"] = msgspec.Raw(ask.shape.logprobs)
     if injection.usage:
         options = dict(ask.body.get("stream_options") or {})
         options.update(include_usage=True, continuous_usage_stats=False)
         fields["stream_options"] = msgspec.Raw(_encode(options))
+    if salt is not None:
+        fields["cache_salt"] = msgspec.Raw(_encode(salt))
     return _encode(fields)
 
 
@@ -176,9 +209,14 @@ class Stripper:
             answer["model"] = self._alias
         choices = _decode_objects(answer["choices"]) if "choices" in answer else []
         injected = [
-            name for name, ours in (("token_ids", self._injection.token_ids), ("logprobs", self._injection.logprobs))
+            name
+            for name, ours in (
+                ("token_ids", self._injection.token_ids),
+                ("prompt_token_ids", self._injection.token_ids),  # here in completions, at the top in chat
+                ("logprobs", self._injection.logprobs),
+            )
             if ours
-        ]  # fmt: skip
+        ]
         for choice in choices:
             for name in injected:
                 if name in choice:

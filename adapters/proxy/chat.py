@@ -1,10 +1,11 @@
-"""`POST /v1/chat/completions`: one exchange from request to recorded, released answer.
+"""`POST /v1/chat/completions`, `/v1/completions`, `/v1/embeddings`: one exchange from request to recorded answer.
 
 The order is law 3: the answer's end (the body of a plain answer; in a stream everything from the chunk that carries
 the last outstanding finish reason) is held back until the call is committed; a call that cannot be committed is a 503
 or an SSE error event. One store wait lies on this path, the commit; a second one for the first call of a run
 that this process has not met. A client that hangs up stops the engine, and what was sampled is stored as
-aborted. Refuses what `capture`, `attribution` and `routing` refuse. Called by `app`.
+aborted. What differs between the three is in `endpoints`. An error of the engine is told in OpenAI's words.
+Refuses what `capture`, `fields`, `attribution` and `routing` refuse. Called by `app`.
 """
 
 import asyncio
@@ -16,17 +17,20 @@ import msgspec
 
 from tracegrad.adapters.proxy.attribution import attribute, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.endpoints import EMBEDDINGS, Shape
+from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_event
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
+from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
 from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
 from tracegrad.adapters.proxy.routing import engine_of
-from tracegrad.adapters.proxy.sampling import override_of, plan_sampling
+from tracegrad.adapters.proxy.sampling import constrains_tools, override_of, plan_sampling
 from tracegrad.adapters.proxy.sse import DONE, Event, SSEParser, encode
 from tracegrad.adapters.proxy.upstream import EngineAnswer, Upstream
-from tracegrad.adapters.proxy.wire import STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
+from tracegrad.adapters.proxy.wire import JSON_HEADERS, STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.group_commit import GroupCommitter
@@ -36,11 +40,10 @@ from tracegrad.tracestore.records import CallStatus
 log = logging.getLogger("tracegrad.proxy")
 HEARTBEAT_S = 15.0
 """A held stream gets an empty chunk this often: LangChain gives up on a stream after 120 s without one."""
-ENGINE_PATH = "v1/chat/completions"
 
 
-class ChatEndpoint:
-    """The endpoint with what its exchanges share."""
+class ModelEndpoint:
+    """The endpoints that a model answers, with what their exchanges share."""
 
     def __init__(
         self,
@@ -58,18 +61,20 @@ class ChatEndpoint:
         self.committer = committer
         self.purposes = purposes
         self.metrics = metrics
+        self._strict_tools = {name for name, model in config.models.items() if constrains_tools(model.engine.args)}
 
-    async def __call__(self, request: Request, reply: Reply) -> None:
+    async def __call__(self, shape: Shape, request: Request, reply: Reply) -> None:
         """Answer one request. Raises ProxyError where nothing has been dispatched."""
         received_at = time.time()
-        ask = read_ask(await request.body())
+        check_headers(request.headers, self.config.proxy.allow)
+        ask = read_ask(await request.body(), shape, allow=self.config.proxy.allow)
         draft = await self._draft(ask, request, received_at)
         await _Exchange(self, ask, draft, request, reply).run()
 
     async def _draft(self, ask: Ask, request: Request, received_at: float) -> Draft:
         attribution = attribute(request.headers, request.route)
-        model = engine_of(self.config, attribution.role, ask.model)
-        override = override_of(self.config.proxy.sampling, attribution.role)
+        model = self._model_of(ask, attribution.role)
+        override = None if ask.shape is EMBEDDINGS else override_of(self.config.proxy.sampling, attribution.role)
         try:
             purpose = await self.purposes.of(attribution.run_id)
         except TraceStoreError as error:
@@ -80,32 +85,49 @@ class ChatEndpoint:
             model=model,
             requested_model=ask.model or model,
             body=ask.body,
-            sampling=plan_sampling(ask.body, purpose=purpose, override=override),
+            sampling=plan_sampling(
+                ask.body, purpose=purpose, override=override, strict_tools=model in self._strict_tools
+            ),
             n=ask.n,
             stream=ask.stream,
             received_at=received_at,
+            endpoint=ask.shape.endpoint,
             request_hash=ask.digest,
             project=self.config.project,
+            flaw=ask.flaw,
         )
+
+    def _model_of(self, ask: Ask, role: str | None) -> str:
+        """The role map names the weights that speak for a role; embeddings come from the model that is asked for."""
+        requested = ask.model
+        if ask.shape is EMBEDDINGS and requested is not None and requested in self.config.models:
+            return requested
+        return engine_of(self.config, role, requested)
 
 
 class _Exchange:
     """One call on its way: admitted, dispatched, gathered, committed, released."""
 
-    def __init__(self, endpoint: ChatEndpoint, ask: Ask, draft: Draft, request: Request, reply: Reply) -> None:
+    def __init__(self, endpoint: ModelEndpoint, ask: Ask, draft: Draft, request: Request, reply: Reply) -> None:
         self._endpoint = endpoint
         self._draft = draft
+        self._shape = ask.shape
         self._request = request
         self._reply = reply
         self._progress = Progress()
         self._transcript = Transcript()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
-        injection = plan_injection(ask.body)
+        injection = plan_injection(ask.body, ask.shape)
         alias = ask.model if ask.model is not None and ask.model != draft.model else None
         self._stripper = Stripper(injection, alias=alias)
         sampling = draft.sampling
         self._body = upstream_body(
-            ask, injection, model=draft.model, requested=sampling.requested, effective=sampling.effective
+            ask,
+            injection,
+            model=draft.model,
+            requested=sampling.requested,
+            effective=sampling.effective,
+            salt=salt_of(draft.project, ask.body.get("cache_salt")),
         )
         self._held: list[bytes] = []
         self._holding = self._done = self._submitted = False
@@ -143,7 +165,7 @@ class _Exchange:
         try:
             with hangup.cancels():
                 headers = without_ours(self._request.raw_headers)
-                answer = await self._endpoint.upstream.post(self._draft.model, ENGINE_PATH, self._body, headers)
+                answer = await self._endpoint.upstream.post(self._draft.model, self._shape.path, self._body, headers)
                 if answer.status != 200:
                     body = await answer.read()
                 elif answer.is_stream:
@@ -176,15 +198,21 @@ class _Exchange:
             await self._record(ticket, "complete" if failure is None else "failed", failure, answer)
             await self._reply.send(self._release(), more=False)
         else:
-            try:
-                self._transcript.add(read_answer(body))
-                visible = self._stripper.plain(body)
-            except msgspec.MsgspecError as error:
-                raise EngineUnreachable(
-                    f"the engine of model {self._draft.model!r} sent no JSON answer: {error}", code="engine_bad_answer"
-                ) from error
+            visible = self._read_whole(body)
             await self._record(ticket, "complete")
             await self._reply.whole(200, [*answer.headers, *self._own_headers], visible)
+
+    def _read_whole(self, body: bytes) -> bytes:
+        """Read a plain answer into the transcript; return what the client may see of it."""
+        try:
+            self._transcript.add(read_answer(body))
+            return self._stripper.plain(body)
+        except msgspec.MsgspecError as error:
+            if self._shape is EMBEDDINGS:
+                return body  # `encoding_format: bytes`: numbers without JSON around them
+            raise EngineUnreachable(
+                f"the engine of model {self._draft.model!r} sent no JSON answer: {error}", code="engine_bad_answer"
+            ) from error
 
     async def _relay(self, answer: EngineAnswer) -> None:
         """Pass events on as they come, until the first one that must wait for the commit."""
@@ -218,12 +246,16 @@ class _Exchange:
             self._holding = self._done = True
             return event.raw
         try:
-            self._transcript.add(read_answer(event.data))
+            said = read_answer(event.data)
+            self._transcript.add(said)
             visible = self._stripper.chunk(event.data)
         except msgspec.MsgspecError:
             self._transcript.flaw = "unreadable chunk"
             return event.raw
-        if self._transcript.failure is not None or self._transcript.finished(self._draft.n):
+        if said.failed:
+            self._holding = True
+            return encode(openai_error_event(event.data, self._shape))
+        if self._transcript.finished(self._draft.n):
             self._holding = True
         if visible is None:
             return None
@@ -271,10 +303,12 @@ class _Exchange:
         return self._endpoint.committer.submit(call)
 
     async def _pass_error_on(self, answer: EngineAnswer, body: bytes) -> None:
+        told = openai_error(answer.status, body, self._shape)
         if self._reply.started:
-            await self._reply.send(encode(b"".join(body.splitlines())), more=False)
+            await self._reply.send(encode(b"".join(told.splitlines())), more=False)
         else:
-            await self._reply.whole(answer.status, [*answer.headers, *self._own_headers], body)
+            headers = [header for header in answer.headers if header[0] != b"content-type"]
+            await self._reply.whole(answer.status, [*headers, *JSON_HEADERS, *self._own_headers], told)
 
     async def _start_stream(self, headers: Headers) -> None:
         if not self._reply.started:
@@ -283,8 +317,8 @@ class _Exchange:
     def _empty_chunk(self) -> bytes:
         return msgspec.json.encode(
             {
-                "id": f"chatcmpl-{self._draft.call_id}",
-                "object": "chat.completion.chunk",
+                "id": f"{self._shape.prefix}-{self._draft.call_id}",
+                "object": self._shape.chunk,
                 "created": int(self._draft.received_at),
                 "model": self._draft.requested_model,
                 "choices": [],

@@ -2,8 +2,8 @@
 
 Exactness is judged here (law 4): every choice has ids and logprobs of one length, no logprob is missing or NaN, and
 the counts agree with `usage`. What fails is quarantined with a short constant reason (details in `error`), stored
-without the doubtful logprobs, and still answered. Nothing is invented: a missing thing stays None.
-No I/O. Called by `chat`.
+without the doubtful logprobs, and still answered. Nothing is invented: a missing thing stays None. The text of a
+completion stands in its message as `content`. No I/O. Called by `chat`.
 """
 
 import math
@@ -13,11 +13,16 @@ from typing import Any, cast
 
 import msgspec
 
+from tracegrad.adapters.proxy.capture import SEVERAL_PROMPTS
 from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
-from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Json
+from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Endpoint, Json
 
+REASONING_HIDDEN = "reasoning hidden"
 MISSING_LOGPROB = -9999.0
 """What vLLM writes where it has no logprob for a sampled token. Source: vLLM, `ChatCompletionLogProb.logprob`."""
+
+
+_NULL = msgspec.Raw(b"null")
 
 
 class _Token(msgspec.Struct):
@@ -25,17 +30,22 @@ class _Token(msgspec.Struct):
 
 
 class _Logprobs(msgspec.Struct):
+    """Of chat (`content`) or of a completion (`token_logprobs`)."""
+
     content: list[_Token] | None = None
+    token_logprobs: list[float | None] | None = None
 
 
 class _Choice(msgspec.Struct):
     index: int = 0
     message: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
+    text: str | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -44,13 +54,21 @@ class _Usage(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """The part of vLLM's answer (or stream chunk) that is recorded; unknown fields are passed over."""
+    """The part of vLLM's answer (or stream chunk) that is recorded; unknown fields are passed over.
+
+    The prompt's ids stand here for chat, in the choices for completions.
+    """
 
     id: str | None = None
     choices: list[_Choice] = []
     usage: _Usage | None = None
     prompt_token_ids: list[int] | None = None
-    error: Any = None
+    error: msgspec.Raw = _NULL
+
+    @property
+    def failed(self) -> bool:
+        """Whether this is an error instead of an answer."""
+        return bytes(self.error) != b"null"
 
 
 _decode_answer = msgspec.json.Decoder(Answer).decode
@@ -82,23 +100,38 @@ class Sampled:
             if self.token_ids is None:
                 self.token_ids = []
             self.token_ids.extend(choice.token_ids)
-        if choice.logprobs is not None and choice.logprobs.content is not None:
-            if self.logprobs is None:
-                self.logprobs = []
-            self.logprobs.extend([token.logprob for token in choice.logprobs.content])
+        if choice.logprobs is not None:
+            self._extend_logprobs(choice.logprobs)
         self.finish_reason = choice.finish_reason or self.finish_reason
         self.stop_reason = self.stop_reason if choice.stop_reason is None else choice.stop_reason
         if choice.message is not None:
             self.message = choice.message
         if choice.delta:
             merge_delta(self.message, choice.delta)
+        if choice.text is not None:
+            merge_delta(self.message, {"content": choice.text})
 
-    def frozen(self, flags: tuple[str, ...]) -> Choice:
-        """Return the record; logprobs only where they are exact."""
+    def _extend_logprobs(self, logprobs: _Logprobs) -> None:
+        if logprobs.content is not None:
+            values = [token.logprob for token in logprobs.content]
+        elif logprobs.token_logprobs is not None:
+            values = logprobs.token_logprobs
+        else:
+            return
+        if self.logprobs is None:
+            self.logprobs = []
+        self.logprobs.extend(values)
+
+    def frozen(self, flags: tuple[str, ...], *, one_tool_call: bool) -> Choice:
+        """Return the record; logprobs only where they are exact. `one_tool_call`: the engine cut any further ones."""
         ids = tuple(self.token_ids or ())
         logprobs = _numbers(self.logprobs or []) if _flaw(self) in (None, "no finish reason") else None
         if isinstance(self.stop_reason, str):
             flags = (*flags, "stop_string")
+        if self.message.get("reasoning") or self.message.get("reasoning_content"):
+            flags = (*flags, "reasoning")
+        if one_tool_call and self.message.get("tool_calls"):
+            flags = (*flags, "hidden_tool_calls")
         return Choice(
             index=self.index,
             token_ids=ids,
@@ -120,7 +153,7 @@ class Transcript:
     flaw: str | None = None
     """A reason to quarantine that only the reader of the wire can know."""
     failure: str | None = None
-    """The engine's error inside a stream."""
+    """The engine's error inside a stream, as it wrote it."""
 
     def add(self, answer: Answer) -> None:
         """Take in a whole answer or one chunk of it."""
@@ -129,9 +162,11 @@ class Transcript:
             self.prompt_ids = answer.prompt_token_ids
         if answer.usage is not None:
             self.usage = answer.usage
-        if answer.error is not None:
-            self.failure = _error_text(answer.error)
+        if answer.failed:
+            self.failure = bytes(answer.error).decode(errors="replace")
         for choice in answer.choices:
+            if choice.prompt_token_ids is not None:
+                self.prompt_ids = choice.prompt_token_ids
             sampled = self.choices.get(choice.index)
             if sampled is None:
                 sampled = self.choices[choice.index] = Sampled(choice.index)
@@ -168,7 +203,10 @@ class Transcript:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """What is known of a call before it is answered. `body` is the client's decoded request."""
+    """What is known of a call before it is answered. `body` is the client's decoded request.
+
+    `flaw` is a reason to quarantine it whatever the answer says.
+    """
 
     call_id: str
     attribution: Attribution
@@ -179,8 +217,10 @@ class Draft:
     n: int
     stream: bool
     received_at: float
+    endpoint: Endpoint = "chat"
     request_hash: str | None = None
     project: str = "default"
+    flaw: str | None = None
 
 
 @dataclass(slots=True)
@@ -200,10 +240,12 @@ def compose(
     draft: Draft, progress: Progress, transcript: Transcript, *, status: CallStatus, error: str | None = None
 ) -> Call:
     """Return the call as it will be stored. Only a complete call is judged for exactness, every one for its version."""
-    reason, detail = transcript.verdict(draft.n) if status == "complete" else (None, None)
+    reason, detail = _verdict(draft, transcript) if status == "complete" else (None, None)
     if progress.swapped or progress.version_dispatched != progress.version_completed:
         reason, detail = "version changed", f"{progress.version_dispatched} -> {progress.version_completed}"
     ordered = sorted(transcript.choices.values(), key=lambda choice: choice.index)
+    one_tool_call = draft.body.get("parallel_tool_calls") is False
+    prompt_ids = None if draft.flaw == SEVERAL_PROMPTS else transcript.prompt_ids
     return Call(
         call_id=draft.call_id,
         completion_id=transcript.completion_id,
@@ -212,8 +254,8 @@ def compose(
         requested_model=draft.requested_model,
         version_dispatched=progress.version_dispatched,
         version_completed=progress.version_completed,
-        prompt_ids=None if transcript.prompt_ids is None else tuple(transcript.prompt_ids),
-        choices=tuple(choice.frozen(draft.sampling.flags) for choice in ordered),
+        prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
+        choices=tuple(choice.frozen(draft.sampling.flags, one_tool_call=one_tool_call) for choice in ordered),
         status=status,
         timing=CallTiming(
             received_at=draft.received_at,
@@ -227,9 +269,22 @@ def compose(
         stream=draft.stream,
         quarantine=reason,
         error=error if error is not None else detail,
+        endpoint=draft.endpoint,
         request_hash=draft.request_hash,
         project=draft.project,
     )
+
+
+def _verdict(draft: Draft, transcript: Transcript) -> tuple[str | None, str | None]:
+    """Return (reason, details) to quarantine a complete call for. An embedding has nothing sampled to judge."""
+    if draft.endpoint == "embeddings":
+        return None, None
+    if draft.flaw is not None:
+        return draft.flaw, None
+    reason, detail = transcript.verdict(draft.n)
+    if reason in ("no token ids", "no logprobs") and draft.body.get("include_reasoning") is False:
+        return REASONING_HIDDEN, "`include_reasoning: false` makes the engine withhold ids and logprobs"
+    return reason, detail
 
 
 def merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
@@ -277,8 +332,3 @@ def _flaw(choice: Sampled) -> str | None:
     elif choice.finish_reason is None:
         flaw = "no finish reason"
     return flaw
-
-
-def _error_text(error: Any) -> str:
-    message = error.get("message") if isinstance(error, Mapping) else None
-    return str(message if message is not None else error)

@@ -5,7 +5,8 @@ the configuration says so, and drops the client's seed (equal seeds would make t
 Refuses nothing: what the engine does not accept, the engine refuses. Called by `chat`.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy. Source: vLLM, `sampling_params._SAMPLING_EPS`."""
 
 
+STRICT_PARSERS = frozenset({"glm45", "glm47", "mistral", "cohere_command3", "cohere_command4", "hy_v4", "kimi_k3"})
+"""Tool parsers that put a grammar on every call with tools, whatever its fields say. Source: vLLM 0.32, `parser/`,
+`tool_parsers/` (`default_tool_strict_level`, `adjust_request`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """`requested` as the client sent it, `effective` as the engine gets it, `flags` for every choice of the call."""
@@ -43,21 +49,35 @@ def override_of(overrides: Mapping[str, SamplingOverride], role: str | None) -> 
     return overrides.get(role or "*") or overrides.get("*")
 
 
-def plan_sampling(body: Mapping[str, Any], *, purpose: Purpose | None, override: SamplingOverride | None) -> Sampling:
-    """Return what was asked, what will be sent and the flags. `body` is the client's decoded request."""
+def constrains_tools(engine_args: Sequence[str]) -> bool:
+    """Whether an engine started with these arguments samples every call with tools under a grammar."""
+    values = dict(itertools.pairwise(engine_args))
+    joined = (arg.partition("=") for arg in engine_args if arg.startswith("--") and "=" in arg)
+    values.update((name, value) for name, _, value in joined)
+    strict = values.get("--tool-strict-level", "auto") != "auto"
+    return strict or values.get("--tool-call-parser") in STRICT_PARSERS
+
+
+def plan_sampling(
+    body: Mapping[str, Any], *, purpose: Purpose | None, override: SamplingOverride | None, strict_tools: bool = False
+) -> Sampling:
+    """Return what was asked, what will be sent and the flags. `body` is the client's decoded request.
+
+    `strict_tools`: the engine puts a grammar on every call with tools.
+    """
     requested = {name: value for name, value in body.items() if name in SAMPLING_FIELDS}
     effective = dict(requested)
     if purpose == "train" and override is not None:
         effective = _overridden(effective, override)
-    return Sampling(requested, effective, flags_of(effective, body))
+    return Sampling(requested, effective, flags_of(effective, body, strict_tools=strict_tools))
 
 
-def flags_of(effective: Mapping[str, Any], body: Mapping[str, Any]) -> tuple[str, ...]:
+def flags_of(effective: Mapping[str, Any], body: Mapping[str, Any], *, strict_tools: bool = False) -> tuple[str, ...]:
     """Name what keeps the choices of a call from being plain samples of the policy at its temperature."""
     flags = []
     if _number(effective, "temperature", 1.0) < GREEDY_BELOW or effective.get("use_beam_search"):
         flags.append("greedy")
-    if _constrained(effective, body):
+    if _constrained(effective, body, strict_tools):
         flags.append("constrained")
     if _penalised(effective):
         flags.append("penalised")
@@ -77,8 +97,8 @@ def _overridden(effective: dict[str, Any], override: SamplingOverride) -> dict[s
     return effective
 
 
-def _constrained(effective: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
-    """True where the engine masks tokens: grammars, forced or strict tools, token lists, a minimum length."""
+def _constrained(effective: Mapping[str, Any], body: Mapping[str, Any], strict_tools: bool) -> bool:
+    """True where the engine masks tokens: grammars, forced, single or strict tools, token lists, a minimum length."""
     wanted = body.get("response_format")
     if isinstance(wanted, Mapping) and wanted.get("type") not in (None, "text"):
         return True
@@ -87,8 +107,11 @@ def _constrained(effective: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
     choice, tools = body.get("tool_choice"), body.get("tools")
     if choice == "required" or isinstance(choice, Mapping):
         return True
-    if choice != "none" and isinstance(tools, list) and any(_strict(tool) for tool in tools):
-        return True
+    if choice != "none" and isinstance(tools, list) and tools:
+        # one call at most: vLLM 0.32 ends the call list by grammar, also with `auto` (`Parser._apply_structural_tag`)
+        single = body.get("parallel_tool_calls") is False
+        if single or strict_tools or any(_strict(tool) for tool in tools):
+            return True
     return any(
         effective.get(name)
         for name in ("allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget", "vllm_xargs")

@@ -1,8 +1,9 @@
-"""A fake engine that speaks the chat wire of vLLM 0.32: `/v1/chat/completions` (plain, SSE), `/v1/models`, `/health`.
+"""A fake engine that speaks vLLM 0.32's wire: chat and text completions (plain, SSE), embeddings, models, health.
 
-What it samples is a function of the request: the answer repeats the last user message, one byte a token, so that a
-test can tell whose answer it holds. Shapes, key order and nulls are vLLM's; `tests/integration/
-test_fake_engine_is_faithful.py` compares them with the real one. Faults are set on the object, never by the client.
+What it samples is a function of the request (`fake_sampling`): the answer repeats the last user message, one byte a
+token, so that a test can tell whose answer it holds. Shapes, key order and nulls are vLLM's; `tests/integration/
+test_fake_engine_is_faithful.py` compares them with the real one (embeddings and reasoning are read from its source).
+Faults are set on the object, never by the client.
 Run as a program it serves until killed: `python fake_vllm.py --port 0 --name NAME`.
 """
 
@@ -17,24 +18,27 @@ import time
 from typing import Any
 
 import uvicorn
+from fake_completions import CompletionsWire, dumps, reply
+from fake_sampling import (
+    EOS,
+    FINGERPRINT,
+    FIRST_BYTE,
+    ChoiceStream,
+    Sampled,
+    encode_text,
+    logprob_of,
+    message_text,
+    sample,
+    script,
+    split_calls,
+    split_reasoning,
+    token_text,
+)
 
-EOS = 2
-FIRST_BYTE = 3
-FINGERPRINT = "vllm-0.32.0-fake"
+__all__ = ["EOS", "FINGERPRINT", "FIRST_BYTE", "FakeEngine", "ServerThread", "encode_text", "logprob_of"]
 
 
-def encode_text(text: str) -> list[int]:
-    return [FIRST_BYTE + byte for byte in text.encode()]
-
-
-def logprob_of(token_id: int, position: int, choice: int) -> float:
-    """A float32 in (-4, 0), different for every place, as Python's double of it."""
-    digest = hashlib.blake2b(f"{token_id}/{position}/{choice}".encode(), digest_size=4).digest()
-    value = -4.0 * int.from_bytes(digest, "little") / 2**32 - 1e-6
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
-
-
-class FakeEngine:
+class FakeEngine(CompletionsWire):
     """The ASGI application. Attributes are knobs for tests; `requests` are the bodies it was sent."""
 
     def __init__(self, name: str = "fake", *, token_delay_s: float = 0.0) -> None:
@@ -43,6 +47,15 @@ class FakeEngine:
         self.max_model_len = 2048
         self.fault: str | None = None
         """no_token_ids, no_logprobs, short_logprobs, nan, missing_logprob, usage, drop, error_event, not_json"""
+        self.event_error = {
+            "message": "CUDA out of memory", "type": "InternalServerError", "param": None, "code": 500,
+        }  # fmt: skip
+        """What a stream ends with under the fault `error_event`."""
+        self.raw_error: tuple[int, bytes, bytes] | None = None
+        """If set, every request is answered with this status, body and content type."""
+        self.tools_parser = True
+        """Started with --enable-auto-tool-choice --tool-call-parser hermes."""
+        self.reasoning_parser = False
         self.answer_text: str | None = None
         self.plain_bytes: bytes | None = None
         """If set, sent as the plain answer whatever was asked (benchmarks)."""
@@ -63,13 +76,14 @@ class FakeEngine:
             return
         where = (scope["method"], scope["path"])
         if where == ("GET", "/health"):
-            await _reply(send, 200, b"", b"text/plain")
+            await reply(send, 200, b"", b"text/plain")
         elif where == ("GET", "/v1/models"):
-            await _reply(send, 200, _dumps({"object": "list", "data": [self._card()]}))
-        elif where == ("POST", "/v1/chat/completions"):
-            await self._chat(scope, receive, send)
+            await reply(send, 200, dumps({"object": "list", "data": [self._card()]}))
+        elif where in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")):
+            await self._answer(scope, receive, send)
         else:
-            await _reply(send, 404, _dumps({"detail": "Not Found"}))
+            error = {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}
+            await reply(send, 404, dumps({"error": error}))
 
     def _card(self) -> dict[str, Any]:
         permission = {
@@ -82,7 +96,7 @@ class FakeEngine:
             "max_model_len": self.max_model_len, "permission": [permission],
         }  # fmt: skip
 
-    async def _chat(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         raw = b""
         while True:
             message = await receive()
@@ -93,17 +107,22 @@ class FakeEngine:
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         self.requests.append(dict(body))
         self.headers.append(headers)
-        body["_id"] = f"chatcmpl-{headers['x-request-id']}" if "x-request-id" in headers else _completion_id()
-        if (refusal := self._refusal(body)) is not None:
-            status, text, kind, param = refusal
-            await _reply(
-                send, status, _dumps({"error": {"message": text, "type": kind, "param": param, "code": status}})
-            )
+        prefix, plain, stream = {
+            "/v1/chat/completions": ("chatcmpl", self._plain, self._stream),
+            "/v1/completions": ("cmpl", self._plain_completion, self._stream_completion),
+            "/v1/embeddings": ("embd", self._embeddings, self._embeddings),
+        }[scope["path"]]
+        body["_id"] = f"{prefix}-{headers['x-request-id']}" if "x-request-id" in headers else _completion_id(prefix)
+        if self.raw_error is not None:
+            await reply(send, *self.raw_error)
+            return
+        if (refusal := self._refusal(body, prefix)) is not None:
+            status, text, name, param = refusal
+            await reply(send, status, dumps({"error": {"message": text, "type": name, "param": param, "code": status}}))
             return
         self.in_flight += 1
         try:
-            work = self._stream(body, send) if body.get("stream") else self._plain(body, send)
-            await self._while_connected(receive, work)
+            await self._while_connected(receive, stream(body, send) if body.get("stream") else plain(body, send))
         finally:
             self.in_flight -= 1
 
@@ -125,7 +144,7 @@ class FakeEngine:
         finally:
             watcher.cancel()
 
-    def _refusal(self, body: dict[str, Any]) -> tuple[int, str, str, str | None] | None:
+    def _refusal(self, body: dict[str, Any], prefix: str) -> tuple[int, str, str, str | None] | None:
         bad = "BadRequestError"
         refusal: tuple[int, str, str, str | None] | None = None
         if body.get("model") not in (None, self.name):
@@ -134,48 +153,77 @@ class FakeEngine:
             refusal = 400, "`tools` must not be an empty array.", bad, "tools"
         elif body.get("stream_options") and not body.get("stream"):
             refusal = 400, "Stream options can only be defined when `stream=True`.", bad, "stream_options"
+        elif prefix == "cmpl" and body.get("logprob_token_ids") and body.get("logprobs") is None:
+            text = "when using `logprob_token_ids`, `logprobs` must be set."
+            refusal = 400, text, bad, "logprob_token_ids"
         elif (body.get("top_logprobs") or 0) > 0 and not body.get("logprobs"):
             refusal = 400, "when using `top_logprobs`, `logprobs` must be set to true.", bad, "top_logprobs"
         elif (body.get("n") or 1) > 1 and body.get("temperature") == 0:
             refusal = 400, "n must be 1 when using greedy sampling.", bad, None
         elif self.fault == "overloaded":
             refusal = 503, "the engine is overloaded", "ServiceUnavailableError", None
+        elif prefix == "chatcmpl" and len(self._prompt_ids(body)) > self.max_model_len:
+            text = (
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains at "
+                f"least {self.max_model_len + 1} input tokens, which exceeds this limit even without any output "
+                "tokens. Please reduce the length of the input prompt. "
+                f"(parameter=input_tokens, value={self.max_model_len + 1})"
+            )
+            refusal = 400, text, bad, "input_tokens"
         return refusal
 
     def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
-        return [1, *encode_text("".join(f"<{m['role']}>{_text(m)}" for m in body["messages"]))]
+        return [1, *encode_text("".join(f"<{m['role']}>{message_text(m)}" for m in body["messages"]))]
 
-    def _sample(self, body: dict[str, Any], choice: int) -> tuple[list[int], str, str]:
-        """Return (token ids, text, finish reason)."""
-        users = [_text(m) for m in body["messages"] if m["role"] == "user"]
-        text = self.answer_text if self.answer_text is not None else f"{choice}: {users[-1] if users else ''}"
-        ids = [*encode_text(text), EOS]
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        if limit is not None and limit < len(ids):
-            kept = ids[:limit]
-            return kept, bytes(i - FIRST_BYTE for i in kept).decode(errors="replace"), "length"
-        return ids, text, "stop"
+    def _sample(self, body: dict[str, Any], text: str) -> Sampled:
+        return sample(text if self.answer_text is None else self.answer_text, body)
+
+    def _uses_tools(self, body: dict[str, Any]) -> bool:
+        return bool(self.tools_parser and body.get("tools") and body.get("tool_choice") != "none")
+
+    def _finish(self, body: dict[str, Any], sampled: Sampled, called: bool) -> str:
+        """A call that was forced by name ends like any text."""
+        named = isinstance(body.get("tool_choice"), dict)
+        return "tool_calls" if called and not named and sampled.finish == "stop" else sampled.finish
+
+    def _message(self, body: dict[str, Any], sampled: Sampled, index: int) -> tuple[dict[str, Any], bool]:
+        """Return the assistant message, parsed, and whether it holds calls."""
+        reasoning, rest = split_reasoning(sampled.text) if self.reasoning_parser else (None, sampled.text)
+        content, calls = split_calls(rest) if self._uses_tools(body) else (rest, [])
+        if body.get("parallel_tool_calls") is False:
+            calls = calls[:1]
+        if calls and body.get("tool_choice", "auto") != "auto":
+            content = content or ""
+        tool_calls = [
+            {"id": f"chatcmpl-tool-{body['_id']}-{index}-{n}", "type": "function", "function": call}
+            for n, call in enumerate(calls)
+        ]
+        if body.get("include_reasoning") is False:
+            reasoning = None
+        return {
+            "role": "assistant", "content": content, "refusal": None, "annotations": None, "audio": None,
+            "function_call": None, **({"tool_calls": tool_calls} if tool_calls else {}), "reasoning": reasoning,
+        }, bool(calls)  # fmt: skip
 
     async def _plain(self, body: dict[str, Any], send: Any) -> None:
         if self.gate is not None:
             await asyncio.to_thread(self.gate.wait, 30)
         if self.plain_bytes is not None:
-            await _reply(send, 200, self.plain_bytes)
+            await reply(send, 200, self.plain_bytes)
             return
         prompt, n = self._prompt_ids(body), body.get("n") or 1
         choices, total = [], 0
         for index in range(n):
-            ids, text, finish = self._sample(body, index)
-            await asyncio.sleep(self.token_delay_s * len(ids))
-            total += len(ids)
-            message = {
-                "role": "assistant", "content": text, "refusal": None, "annotations": None, "audio": None,
-                "function_call": None, "reasoning": None,
-            }  # fmt: skip
+            sampled = self._sample(body, script(body, index))
+            await asyncio.sleep(self.token_delay_s * len(sampled.ids))
+            total += len(sampled.ids)
+            message, called = self._message(body, sampled, index)
+            hidden = self._hides(body)
             choices.append({
-                "index": index, "message": message, "logprobs": self._logprobs(body, ids, 0, index),
-                "finish_reason": finish, "stop_reason": None, "token_ids": ids if self._gives_ids(body) else None,
-                "routed_experts": None,
+                "index": index, "message": message,
+                "logprobs": None if hidden else self._logprobs(body, sampled.ids, 0, index),
+                "finish_reason": self._finish(body, sampled, called), "stop_reason": sampled.stop_reason,
+                "token_ids": sampled.ids if self._gives_ids(body) and not hidden else None, "routed_experts": None,
             })  # fmt: skip
         answer = {
             "id": body["_id"], "object": "chat.completion", "created": int(time.time()), "model": self.name,
@@ -185,9 +233,9 @@ class FakeEngine:
             "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None,
         }  # fmt: skip
         if self.fault == "not_json":
-            await _reply(send, 200, b"<html>", b"text/html")
+            await reply(send, 200, b"<html>", b"text/html")
         else:
-            await _reply(send, 200, _dumps(answer), lie_about_length=self.fault == "drop")
+            await reply(send, 200, dumps(answer), lie_about_length=self.fault == "drop")
 
     async def _stream(self, body: dict[str, Any], send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -202,7 +250,7 @@ class FakeEngine:
 
         async def say(choices: list[Any], **extra: Any) -> None:
             chunk = {**head, "choices": choices, **extra}
-            await send({"type": "http.response.body", "body": b"data: " + _dumps(chunk) + b"\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": b"data: " + dumps(chunk) + b"\n\n", "more_body": True})
 
         for index in range(n):
             first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
@@ -210,48 +258,80 @@ class FakeEngine:
             usage = {"usage": self._usage_so_far(len(prompt), 0)} if continuous else {}
             ids_too = {"prompt_token_ids": prompt if self._gives_ids(body) else None, "prompt_text": None}
             await say([first], **usage, **ids_too)
-        sampled = [self._sample(body, index) for index in range(n)]
+        sampled = [self._sample(body, script(body, index)) for index in range(n)]
+        streams = [
+            ChoiceStream(
+                reasoning=self.reasoning_parser, tools=self._uses_tools(body),
+                call_id=f"chatcmpl-tool-{body['_id']}-{index}",
+            )
+            for index in range(n)
+        ]  # fmt: skip
         counts = [0] * n
-        for position in range(max(len(ids) for ids, _, _ in sampled)):
-            for index, (ids, _, finish) in enumerate(sampled):
-                if position >= len(ids):
+        for position in range(max(len(choice.ids) for choice in sampled)):
+            for index, choice in enumerate(sampled):
+                if position >= len(choice.ids):
                     continue
-                last = position == len(ids) - 1
-                if last and self.gate is not None:
-                    await asyncio.to_thread(self.gate.wait, 30)
-                if position == 3 and self.fault == "drop":
-                    raise ConnectionError("the engine died")
-                if position == 3 and self.fault == "error_event":
-                    error = {"message": "CUDA out of memory", "type": "InternalServerError", "param": None, "code": 500}
-                    await self._end(send, b"data: " + _dumps({"error": error}) + b"\n\n")
+                last = position == len(choice.ids) - 1
+                if not await self._goes_on(send, position, last=last):
                     return
                 counts[index] += 1
-                extra: dict[str, Any] = {"system_fingerprint": FINGERPRINT} if last and not with_usage else {}
+                said = self._delta(body, choice, position, index, streams[index])
+                if said is None:
+                    continue
+                extra: dict[str, Any] = {}
                 if continuous:
                     extra["usage"] = self._usage_so_far(len(prompt), counts[index])
-                await say([self._delta(body, ids, position, index, finish if last else None)], **extra)
+                if last and not with_usage:
+                    extra["system_fingerprint"] = FINGERPRINT
+                await say([said], **extra)
                 if self.token_delay_s:
                     await asyncio.sleep(self.token_delay_s)
         tail = b""
         if with_usage:
             usage = {k: v for k, v in self._usage(len(prompt), sum(counts)).items() if v is not None}
             last_chunk = {**head, "choices": [], "usage": usage, "system_fingerprint": FINGERPRINT}
-            tail = b"data: " + _dumps(last_chunk) + b"\n\n"
+            tail = b"data: " + dumps(last_chunk) + b"\n\n"
         await self._end(send, tail)
 
     async def _end(self, send: Any, tail: bytes) -> None:
         await send({"type": "http.response.body", "body": tail + b"data: [DONE]\n\n", "more_body": False})
 
-    def _delta(self, body: dict[str, Any], ids: list[int], position: int, index: int, finish: str | None) -> Any:
-        token = ids[position]
-        choice: dict[str, Any] = {
-            "index": index, "delta": {"content": _token_text(token)},
-            "logprobs": self._logprobs(body, [token], position, index), "finish_reason": finish,
-        }  # fmt: skip
+    async def _goes_on(self, send: Any, position: int, *, last: bool) -> bool:
+        """Wait at the gate, fail as the fault says. False: the stream has ended."""
+        if last and self.gate is not None:
+            await asyncio.to_thread(self.gate.wait, 30)
+        if position == 3 and self.fault == "drop":
+            raise ConnectionError("the engine died")
+        if position == 3 and self.fault == "error_event":
+            await self._end(send, b"data: " + dumps({"error": self.event_error}) + b"\n\n")
+            return False
+        return True
+
+    def _delta(
+        self, body: dict[str, Any], sampled: Sampled, position: int, index: int, stream: ChoiceStream
+    ) -> dict[str, Any] | None:
+        """Return the choice of a chunk, None where vLLM sends none: the parser is silent and nobody wants the ids."""
+        token, last, hidden = sampled.ids[position], position == len(sampled.ids) - 1, self._hides(body)
+        delta = stream.feed(sampled.texts[position])
+        if delta is not None and hidden and "reasoning" in delta:
+            delta = None
+        ids = [token] if self._gives_ids(body) and not hidden else None
+        logprobs = None if hidden else self._logprobs(body, [token], position, index)
+        if delta is None and not last and ids is None and logprobs is None:
+            return None
+        if delta is not None and "tool_calls" in delta and body.get("parallel_tool_calls") is False:
+            delta["tool_calls"] = [call for call in delta["tool_calls"] if call["index"] == 0]
+            if not delta["tool_calls"]:
+                del delta["tool_calls"]
+        finish = self._finish(body, sampled, stream.called) if last else None
+        choice: dict[str, Any] = {"index": index, "delta": delta or {}, "logprobs": logprobs, "finish_reason": finish}
         if finish is not None:
-            choice["stop_reason"] = None
-        choice["token_ids"] = [token] if self._gives_ids(body) else None
-        return choice
+            choice["stop_reason"] = sampled.stop_reason
+        return {**choice, "token_ids": ids}
+
+    def _hides(self, body: dict[str, Any]) -> bool:
+        """With any parser, hidden reasoning hides ids and logprobs too."""
+        return body.get("include_reasoning") is False and (self.tools_parser or self.reasoning_parser)
 
     def _gives_ids(self, body: dict[str, Any]) -> bool:
         return bool(body.get("return_token_ids")) and self.fault != "no_token_ids"
@@ -268,7 +348,7 @@ class FakeEngine:
                 value = None  # how vLLM's chunks write a NaN
             if start + offset == 1 and self.fault == "missing_logprob":
                 value = -9999.0
-            entry = {"token": _token_text(token), "logprob": value, "bytes": list(_token_text(token).encode())}
+            entry = {"token": token_text(token), "logprob": value, "bytes": list(token_text(token).encode())}
             content.append({**entry, "top_logprobs": [entry] * (body.get("top_logprobs") or 0)})
         return {"content": content}
 
@@ -327,30 +407,8 @@ class ServerThread:
         self._socket.close()
 
 
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _token_text(token: int) -> str:
-    return "" if token == EOS else bytes([token - FIRST_BYTE]).decode(errors="replace")
-
-
-def _completion_id() -> str:
-    return f"chatcmpl-{hashlib.blake2b(struct.pack('<d', time.perf_counter()), digest_size=8).hexdigest()}"
-
-
-def _dumps(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-async def _reply(
-    send: Any, status: int, body: bytes, kind: bytes = b"application/json", *, lie_about_length: bool = False
-) -> None:
-    length = len(body) + 100 * lie_about_length
-    headers = [(b"content-length", str(length).encode()), (b"content-type", kind)]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _completion_id(prefix: str) -> str:
+    return f"{prefix}-{hashlib.blake2b(struct.pack('<d', time.perf_counter()), digest_size=8).hexdigest()}"
 
 
 def main() -> None:

@@ -65,13 +65,14 @@ class ReadinessContract:
         assert self.ready(store, model="other") == 0
 
     def test_a_member_needs_a_call_that_is_exact(self, store: Store) -> None:
-        """A failed, aborted or quarantined call, or one by unknown weights, is nothing to train on."""
+        """A failed, aborted or quarantined call, one by unknown weights, or an embedding is nothing to train on."""
         version = first_version(store)
         flaws: list[dict[str, Any]] = [
             {"status": "failed"},
             {"status": "aborted"},
             {"quarantine": "no logprobs"},
             {"version": None},
+            {"endpoint": "embeddings", "tokens": ()},
         ]
         for number, flaw in enumerate(flaws):
             for run_id in add_group(store, f"flawed-{number}", size=2):

@@ -166,9 +166,10 @@ def test_an_error_inside_a_stream_is_passed_on_and_stored_as_failed(
 ) -> None:
     engine_app.fault = "error_event"
     answer = post(proxy, stream=True)
-    assert answer.text.endswith('"code":500}}\n\ndata: [DONE]\n\n')
+    assert answer.text.endswith('"code":"engine_error","param":null}}\n\ndata: [DONE]\n\n')
     (call,) = calls_of(store)
-    assert (call.status, call.error) == ("failed", "CUDA out of memory")
+    raw = '{"message":"CUDA out of memory","type":"InternalServerError","param":null,"code":500}'
+    assert (call.status, call.error) == ("failed", raw), "the engine's own words"
     assert len(call.choices[0].token_ids) == 3
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tracegrad.adapters.proxy.sampling import flags_of, override_of, plan_sampling
+from tracegrad.adapters.proxy.sampling import constrains_tools, flags_of, override_of, plan_sampling
 from tracegrad.tracestore.config import SamplingOverride
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -31,6 +31,10 @@ def flags(**body: Any) -> tuple[str, ...]:
         ({"tools": [TOOL], "tool_choice": "auto"}, ()),
         ({"tools": [STRICT]}, ("constrained",)),
         ({"tools": [STRICT], "tool_choice": "none"}, ()),
+        ({"tools": [TOOL], "parallel_tool_calls": True}, ()),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, ("constrained",)),
+        ({"tools": [TOOL], "parallel_tool_calls": False, "tool_choice": "none"}, ()),
+        ({"parallel_tool_calls": False}, ()),
         ({"min_tokens": 4}, ("constrained",)),
         ({"presence_penalty": 0.1}, ("penalised",)),
         ({"repetition_penalty": 1.1}, ("penalised",)),
@@ -77,3 +81,23 @@ def test_override_of_a_role_else_of_the_star() -> None:
 
 def test_flags_look_at_what_is_effective() -> None:
     assert flags_of({"temperature": 0.8}, {"temperature": 0}) == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ((), False),
+        (("--enable-auto-tool-choice", "--tool-call-parser", "hermes"), False),
+        (("--tool-call-parser", "glm47"), True),
+        (("--tool-call-parser=mistral",), True),
+        (("--tool-strict-level", "auto"), False),
+        (("--tool-strict-level=parameter", "--tool-call-parser", "hermes"), True),
+    ],
+)
+def test_an_engine_that_puts_a_grammar_on_every_tool_call_is_known_by_its_arguments(
+    args: tuple[str, ...], expected: bool
+) -> None:
+    assert constrains_tools(args) is expected
+    found = plan_sampling({"tools": [TOOL]}, purpose="live", override=None, strict_tools=expected).flags
+    assert found == (("constrained",) if expected else ())
+    assert plan_sampling({}, purpose="live", override=None, strict_tools=True).flags == ()

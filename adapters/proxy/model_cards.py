@@ -1,0 +1,77 @@
+"""`GET /v1/models` and `/v1/models/{id}`: the cards that the engines write themselves, adapters included.
+
+An id is a model that an engine serves: a role, or a name that merely is routed somewhere, is none. Refuses (404, with
+near misses) an id that no engine lists; an error of an engine is passed on. Called by `app`.
+"""
+
+import difflib
+
+import msgspec
+
+from tracegrad.adapters.proxy.endpoints import CHAT
+from tracegrad.adapters.proxy.engine_errors import openai_error
+from tracegrad.adapters.proxy.errors import EngineUnreachable, UnknownModel
+from tracegrad.adapters.proxy.upstream import Upstream
+from tracegrad.adapters.proxy.wire import JSON_HEADERS, Reply
+from tracegrad.tracestore.config import Config
+
+PREFIX = "/v1/models/"
+
+
+class _List(msgspec.Struct):
+    data: list[msgspec.Raw] = []
+
+
+class _Card(msgspec.Struct):
+    id: str
+
+
+class ModelCards:
+    """The engines' model lists, read anew for each request: adapters come and go."""
+
+    def __init__(self, config: Config, upstream: Upstream) -> None:
+        self._config = config
+        self._upstream = upstream
+
+    async def answer(self, path: str, reply: Reply) -> None:
+        """Answer `/v1/models`, or `/v1/models/{id}`: what follows is the id, slashes included.
+
+        Raises:
+            UnknownModel: no engine lists that id.
+            EngineUnreachable, EngineTimeout: an engine that had to be asked does not answer.
+        """
+        wanted = path.removeprefix(PREFIX) if path.startswith(PREFIX) else None
+        found: list[msgspec.Raw] = []
+        for model in self._to_ask(wanted):
+            answer = await self._upstream.get(model, "v1/models")
+            body = await answer.read()
+            if answer.status != 200:
+                await reply.whole(answer.status, JSON_HEADERS, openai_error(answer.status, body, CHAT))
+                return
+            found += _cards(model, body)
+        if wanted is None:
+            await reply.whole(200, JSON_HEADERS, msgspec.json.encode({"object": "list", "data": found}))
+        else:
+            await reply.whole(200, JSON_HEADERS, bytes(_pick(wanted, found)))
+
+    def _to_ask(self, wanted: str | None) -> list[str]:
+        """One engine where the id names its model, so that another one's outage does not matter; else all."""
+        return [wanted] if wanted is not None and wanted in self._config.models else list(self._config.models)
+
+
+def _cards(model: str, body: bytes) -> list[msgspec.Raw]:
+    try:
+        return msgspec.json.decode(body, type=_List).data
+    except msgspec.MsgspecError as error:
+        raise EngineUnreachable(
+            f"the engine of model {model!r} sent no list of models: {error}", code="engine_bad_answer"
+        ) from error
+
+
+def _pick(wanted: str, cards: list[msgspec.Raw]) -> msgspec.Raw:
+    by_id = {msgspec.json.decode(card, type=_Card).id: card for card in cards}
+    if wanted in by_id:
+        return by_id[wanted]
+    close = difflib.get_close_matches(wanted, list(by_id), n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(by_id) or 'none'}"
+    raise UnknownModel(f"the model {wanted!r} does not exist; {hint}", param="model")

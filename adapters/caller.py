@@ -3,18 +3,20 @@
 Role: the agent's name (`lc_agent_name`) where there is one, else the outermost node of the checkpoint namespace,
 else the node. Span: one per node execution, so that two calls of one execution share it; its id is made from the
 run and the namespace, whose last segment is LangGraph's task id. Imports no LangChain: an app that did not import
-it has no config. Called by `hook` for each request to the proxy.
+it has no config. Called by `hook` for each request to the proxy, by
+`span_notes` for each chain, and by the proxy for the runs of a posted LangSmith tree.
 """
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _CONFIG_MODULE = "langchain_core.runnables.config"
 _PARENT_SEPARATOR = "|"
 _TASK_SEPARATOR = ":"
+_STEP_TAG = "graph:step:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +40,40 @@ class Caller:
             return None
         parent = parent_namespace(self.namespace)
         return {
-            "span_id": _span_id(run_id, self.namespace),
+            "span_id": node_span_id(run_id, self.namespace),
             "name": self.node,
             "kind": "node",
-            "parent_span_id": _span_id(run_id, parent) if parent else None,
+            "parent_span_id": node_span_id(run_id, parent) if parent else None,
             "namespace": self.namespace,
             "superstep": self.superstep,
             "triggers": list(self.triggers),
         }
+
+
+def is_execution(
+    caller: Caller, around: str | None, *, name: str | None, tags: Sequence[str], parent_known: bool
+) -> bool:
+    """Return whether a LangChain chain with this config is a node's execution itself, not a step inside of it.
+
+    Every execution has a namespace of its own, which the steps inside of it inherit; `around` is that of its parent.
+    Where the parent is not known, LangGraph's tag tells, or the name: that of the node.
+    """
+    if caller.node is None or not caller.namespace:
+        return False
+    if parent_known:
+        return caller.namespace != around
+    return name == caller.node or any(tag.startswith(_STEP_TAG) for tag in tags)
+
+
+def span_of(run_id: str | None, namespace: str | None, lc_id: str, *, name: str, kind: str) -> dict[str, Any]:
+    """Return the span of a tool or a graph that ran in `namespace`. LangChain's id of it, in hex, makes its id."""
+    return {
+        "span_id": f"span_{lc_id}",
+        "name": name,
+        "kind": kind,
+        "parent_span_id": node_span_id(run_id, namespace) if namespace else None,
+        "namespace": namespace,
+    }
 
 
 def read_caller() -> Caller:
@@ -86,6 +114,7 @@ def parent_namespace(namespace: str) -> str | None:
     return _PARENT_SEPARATOR.join(segments) or None
 
 
-def _span_id(run_id: str | None, namespace: str) -> str:
+def node_span_id(run_id: str | None, namespace: str) -> str:
+    """Return the id of the span of the execution that has this namespace."""
     digest = hashlib.blake2b(f"{run_id or ''}\n{namespace}".encode(), digest_size=16).hexdigest()
     return f"span_{digest}"

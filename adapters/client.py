@@ -121,6 +121,10 @@ class ProxyClient:
         row = {**given, "name": name, "value": value, "source": source}
         return self.post_rewards([row | ({"role": role} if role is not None else {})])[0]
 
+    def put_spans(self, run_id: str, spans: Sequence[Mapping[str, Any]]) -> None:
+        """Tell parts of spans of a run: the fields of `records.Span` without `run_id`. The same again is a no-op."""
+        self._ask("POST", f"/tracegrad/v1/runs/{_segment(run_id)}/spans", {"spans": list(spans)})
+
     def get_run(self, run_id: str) -> dict[str, Any]:
         """Return `{run, calls_summary, rewards}`."""
         return self._ask("GET", f"/tracegrad/v1/runs/{_segment(run_id)}")

@@ -12,6 +12,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
+from tracegrad.adapters import span_notes
 from tracegrad.adapters.control import Control
 from tracegrad.adapters.errors import ProxyRefused
 from tracegrad.adapters.rollout_errors import EntryPointError
@@ -93,6 +94,7 @@ class RunExecutor:
             await self._control.reward(run.run_id, specs)
         status: RunStatus = "closed" if error is None else "failed"
         said = error if reward_error is None else f"no reward: the reward function raised {reward_error}"
+        await asyncio.to_thread(span_notes.flush, run.run_id)
         await self._control.end_run(run.run_id, status, said)
         del self.open[run.run_id]
         return RunOutcome(

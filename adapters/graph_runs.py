@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any
 
+from tracegrad.adapters import span_notes
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import ProxyError, RewardFailed
 from tracegrad.adapters.rewards import RewardFunction, arewards_of, rewards_of
@@ -95,6 +96,7 @@ class _Invocation:
         """End the run that was opened here; a joined one is somebody else's to end."""
         if self.run_id is None or self.joined is not None:
             return
+        span_notes.flush(self.run_id)
         try:
             self.runs.client.end_run(self.run_id, status=ending.status, ended_by="hook", error=ending.error)
         except ProxyError as error:

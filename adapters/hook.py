@@ -44,10 +44,18 @@ def install(process: RunScope | None = None) -> None:
 
     `process` is what holds where no scope is entered: by default what the environment says.
     """
-    hook = Hook(process if process is not None else scope_from_environ(os.environ))
+    process = process if process is not None else scope_from_environ(os.environ)
+    hook = Hook(process)
     for name in _HTTP_LIBRARIES:
         on_import(name, functools.partial(_patch_library, hook=hook))
-    on_import(chain_callers.CONTEXT_MODULE, chain_callers.register)
+    on_import(chain_callers.CONTEXT_MODULE, functools.partial(_register_callbacks, process=process))
+
+
+def _register_callbacks(module: ModuleType, *, process: RunScope) -> None:
+    from tracegrad.adapters import span_notes  # an app without LangChain does without its imports
+
+    chain_callers.register(module)
+    span_notes.register(module, process)
 
 
 class Hook:

@@ -1,4 +1,4 @@
-"""`/tracegrad/v1/...`: tasks, groups, runs, rewards and the trainer's backlog, as JSON.
+"""`/tracegrad/v1/...`: tasks, groups, runs, their spans, rewards and the trainer's backlog, as JSON.
 
 The doors for hooks, reward functions and rollout drivers that share no code with us. Every write is idempotent, as in
 the store. Refuses (400) unknown fields, (404) unknown ids, (409) a record that says something else.
@@ -18,7 +18,7 @@ from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.ids import new_id
-from tracegrad.tracestore.records import Call, Group, Purpose, Reward, Run, Task
+from tracegrad.tracestore.records import Call, Group, Purpose, Reward, Run, Span, SpanKind, Task
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 
@@ -80,6 +80,26 @@ class _Rewards(_Body, frozen=True, kw_only=True):
     rewards: list[_Reward]
 
 
+class _Span(_Body, frozen=True, kw_only=True):
+    span_id: str
+    name: str
+    kind: SpanKind = "node"
+    parent_span_id: str | None = None
+    namespace: str | None = None
+    superstep: int | None = None
+    triggers: tuple[str, ...] = ()
+    input: Any = None
+    output: Any = None
+    error: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+
+
+class _Spans(_Body, frozen=True, kw_only=True):
+    spans: list[_Span]
+    source: Literal["hook", "header"] = "hook"
+
+
 class Control:
     """The endpoints. Each handler takes the body's bytes and returns what will be encoded as JSON."""
 
@@ -104,6 +124,8 @@ class Control:
                 return {"GET": lambda _: self._show_run(run_id)}
             case ["runs", run_id, "end"]:
                 return {"POST": lambda body: self._end_run(run_id, body)}
+            case ["runs", run_id, "spans"]:
+                return {"POST": lambda body: self._put_spans(run_id, body)}
             case ["rewards"]:
                 return {"POST": self._add_rewards}
             case ["backlog"]:
@@ -162,6 +184,12 @@ class Control:
             "calls_summary": [_summary(call) for call in trace.calls],
             "rewards": trace.rewards,
         }
+
+    async def _put_spans(self, run_id: str, body: bytes) -> Any:
+        asked = _read(body, _Spans)
+        told = [Span(run_id=run_id, source=asked.source, **msgspec.structs.asdict(span)) for span in asked.spans]
+        await asyncio.to_thread(self._store.put_spans, told, self._config.project)
+        return {"spans": len(told)}
 
     async def _add_rewards(self, body: bytes) -> Any:
         asked = _read(body, _Rewards).rewards

@@ -53,6 +53,8 @@ class FakeProxy:
     calls: list[SeenCall] = field(default_factory=list)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
+    spans: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Run -> span id -> what its parts said."""
     log: list[str] = field(default_factory=list)
     refuse: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Path prefix -> (status, how many times) to answer instead."""
@@ -118,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for r in body["rewards"]
             ]
             self._json({"rewards": stored})
+        elif self.path.endswith("/spans"):
+            self._spans(unquote(self.path.split("/")[-2]), body)
         elif self.path.endswith("/end"):
             run = self.proxy.runs[unquote(self.path.split("/")[-2])]
             run |= {
@@ -129,6 +133,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(run)
         else:
             self._json({"ok": True})
+
+    def _spans(self, run_id: str, body: dict[str, Any]) -> None:
+        """Merge parts as the store does."""
+        with self.proxy.lock:
+            spans = self.proxy.spans.setdefault(run_id, {})
+            for part in body["spans"]:
+                said = {name: value for name, value in part.items() if value is not None}
+                spans[part["span_id"]] = {**spans.get(part["span_id"], {}), **said}
+        self._json({"spans": len(body["spans"])})
 
     def _open(self, body: dict[str, Any]) -> None:
         run = {"run_id": body["run_id"], "project": "default", "purpose": body["purpose"], "status": "open"}

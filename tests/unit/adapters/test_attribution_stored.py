@@ -90,6 +90,14 @@ def test_a_run_is_stored_with_roles_spans_and_rewards(served: Served) -> None:
     assert spans[4].name == "draft" and spans[4].parent_span_id is not None
     assert {span.run_id for span in spans} == {trace.run.run_id}
     assert trace.calls[4].stream
+    told = {span.span_id: span for span in trace.spans}
+    assert {span.source for span in told.values()} <= {"hook", None}
+    assert sorted(f"{span.kind} {span.name}" for span in told.values()) == sorted(
+        ["graph LangGraph", "node plan", *["node work"] * 3, "node write", "graph LangGraph", "node draft"]
+    )
+    assert all(span.started_at and span.ended_at for span in told.values()), "calls and callbacks tell of one span"
+    assert told[spans[4].parent_span_id].name == "write"
+    assert told[spans[0].span_id].output == {"answers": ["0: all"]}
 
 
 def test_a_failing_app_is_a_failed_run_without_reward(served: Served) -> None:

@@ -18,6 +18,7 @@ BROAD_EXCEPT_ALLOWED: set[tuple[str, str]] = {
     ("adapters/execution.py", "_attempt"),  # the user's graph and reward function: their error is recorded on the run
     ("adapters/rewards.py", "_failures"),  # the same, for `wrap`
     ("adapters/hook.py", "mark"),  # inside the user's app: attribution must never break a request
+    ("adapters/plain_json.py", "read"),  # inside the user's app: an object that cannot be looked at
     ("adapters/proxy/app.py", "_http"),  # a request: answered 500 and logged, the server lives on
     ("tracestore/group_commit.py", "_commit"),  # the writer thread: whoever waits hears of it
     ("tracestore/store.py", "open_store"),  # closes what was opened and raises again

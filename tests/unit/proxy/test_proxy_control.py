@@ -89,6 +89,18 @@ def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace]
     }
 
 
+def test_spans_are_told_in_parts(proxy: SimpleNamespace, store: Store) -> None:
+    node = {"span_id": "s1", "name": "a", "namespace": "a:1", "superstep": 1, "triggers": ["branch:to:a"]}
+    tool = {"span_id": "s2", "name": "search", "kind": "tool", "parent_span_id": "s1", "input": {"q": 1}}
+    for _ in range(2):  # idempotent
+        assert post(proxy, "runs/r1/spans", {"spans": [{**node, "started_at": 1.0}, tool]}) == {"spans": 2}
+        post(proxy, "runs/r1/spans", {"spans": [{**tool, "output": ["found"], "ended_at": 3.0}]})
+    a, search = store.list_spans("r1")
+    assert (a.name, a.kind, a.superstep, a.triggers, a.source) == ("a", "node", 1, ("branch:to:a",), "hook")
+    assert (search.kind, search.parent_span_id, search.input, search.output) == ("tool", "s1", {"q": 1}, ["found"])
+    assert store.get_run("r1").status == "open"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
@@ -98,6 +110,8 @@ def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace]
         ("rewards", {"rewards": [{"name": "x", "value": 1}]}, 400),
         ("rewards", {"rewards": [{"completion_id": "nothing", "name": "x", "value": 1}]}, 404),
         ("runs", {"run_id": "r", "purpose": "train"}, 409),
+        ("runs/r/spans", {"spans": [{"name": "without an id"}]}, 400),
+        ("runs/r/spans", {"spans": [{"span_id": "s", "name": "x", "kind": "dream"}]}, 400),
         ("nothing", {}, 404),
     ],
 )

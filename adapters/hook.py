@@ -31,6 +31,8 @@ _NAMES = (RUN_HEADER, ROLE_HEADER, SPAN_HEADER)
 _MAX_NAME_CHARS = 256
 
 _HTTP_LIBRARIES = ("httpx", "httpx2")
+_POSTED_TREES = "/langsmith/"
+"""LangSmith's client posts the trees of many runs at once, from wherever it is flushed."""
 _MARK = "__tracegrad_hook__"
 _ADDED = "tracegrad_added"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -73,7 +75,7 @@ class Hook:
                 request.headers.pop(name, None)
             scope = resolved_scope(self.process)
             path = path_under(str(request.url), scope.proxy) if scope.proxy is not None else None
-            if path is not None:
+            if path is not None and not path.startswith(_POSTED_TREES):
                 ours = True
                 _mark(request, path, scope)
         except Exception as error:  # noqa: BLE001 - attribution must never break the app's request

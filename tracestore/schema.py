@@ -147,6 +147,7 @@ spans = Table(
     _time("ended_at", null=True),
     _word("source", null=True),
     _one_of("kind", "node", "tool", "graph"),
+    Index(None, "span_id"),
 )
 
 jobs = Table(

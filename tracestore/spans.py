@@ -45,6 +45,12 @@ class Spans(Noun):
         with self._db.read() as connection:
             return spans_of(connection, [run_id]).get(run_id, [])
 
+    def runs_of_spans(self, span_ids: Sequence[str]) -> dict[str, str]:
+        """Return span id -> run, of those span ids that are stored; of two runs that have one, the later."""
+        statement = select(spans.c.span_id, spans.c.run_id).where(spans.c.span_id.in_(span_ids))
+        with self._db.read() as connection:
+            return {row.span_id: row.run_id for row in connection.execute(statement.order_by(spans.c.run_id))}
+
 
 def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:
     """Write parts of spans whose runs exist and are locked, in the order given."""

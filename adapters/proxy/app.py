@@ -9,7 +9,7 @@ import logging
 
 import msgspec
 
-from tracegrad.adapters.proxy import model_cards
+from tracegrad.adapters.proxy import langsmith, model_cards
 from tracegrad.adapters.proxy.attribution import Route, split_path
 from tracegrad.adapters.proxy.chat import ModelEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
@@ -33,6 +33,7 @@ COUNTED_PATHS = frozenset(
     ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
 )
 OTHER_PATH = "other"
+JOIN_S = 5.0
 
 
 class ProxyApp:
@@ -86,6 +87,7 @@ class ProxyApp:
         self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
         self.metrics.watch(self.hold.gates, self.committer)
+        self.langsmith = langsmith.LangSmith(self.store, self.config.project)
         self.control = Control(self.config, self.store, purposes)
         self.answer = ModelEndpoint(
             self.config,
@@ -96,10 +98,13 @@ class ProxyApp:
             metrics=self.metrics,
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
+        self._joining = asyncio.create_task(self._join_late_facts(), name="tracegrad-late-facts")
 
     async def _stop(self) -> None:
         self._closing_idle.cancel()
-        await asyncio.wait([self._closing_idle])
+        self._joining.cancel()
+        await asyncio.wait([self._closing_idle, self._joining])
+        await self.langsmith.close()
         await asyncio.to_thread(self.committer.close)
         await self.hold.stop()
         await self.upstream.close()
@@ -113,6 +118,16 @@ class ProxyApp:
                 await asyncio.to_thread(self.store.close_idle_runs, self.config.project, idle_s)
             except TraceStoreError as error:
                 log.warning("idle runs could not be closed: %s; tried again in %.1f s", error, idle_s / 4)
+
+    async def _join_late_facts(self) -> None:
+        """Posted trees that nobody claims get a run; facts that came before their calls are joined with them."""
+        while True:
+            await asyncio.sleep(JOIN_S)
+            try:
+                await self.langsmith.settle()
+                await asyncio.to_thread(self.store.resolve_attributions)
+            except TraceStoreError as error:
+                log.warning("late attributions wait: %s; tried again in %.1f s", error, JOIN_S)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
@@ -145,6 +160,10 @@ class ProxyApp:
         elif route.path == "/metrics":
             _check_method(request, route.path, "GET")
             await reply.whole(200, METRICS_HEADERS, await self._metrics_page.render())
+        elif route.path.startswith(langsmith.PREFIX) and (methods := self.langsmith.methods(route.path)):
+            _check_method(request, route.path, *methods)
+            answer = msgspec.json.encode(await self.langsmith.answer(route.path, request))
+            await reply.whole(200 if request.method == "GET" else 202, JSON_HEADERS, answer)
         elif route.path.startswith(PREFIX) and (handlers := self.control.find(route.path)):
             _check_method(request, route.path, *handlers)
             await reply.whole(200, JSON_HEADERS, await self.control.answer(handlers[request.method], request))

@@ -154,14 +154,17 @@ def upstream_body(
 class Stripper:
     """Turns the engine's answer into the one the client asked for. One per call: it remembers the stream's usage.
 
-    `alias` is the model name the client used, None where the answer's own name stays.
+    `alias` is the model name the client used, None where the answer's own name stays. `mark` is put into the
+    `system_fingerprint` of a stream's finishing chunks: all of an answer's identity that LangChain keeps of a stream.
     """
 
-    def __init__(self, injection: Injection, *, alias: str | None) -> None:
+    def __init__(self, injection: Injection, *, alias: str | None, mark: str | None = None) -> None:
         self._injection = injection
         self._alias = None if alias is None else msgspec.Raw(_encode(alias))
+        self._mark = None if mark is None else msgspec.Raw(_encode(mark))
         self._fingerprint: msgspec.Raw | None = None
-        self._nothing_to_do = not (injection.token_ids or injection.logprobs or injection.usage) and alias is None
+        injected = injection.token_ids or injection.logprobs or injection.usage
+        self._nothing_to_do = not injected and alias is None and mark is None
 
     def plain(self, body: bytes) -> bytes:
         """Strip a whole answer.
@@ -188,10 +191,12 @@ class Stripper:
             return data
         choices = self._strip(chunk)
         if self._injection.usage and not choices and "usage" in chunk:
-            self._fingerprint = chunk.get("system_fingerprint")
+            self._fingerprint = chunk.get("system_fingerprint") if self._mark is None else None
             return None
         if self._injection.token_ids and self._injection.logprobs and choices and all(map(_is_silent, choices)):
             return None
+        if self._mark is not None and any(map(_finishes, choices)):
+            chunk["system_fingerprint"] = self._mark
         return _encode(chunk)
 
     def stamp(self, data: bytes) -> bytes:
@@ -231,6 +236,10 @@ class Stripper:
 def _is_silent(choice: RawObject) -> bool:
     """True for the chunk that vLLM sends only to carry ids or logprobs: an empty delta that finishes nothing."""
     return bytes(choice.get("delta", b"")) == b"{}" and bytes(choice.get("finish_reason", b"null")) == b"null"
+
+
+def _finishes(choice: RawObject) -> bool:
+    return bytes(choice.get("finish_reason", b"null")) != b"null"
 
 
 def _is_off(value: Any) -> bool:

@@ -119,7 +119,10 @@ class _Exchange:
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
         injection = plan_injection(ask.body, ask.shape)
         alias = ask.model if ask.model is not None and ask.model != draft.model else None
-        self._stripper = Stripper(injection, alias=alias)
+        who = draft.attribution
+        # Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only.
+        mark = draft.call_id if who.run_id is None or who.role is None else None
+        self._stripper = Stripper(injection, alias=alias, mark=mark)
         sampling = draft.sampling
         self._body = upstream_body(
             ask,

@@ -57,6 +57,12 @@ class SpanContract:
         span = store.trace("r").calls[0].attribution.span
         assert span == replace(told, superstep=1)
 
+    def test_the_run_of_a_span_is_found(self, store: Store) -> None:
+        """By the span's id alone; what is not stored is left out."""
+        store.put_spans([Span(span_id=name, run_id=run, name=name) for name, run in (("a", "r1"), ("b", "r2"))])
+        assert store.runs_of_spans(["a", "b", "c"]) == {"a": "r1", "b": "r2"}
+        assert store.runs_of_spans([]) == {}
+
     def test_spans_come_in_order_of_their_start(self, store: Store) -> None:
         """Those whose start nobody told come last, by superstep."""
         parts = [("b", 2.0, 5), ("a", 1.0, 9), ("y", None, 2), ("x", None, 1)]

@@ -6,10 +6,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import fake_vllm
 import pytest
+from langchain_openai import ChatOpenAI
+
+from tracegrad.adapters.proxy.app import ProxyApp
+from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.store import Store, open_store
 
 
 @dataclass
@@ -226,3 +232,25 @@ def proxy() -> Iterator[FakeProxy]:
 def elsewhere() -> Iterator[FakeProxy]:
     """Another server on this machine: nothing of ours may reach it."""
     yield from _serving()
+
+
+class Served(NamedTuple):
+    """The real proxy in front of the fake engine, and its store."""
+
+    root: str
+    store: Store
+
+    def model(self) -> ChatOpenAI:
+        return ChatOpenAI(model="main", base_url=self.root + "/v1", api_key="x", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    url = f"sqlite:///{tmp_path_factory.mktemp('attribution') / 'store.db'}"
+    store = open_store(url)
+    with fake_vllm.ServerThread(fake_vllm.FakeEngine("main")) as engine:
+        models = {"main": {"checkpoint": "none", "engine": {"url": engine.url}}}
+        config = parse_config({"store": url, "models": models, "roles": {"*": "main"}, "proxy": {"poll_s": 0.01}})
+        with fake_vllm.ServerThread(ProxyApp(config, store)) as proxy:
+            yield Served(proxy.url, store)
+    store.close()

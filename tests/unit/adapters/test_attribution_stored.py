@@ -4,13 +4,10 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import fake_vllm
 import pytest
-from langchain_openai import ChatOpenAI
 from langgraph.graph import START, StateGraph
 from langgraph.types import Send
 from typing_extensions import TypedDict
@@ -18,17 +15,6 @@ from typing_extensions import TypedDict
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import ProxyRefused
 from tracegrad.adapters.langgraph import wrap
-from tracegrad.adapters.proxy.app import ProxyApp
-from tracegrad.tracestore.config import parse_config
-from tracegrad.tracestore.store import Store, open_store
-
-
-class Served(NamedTuple):
-    root: str
-    store: Store
-
-    def model(self) -> ChatOpenAI:
-        return ChatOpenAI(model="main", base_url=self.root + "/v1", api_key="x", max_retries=0)
 
 
 class State(TypedDict):
@@ -36,23 +22,11 @@ class State(TypedDict):
     answers: Annotated[list[str], lambda old, new: old + new]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    url = f"sqlite:///{tmp_path_factory.mktemp('attribution') / 'store.db'}"
-    store = open_store(url)
-    with fake_vllm.ServerThread(fake_vllm.FakeEngine("main")) as engine:
-        models = {"main": {"checkpoint": "none", "engine": {"url": engine.url}}}
-        config = parse_config({"store": url, "models": models, "roles": {"*": "main"}, "proxy": {"poll_s": 0.01}})
-        with fake_vllm.ServerThread(ProxyApp(config, store)) as proxy:
-            yield Served(proxy.url, store)
-    store.close()
-
-
-def _newest(served: Served) -> Any:
+def _newest(served: Any) -> Any:
     return served.store.trace(served.store.list_runs(limit=1)[0].run.run_id)
 
 
-def _graph(served: Served) -> Any:
+def _graph(served: Any) -> Any:
     """plan -> three parallel workers -> a subgraph that streams."""
     model = served.model()
 
@@ -70,7 +44,7 @@ def _graph(served: Served) -> Any:
     return builder.compile()
 
 
-def test_a_run_is_stored_with_roles_spans_and_rewards(served: Served) -> None:
+def test_a_run_is_stored_with_roles_spans_and_rewards(served: Any) -> None:
     wrapped = wrap(_graph(served), proxy=served.root, reward=lambda given, output: len(output["answers"]) / 10)
     output = wrapped.invoke({"question": "all", "answers": []})
     assert output["answers"][:4] == ["0: all", "0: part 0", "0: part 1", "0: part 2"]
@@ -100,7 +74,7 @@ def test_a_run_is_stored_with_roles_spans_and_rewards(served: Served) -> None:
     assert told[spans[0].span_id].output == {"answers": ["0: all"]}
 
 
-def test_a_failing_app_is_a_failed_run_without_reward(served: Served) -> None:
+def test_a_failing_app_is_a_failed_run_without_reward(served: Any) -> None:
     model = served.model()
 
     def node(state: State) -> dict[str, Any]:
@@ -115,14 +89,14 @@ def test_a_failing_app_is_a_failed_run_without_reward(served: Served) -> None:
     assert (len(trace.calls), trace.rewards) == (1, ())
 
 
-def test_a_reward_function_that_fails_is_written_on_the_closed_run(served: Served) -> None:
+def test_a_reward_function_that_fails_is_written_on_the_closed_run(served: Any) -> None:
     wrap(_graph(served), proxy=served.root, reward=lambda given, output: 1 / 0).invoke({"question": "x", "answers": []})
     trace = _newest(served)
     assert (trace.run.status, trace.rewards) == ("closed", ())
     assert trace.run.error == "reward function failed: ZeroDivisionError: division by zero"
 
 
-def test_rewards_reach_a_call_by_the_completions_id(served: Served) -> None:
+def test_rewards_reach_a_call_by_the_completions_id(served: Any) -> None:
     seen: list[str] = []
     model = served.model()
 
@@ -146,7 +120,7 @@ def test_rewards_reach_a_call_by_the_completions_id(served: Served) -> None:
     assert refused.value.status == 404
 
 
-def test_names_of_any_script_arrive_unharmed(served: Served) -> None:
+def test_names_of_any_script_arrive_unharmed(served: Any) -> None:
     model = served.model()
     name = "плановик / 100% «да»"
     node = StateGraph(State).add_node(name, lambda state: {"answers": [model.invoke("x").content]})
@@ -155,7 +129,7 @@ def test_names_of_any_script_arrive_unharmed(served: Served) -> None:
     assert call.attribution.role == call.attribution.span.name == name
 
 
-def test_an_unmodified_program_is_recorded(served: Served, tmp_path: Path) -> None:
+def test_an_unmodified_program_is_recorded(served: Any, tmp_path: Path) -> None:
     script = tmp_path / "app.py"
     script.write_text(
         textwrap.dedent("""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from wire_bytes import SAME_ID, timeless, without_fingerprints
 
@@ -16,8 +17,8 @@ ASK = {"model": "main", "messages": [{"role": "user", "content": "héllo \u2603"
 
 
 def both(proxy: SimpleNamespace, direct: httpx.Client, ask: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
-    answers = [client.post("/v1/chat/completions", json=ask, headers=SAME_ID) for client in (proxy.client, direct)]
-    return answers[0], answers[1]
+    through = proxy.client.post("/run/known/role/known/v1/chat/completions", json=ask, headers=SAME_ID)
+    return through, direct.post("/v1/chat/completions", json=ask, headers=SAME_ID)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,21 @@ def test_the_answer_is_byte_for_byte_the_direct_one(
     else:
         assert timeless(through.content) == timeless(straight.content)
     assert through.headers["content-type"] == straight.headers["content-type"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("options", [None, {"include_usage": True}])
+def test_a_stream_of_nobody_names_its_call_in_the_fingerprint_of_its_ends(
+    proxy: SimpleNamespace, direct: httpx.Client, n: int, options: dict[str, Any] | None
+) -> None:
+    ask = {**ASK, "stream": True, "n": n, "stream_options": options}
+    through = proxy.client.post("/v1/chat/completions", json=ask, headers=SAME_ID)
+    straight = direct.post("/v1/chat/completions", json=ask, headers=SAME_ID)
+    without = re.compile(rb',"system_fingerprint":"[^"]*"')
+    assert without.sub(b"", timeless(through.content)) == without.sub(b"", timeless(straight.content))
+    chunks = [msgspec.json.decode(line[6:]) for line in through.content.splitlines() if line.startswith(b"data: {")]
+    named = [chunk.get("system_fingerprint") for chunk in chunks if any(c["finish_reason"] for c in chunk["choices"])]
+    assert named == [through.headers["x-tracegrad-call"]] * n
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("source", sa.String(), nullable=True),
     ):
         op.add_column("spans", column)
+    op.create_index(op.f("ix_spans_span_id"), "spans", ["span_id"])
     op.add_column("leases", sa.Column("attributions_through", sa.BigInteger(), server_default="0", nullable=False))
     # Runs opened by a call lay in "default" before calls had a project; the run knows better where there is one.
     op.execute(
@@ -81,6 +82,7 @@ def downgrade() -> None:
     op.drop_table("api_keys")
     op.drop_table("attributions")
     op.drop_column("leases", "attributions_through")
+    op.drop_index(op.f("ix_spans_span_id"), table_name="spans")
     for name in ("source", "ended_at", "started_at", "error", "output", "input"):
         op.drop_column("spans", name)
     op.drop_index(op.f("ix_calls_retry_of"), table_name="calls")

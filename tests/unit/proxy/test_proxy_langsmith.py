@@ -1,0 +1,236 @@
+"""The LangSmith doors: bodies as clients compress them, what is refused, and trees that come in any order."""
+
+import gzip
+import json
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zstandard
+
+from tracegrad.adapters.proxy import langsmith, langsmith_wire
+from tracegrad.adapters.proxy.errors import BodyTooLarge, InvalidRequest
+from tracegrad.adapters.proxy.langsmith_wire import decoded, read_multipart
+from tracegrad.tracestore.errors import StoreUnavailable
+from tracegrad.tracestore.store import Store
+
+TRACE, NODE, MODEL = (str(uuid.UUID(int=number)) for number in (1, 2, 3))
+ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
+METADATA = {
+    "langgraph_node": "writer", "langgraph_checkpoint_ns": "writer:1f", "langgraph_step": 1,
+    "langgraph_triggers": ["branch:to:writer"],
+}  # fmt: skip
+
+
+def tree(completion_id: str | None = None, *, ended: bool = True) -> list[dict[str, Any]]:
+    """A graph, its node, and the model run in it, as a client posts them."""
+    at, order = "2026-11-22T18:21:17.050231+00:00", ""
+    runs = []
+    for run_id, name, kind in ((TRACE, "LangGraph", "chain"), (NODE, "writer", "chain"), (MODEL, "ChatOpenAI", "llm")):
+        order += f"{'.' if order else ''}20261122T182117036547Z{run_id}"
+        run = {"id": run_id, "trace_id": TRACE, "dotted_order": order, "name": name, "run_type": kind, "start_time": at}
+        run |= {"inputs": {"q": name}, "extra": {"metadata": {} if run_id == TRACE else METADATA}}
+        run |= {"end_time": at, "outputs": {"a": name}} if ended else {}
+        runs.append(run)
+    runs[1]["parent_run_id"], runs[2]["parent_run_id"] = TRACE, NODE
+    runs[1]["tags"] = ["graph:step:1"]
+    if completion_id is not None:
+        runs[2]["outputs"] = {"llm_output": {"id": completion_id}}
+    return runs
+
+
+def form(runs: list[dict[str, Any]], operation: str = "post") -> bytes:
+    """The multipart body that langsmith's client writes."""
+    parts = []
+    for run in runs:
+        apart = {name: run[name] for name in ("inputs", "outputs", "extra", "error") if name in run}
+        rest = {name: value for name, value in run.items() if name not in apart}
+        for name, value in {"": rest, **apart}.items():
+            raw = json.dumps(value)
+            head = f'Content-Disposition: form-data; name="{operation}.{run["id"]}{"." + name if name else ""}"'
+            parts.append(
+                f"--B\r\n{head}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n{raw}\r\n"
+            )
+    return ("".join(parts) + "--B--\r\n").encode()
+
+
+def post(proxy: SimpleNamespace, body: bytes, **headers: str) -> int:
+    headers = {"content-type": "multipart/form-data; boundary=B", **headers}
+    return int(proxy.client.post("/langsmith/runs/multipart", content=body, headers=headers).status_code)
+
+
+def call(proxy: SimpleNamespace) -> str:
+    return str(proxy.client.post("/v1/chat/completions", json=ASK).json()["id"])
+
+
+ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "identity": lambda body: body,
+    "gzip": gzip.compress,
+    "GZIP": lambda body: gzip.compress(body[:50]) + gzip.compress(body[50:]),
+    "deflate": zlib.compress,
+    "zstd": lambda body: zstandard.ZstdCompressor().compress(body),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_tree_in_each_encoding(proxy: SimpleNamespace, store: Store, encoding: str) -> None:
+    completion_id = call(proxy)
+    body = ENCODINGS[encoding](form(tree(completion_id)))
+    assert post(proxy, body, **{"content-encoding": encoding}) == 202
+    trace = store.trace(TRACE)
+    assert trace.run.status == "closed"
+    (found,) = trace.calls
+    assert (found.attribution.role, found.attribution.run_source) == ("writer", "langsmith")
+    assert [(span.kind, span.name, span.output) for span in trace.spans] == [
+        ("graph", "LangGraph", {"a": "LangGraph"}), ("node", "writer", {"a": "writer"}),
+    ]  # fmt: skip
+
+
+def test_a_batch_and_single_runs_say_the_same(proxy: SimpleNamespace, store: Store) -> None:
+    starts, ends = tree(ended=False), tree(call(proxy))
+    assert proxy.client.post("/langsmith/runs/batch", json={"post": starts, "patch": ends}).status_code == 202
+    expected = store.trace(TRACE)
+    assert expected.run.status == "closed" and len(expected.calls) == 1
+    for run in starts:
+        assert proxy.client.post("/langsmith/runs", json=run).status_code == 202
+    for run in ends:
+        body = {name: value for name, value in run.items() if name != "id"}
+        assert proxy.client.patch(f"/langsmith/runs/{run['id']}", json=body).status_code == 202
+    assert store.trace(TRACE) == expected, "told again it is the same"
+
+
+def test_what_a_client_asks_first(proxy: SimpleNamespace) -> None:
+    said = proxy.client.get("/langsmith/info").json()
+    assert said["batch_ingest_config"]["use_multipart_endpoint"] is True
+    assert said["instance_flags"] == {"zstd_compression_enabled": True, "gzip_body_enabled": True}
+    assert proxy.client.post("/langsmith/info").status_code == 405
+    assert proxy.client.get("/langsmith/settings").status_code == 404
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
+def test_a_bomb_is_never_decoded(encoding: str) -> None:
+    bomb = ENCODINGS[encoding](bytes(5_000_000))
+    assert len(bomb) < 20_000
+    with pytest.raises(BodyTooLarge):
+        decoded(bomb, encoding, limit=1_000_000)
+    assert len(decoded(bomb, encoding, limit=5_000_000)) == 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"not gzip", {"content-encoding": "gzip"}, 400),
+        (gzip.compress(b"x" * 1000)[:-20], {"content-encoding": "gzip"}, 400),
+        (b"not zstd", {"content-encoding": "zstd"}, 400),
+        (b"x", {"content-encoding": "br"}, 400),
+        (b"x", {"content-type": "application/json"}, 400),
+        (b"", {}, 202),
+    ],
+)
+def test_what_is_no_form_is_refused(proxy: SimpleNamespace, body: bytes, headers: dict[str, str], status: int) -> None:
+    assert post(proxy, body, **headers) == status
+
+
+def test_zstd_is_offered_only_where_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    assert langsmith.info()["instance_flags"] == {"zstd_compression_enabled": False, "gzip_body_enabled": True}
+    with pytest.raises(InvalidRequest, match="gzip"):
+        decoded(b"x", "zstd")
+
+
+def test_a_part_that_cannot_be_read_does_not_take_the_others_with_it() -> None:
+    runs = tree()
+    body = form(runs).replace(b'{"q": "writer"}', b"{broken}")
+    body = body.replace(b"--B--", b'--B\r\ncontent-disposition: form-data; name="post.no-uuid"\r\n\r\n{}\r\n--B--')
+    body = body.replace(b"--B--", b'--B\r\nContent-Disposition: form-data; name="attachment.1.x"\r\n\r\n\0\r\n--B--')
+    posted = read_multipart(body, b"multipart/form-data; boundary=B")
+    assert [part.name for part in posted.parts] == ["LangGraph", "writer", "ChatOpenAI"]
+    assert posted.unread == 2
+    graph, node, model = posted.parts
+    assert (node.inputs, node.outputs, node.parent_id) == (None, {"a": "writer"}, graph.run_id)
+    assert model.ancestors == (graph.run_id, node.run_id) and graph.is_root and not node.is_root
+    assert graph.started_at == pytest.approx(1795371677.050231)
+    assert langsmith_wire._seconds(1795371677050) == pytest.approx(1795371677.05)
+    assert langsmith_wire._seconds("2026-11-22T18:21:17") == 1795371677.0
+
+
+def test_parts_wait_until_the_trace_has_a_run(proxy: SimpleNamespace, store: Store) -> None:
+    assert post(proxy, form(tree(ended=False))) == 202
+    assert store.list_runs() == []
+    assert post(proxy, form(tree(call(proxy))[2:], "patch")) == 202
+    trace = store.trace(TRACE)
+    assert (trace.run.status, len(trace.calls), [span.output for span in trace.spans]) == ("open", 1, [None, None])
+    assert post(proxy, form(tree()[:2], "patch")) == 202
+    assert store.trace(TRACE).run.status == "closed"
+
+
+def test_parts_that_nobody_claims_get_a_run_in_the_end(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(langsmith, "HOLD_S", 0.05)
+    monkeypatch.setattr("tracegrad.adapters.proxy.app.JOIN_S", 0.02)
+    assert post(start_proxy(), form(tree(ended=False))) == 202
+    deadline = time.monotonic() + 10
+    while not store.list_runs():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [span.name for span in store.trace(TRACE).spans] == ["LangGraph", "writer"]
+
+
+def test_what_waits_is_written_when_the_proxy_stops(proxy: SimpleNamespace, store: Store, stack: Any) -> None:
+    assert post(proxy, form(tree(ended=False))) == 202
+    assert store.list_runs() == []
+    stack.close()
+    assert [span.name for span in store.trace(TRACE).spans] == ["LangGraph", "writer"]
+
+
+def test_a_fact_that_comes_before_its_call_is_joined(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracegrad.adapters.proxy.app.JOIN_S", 0.02)
+    proxy = start_proxy()
+    assert post(proxy, form(tree("chatcmpl-early"))) == 202
+    assert store.trace(TRACE).calls == ()
+    headers = {"x-request-id": "early"}
+    assert proxy.client.post("/v1/chat/completions", json=ASK, headers=headers).json()["id"] == "chatcmpl-early"
+    deadline = time.monotonic() + 10
+    while not store.trace(TRACE).calls:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert store.trace(TRACE).calls[0].attribution.role == "writer"
+
+
+def test_a_store_that_is_away_is_a_503_and_the_client_sends_again(
+    start_proxy: Callable[..., SimpleNamespace], store: Store
+) -> None:
+    class Away:
+        away = True
+
+        def __getattr__(self, name: str) -> Any:
+            if self.away and name in ("put_spans", "attribute_late"):
+                raise StoreUnavailable("gone for a moment")
+            return getattr(store, name)
+
+    away = Away()
+    proxy = start_proxy(store_object=away)
+    body = form(tree(call(proxy)))
+    assert post(proxy, body) == 503
+    away.away = False
+    assert post(proxy, body) == 202
+    trace = store.trace(TRACE)
+    assert (trace.run.status, len(trace.calls), len(trace.spans)) == ("closed", 1, 2)
+
+
+def test_many_traces_do_not_stay_in_memory(
+    proxy: SimpleNamespace, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(langsmith, "MAX_TRACES", 3)
+    for number in range(10, 16):
+        run = {**tree(ended=False)[0], "id": str(uuid.UUID(int=number)), "trace_id": str(uuid.UUID(int=number))}
+        run["dotted_order"] = f"20261122T182117036547Z{run['id']}"
+        assert post(proxy, form([run])) == 202
+    assert len(proxy.app.langsmith._traces) == 3

@@ -21,6 +21,7 @@ from tracegrad.adapters import chain_callers
 from tracegrad.adapters.caller import Caller, read_caller
 from tracegrad.adapters.import_hook import on_import
 from tracegrad.adapters.scope import RunScope, resolved_scope, scope_from_environ
+from tracegrad.adapters.thread_scopes import EXECUTOR_MODULE, carry_into_executors, carry_into_threads
 
 RUN_HEADER = "x-tracegrad-run"
 ROLE_HEADER = "x-tracegrad-role"
@@ -50,6 +51,8 @@ def install(process: RunScope | None = None) -> None:
     hook = Hook(process)
     for name in _HTTP_LIBRARIES:
         on_import(name, functools.partial(_patch_library, hook=hook))
+    carry_into_threads()
+    on_import(EXECUTOR_MODULE, carry_into_executors)
     on_import(chain_callers.CONTEXT_MODULE, functools.partial(_register_callbacks, process=process))
 
 
@@ -91,8 +94,8 @@ def _mark(request: Any, path: str, scope: RunScope) -> None:
     headers = request.headers
     said = _said_by_path(path) | {name: unquote(headers[name]) for name in _NAMES if name in headers}
     caller = read_caller()
-    if caller.node is None and scope.caller is not None:
-        caller = scope.caller
+    if caller.node is None:
+        caller = scope.caller or scope.starter or caller
     run_id = said.get(RUN_HEADER, scope.run_id)
     found = {RUN_HEADER: run_id, ROLE_HEADER: scope.role or caller.role, SPAN_HEADER: _span_text(caller, run_id)}
     added = {name: _quoted(name, value) for name, value in found.items() if value and name not in said}

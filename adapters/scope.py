@@ -3,7 +3,8 @@
 Set by whoever opens a run (`wrap`, the launcher's graph patch, the rollout driver) around each step of a graph,
 never around a consumer's code. Read by the hook when an HTTP request leaves. What holds for the whole process
 (`TRACEGRAD_*` in the environment, set by `tracegrad run`) is read by `scope_from_environ`, and nowhere else.
-Threads and tasks that copy their context (LangChain's executors, asyncio) inherit the scope; raw threads do not.
+Threads and tasks that copy their context (LangChain's executors, asyncio) inherit the scope;
+`thread_scopes` carries it into raw ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,15 @@ ENV_PURPOSE = "TRACEGRAD_PURPOSE"
 class RunScope:
     """Every field may be unknown. `role` overrides the role that the graph would give; `proxy` is its root URL.
 
-    `caller` is the node whose model runs here, where a callback said so (see `chain_callers`).
+    `caller` is the node whose model runs here, where a callback said so (see `chain_callers`); `starter` the node that
+    started this thread (see `thread_scopes`).
     """
 
     run_id: str | None = None
     role: str | None = None
     proxy: str | None = None
     caller: Caller | None = None
+    starter: Caller | None = None
 
 
 _current: ContextVar[RunScope | None] = ContextVar("tracegrad_run_scope", default=None)
@@ -73,6 +76,7 @@ def resolved_scope(process: RunScope) -> RunScope:
         role=scope.role or process.role,
         proxy=scope.proxy or process.proxy,
         caller=scope.caller,
+        starter=scope.starter,
     )
 
 

@@ -103,7 +103,8 @@ def test_in_one_run_graphs_open_none_of_their_own(proxy: Any) -> None:
         "print([finder.name for finder in sys.meta_path if hasattr(finder, 'callback')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert sorted(ast.literal_eval(done.stdout)) == ["httpx", "httpx2", "langchain_core.tracers.context"]
+    expected = ["concurrent.futures.thread", "httpx", "httpx2", "langchain_core.tracers.context"]
+    assert sorted(ast.literal_eval(done.stdout)) == expected
 
 
 def test_the_exit_code_is_passed_on_and_fails_the_run(proxy: Any) -> None:
@@ -197,7 +198,7 @@ def test_start_up_stays_light(proxy: Any) -> None:
     heavy = ["httpx", "httpx2", "http", "asyncio", "msgspec", "sqlalchemy", "aiohttp", "langchain_core", "click"]
     code = f"import sys; print([m for m in sys.modules if m.startswith('tracegrad.') or m in {heavy}])"
     done = _run(proxy, "--", sys.executable, "-c", code)
-    rooms = {"attach", "caller", "chain_callers", "errors", "hook", "import_hook", "scope"}
+    rooms = {"attach", "caller", "chain_callers", "errors", "hook", "import_hook", "scope", "thread_scopes"}
     expected = {f"tracegrad.adapters.{name}" for name in rooms} | {"tracegrad.adapters"}
     assert set(ast.literal_eval(done.stdout)) == expected
 

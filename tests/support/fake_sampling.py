@@ -76,6 +76,10 @@ def script(body: dict[str, Any], choice: int) -> str:
     """Return the text that is sampled for a chat request."""
     users = [message_text(m) for m in body["messages"] if m["role"] == "user"]
     said = users[-1] if users else ""
+    return (f"{THINK}because{THOUGHT}" if "think" in said else "") + _answer(body, choice, said)
+
+
+def _answer(body: dict[str, Any], choice: int, said: str) -> str:
     wanted, tools = body.get("tool_choice", "auto"), body.get("tools") or []
     if isinstance(wanted, dict):
         return markup([tool for tool in tools if tool["function"]["name"] == wanted["function"]["name"]])
@@ -86,8 +90,7 @@ def script(body: dict[str, Any], choice: int) -> str:
         return json.dumps(instance(wanted_format["json_schema"]["schema"]))
     if wanted_format.get("type") == "json_object":
         return json.dumps({"answer": 7, "why": "x"})
-    answer = f"{choice}: {said}"
-    return f"{THINK}because{THOUGHT}{answer}" if "think" in said else answer
+    return f"{choice}: {said}"
 
 
 def markup(tools: list[dict[str, Any]]) -> str:
@@ -178,7 +181,7 @@ class ChoiceStream:
                 self._thinking = True if self._raw == THINK else None
                 return None
             self._thinking = False
-            return {"content": self._raw}
+            return self.feed(self._raw)
         thought = self._raw.removeprefix(THINK)
         if thought.endswith(THOUGHT):
             self._thinking = False

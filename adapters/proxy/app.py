@@ -198,7 +198,7 @@ def counted_as(path: str) -> str:
     """Return the path as a label: one of a fixed list, whatever clients ask for."""
     if path in COUNTED_PATHS:
         return path
-    return PREFIX if path.startswith(PREFIX) else OTHER_PATH
+    return next((prefix for prefix in (PREFIX, langsmith.PREFIX) if path.startswith(prefix)), OTHER_PATH)
 
 
 def _check_method(request: Request, path: str, *allowed: str) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from tracegrad.adapters.proxy.attribution import attribute, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
-from tracegrad.adapters.proxy.endpoints import EMBEDDINGS, Shape
+from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
 from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_event
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import check_headers, salt_of
@@ -121,7 +121,8 @@ class _Exchange:
         alias = ask.model if ask.model is not None and ask.model != draft.model else None
         who = draft.attribution
         # Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only.
-        mark = draft.call_id if who.run_id is None or who.role is None else None
+        unknown = who.run_id is None or who.role is None
+        mark = draft.call_id if unknown and ask.shape is CHAT else None
         self._stripper = Stripper(injection, alias=alias, mark=mark)
         sampling = draft.sampling
         self._body = upstream_body(

@@ -107,6 +107,15 @@ def test_in_one_run_graphs_open_none_of_their_own(proxy: Any) -> None:
     assert sorted(ast.literal_eval(done.stdout)) == expected
 
 
+def test_the_spans_of_one_run_are_posted_before_the_program_ends(proxy: Any, tmp_path: Path) -> None:
+    done = _run(proxy, "--one-run", "--", sys.executable, _script(tmp_path, APP))
+    assert (done.returncode, done.stderr) == (0, "")
+    (spans,) = proxy.spans.values()
+    told = sorted(f"{span['kind']} {span['name']}" for span in spans.values())
+    assert told == ["graph LangGraph"] * 8 + ["node answerer"] * 4 + ["node inner"] * 4
+    assert all(span["ended_at"] for span in spans.values())
+
+
 def test_the_exit_code_is_passed_on_and_fails_the_run(proxy: Any) -> None:
     done = _run(proxy, "--one-run", "--", sys.executable, "-c", "import sys; sys.exit(7)")
     assert (done.returncode, done.stderr) == (7, "")

@@ -8,16 +8,21 @@ which is known when the run ends: until then a part with an error waits. Called 
 import atexit
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from tracegrad.adapters.client import ProxyClient
-from tracegrad.adapters.errors import ProxyError
+from tracegrad.adapters.errors import ProxyError, ProxyUnreachable
 
-MAX_PARTS = 20_000
+MAX_PARTS = 4_000
+"""How many spans may wait; each holds at most twice `plain_json.LIMIT_CHARS`."""
+_MANY = 500
 _AT_ONCE = 100
 _PAUSE_S = 0.5
 _TIMEOUT_S = 5.0
+_GIVEN_UP_S = 10.0
+"""A proxy that does not answer is not asked again for this long: a run that ends must not wait for it each time."""
 _log = logging.getLogger("tracegrad.spans")
 
 Part = dict[str, Any]
@@ -31,6 +36,7 @@ class SpanOutbox:
     def __init__(self, client_of: Callable[[str], ProxyClient] | None = None) -> None:
         self._client_of = client_of or (lambda root: ProxyClient(root, timeout_s=_TIMEOUT_S))
         self._clients: dict[str, ProxyClient] = {}
+        self._given_up: dict[str, float] = {}
         self._waiting: dict[_Key, dict[str, Part]] = {}
         self._count = 0
         self._lock = threading.Lock()
@@ -51,7 +57,7 @@ class SpanOutbox:
             if earlier is None:
                 self._count += 1
             spans[part["span_id"]] = part if earlier is None else _merged(earlier, part)
-        if soon:
+        if soon or self._count >= _MANY:
             self._wake.set()
         self._run_thread()
 
@@ -88,11 +94,16 @@ class SpanOutbox:
         root, run_id = key
         for start in range(0, len(parts), _AT_ONCE):
             some = parts[start : start + _AT_ONCE]
+            if time.monotonic() < self._given_up.get(root, 0.0):
+                self._drop(len(some), f"the proxy at {root} did not answer")
+                continue
             try:
                 client = self._clients.get(root) or self._clients.setdefault(root, self._client_of(root))
                 client.put_spans(run_id, some)
             except (ProxyError, ValueError) as error:
                 self._drop(len(some), str(error))
+                if isinstance(error, ProxyUnreachable):
+                    self._given_up[root] = time.monotonic() + _GIVEN_UP_S
 
     def _drop(self, count: int, why: str) -> None:
         if self.dropped == 0:

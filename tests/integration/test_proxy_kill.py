@@ -6,6 +6,9 @@ from pathlib import Path
 
 import kill_load
 import pytest
+from sqlalchemy import create_engine, text
+
+from tracegrad.tracestore.database import parse_url
 
 
 def a_seed() -> int:
@@ -18,6 +21,21 @@ def test_ten_kills_lose_no_answered_call_and_duplicate_none(tmp_path: Path) -> N
 
 def test_killing_one_of_two_proxies_ten_times_loses_no_answered_call_and_duplicates_none(tmp_path: Path) -> None:
     kill_load.kill_one_of_two_at_random_moments(tmp_path, seed=a_seed(), moments=10)
+
+
+@pytest.mark.skipif("TRACEGRAD_TEST_POSTGRES" not in os.environ, reason="TRACEGRAD_TEST_POSTGRES names no server")
+def test_killing_one_of_two_proxies_on_postgresql(tmp_path: Path) -> None:
+    server = create_engine(parse_url(os.environ["TRACEGRAD_TEST_POSTGRES"]), isolation_level="AUTOCOMMIT")
+    name = f"tracegrad_kill_{os.getpid()}"
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    url = server.url.set(database=name).render_as_string(hide_password=False)
+    try:
+        kill_load.kill_one_of_two_at_random_moments(tmp_path, seed=a_seed(), moments=5, store_url=url)
+    finally:
+        with server.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        server.dispose()
 
 
 @pytest.mark.long

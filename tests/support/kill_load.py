@@ -149,9 +149,11 @@ async def _kill_workers_under_load(url: str, rng: random.Random, moments: int, c
     return finished
 
 
-def kill_one_of_two_at_random_moments(folder: Path, *, seed: int, moments: int, clients: int = 16) -> None:
+def kill_one_of_two_at_random_moments(
+    folder: Path, *, seed: int, moments: int, clients: int = 16, store_url: str | None = None
+) -> None:
     """One store, one port, two proxies: whichever is killed, every finished answer is in the store exactly once."""
-    store_url = f"sqlite:///{folder / 'store.db'}"
+    store_url = store_url or f"sqlite:///{folder / 'store.db'}"
     open_store(store_url).close()
     engine, engine_url = start_engine(0.002)
     try:

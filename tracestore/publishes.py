@@ -17,6 +17,7 @@ from tracegrad.tracestore.records import Json, ModelState, Publish, PublishState
 from tracegrad.tracestore.schema import policy_versions, proxies, publish_acks, publishes
 from tracegrad.tracestore.versions import existing
 
+SILENT_FOR_EVER_S = 86_400.0
 STATES: tuple[PublishState, ...] = ("requested", "draining", "swapping", "live", "failed")
 UNFINISHED: tuple[PublishState, ...] = ("requested", "draining", "swapping")
 _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
@@ -120,9 +121,13 @@ class Publishes(Noun):
             return [_publish(row) for row in connection.execute(chosen)]
 
     def register_proxy(self, proxy_id: str, url: str) -> None:
-        """Announce a proxy, or renew its announcement; it is waited for from now on."""
+        """Announce a proxy, or renew its announcement; it is waited for from now on.
+
+        Forgets those that were silent for `SILENT_FOR_EVER_S`: killed ones leave their rows.
+        """
         now = self._db.now()
         with self._db.write() as connection:
+            connection.execute(delete(proxies).where(proxies.c.beat_at < now - SILENT_FOR_EVER_S))
             statement = insert(connection, proxies).values(proxy_id=proxy_id, url=url, registered_at=now, beat_at=now)
             connection.execute(
                 statement.on_conflict_do_update(index_elements=["proxy_id"], set_={"url": url, "beat_at": now})

@@ -21,6 +21,7 @@ from tracegrad.tracestore.records import Call
 
 MOST_REASONS = 40
 _CALL_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_HOLD_S = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 120.0, 300.0)
 _COMMIT_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
@@ -68,7 +69,7 @@ class ProxyMetrics:
         self._held = times(
             "tracegrad_hold_seconds",
             "From a call's arrival to its dispatch: what a publish, or a queue, held it.",
-            _COMMIT_S,
+            _HOLD_S,
             "model",
         )
         self._commit = times(

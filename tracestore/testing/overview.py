@@ -3,7 +3,7 @@
 from tracegrad.tracestore.records import OpenRuns, Run
 from tracegrad.tracestore.schema import HEAD
 from tracegrad.tracestore.store import Store
-from tracegrad.tracestore.testing.rows import Clock
+from tracegrad.tracestore.testing.rows import Clock, first_version
 
 
 class OverviewContract:
@@ -24,6 +24,18 @@ class OverviewContract:
             ("dead", "http://dead", 21.0),
         ]
         assert {row.registered_at for row in found} == {1_000.0}
+
+    def test_a_proxy_that_was_killed_is_forgotten_after_a_day(self, store: Store, clock: Clock) -> None:
+        """By the next one that starts; its acknowledgements go with it."""
+        publish_id = store.request_publish(first_version(store)).publish_id
+        store.register_proxy("killed", "http://killed")
+        store.ack_publish(publish_id, "killed")
+        clock.advance(80_000)
+        store.register_proxy("second", "http://second")
+        assert {row.proxy_id for row in store.list_proxies()} == {"killed", "second"}
+        clock.advance(10_000)
+        store.register_proxy("third", "http://third")
+        assert {row.proxy_id for row in store.list_proxies()} == {"second", "third"}
 
     def test_open_runs_are_counted_by_project(self, store: Store, clock: Clock) -> None:
         """Ended ones and those of other projects do not count."""

@@ -80,6 +80,13 @@ def test_nothing_is_there(tmp_path: Path, ask: Any) -> None:
     assert "problem: engine of main" in text and "not readable" in text
 
 
+def test_a_store_of_another_schema(store: Store, ask: Any) -> None:
+    sql(store, "UPDATE alembic_version SET version_num = '0000'")
+    (problem,) = ask()[1]["problems"]
+    assert problem.startswith("store: the store is at revision 0000, this code needs")
+    assert "`tracegrad up`" in problem
+
+
 def test_no_proxy_a_dead_one_and_an_engine_that_is_unwell(
     store: Store, tmp_path: Path, engine: fake_engine.FakeEngine, ask: Any
 ) -> None:

@@ -29,9 +29,7 @@ from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.store import Store
 
 log = logging.getLogger("tracegrad.proxy")
-COUNTED_PATHS = frozenset(
-    ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
-)
+COUNTED_PATHS = frozenset((*SHAPES, "/v1/models", "/health", "/metrics"))
 OTHER_PATH = "other"
 JOIN_S = 5.0
 

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -83,10 +84,15 @@ def worker_pids(url: str) -> dict[str, int]:
 
 
 async def _one_call(session: aiohttp.ClientSession, url: str, number: int, finished: Finished) -> None:
-    stream = bool(number % 2)
-    body = {"messages": [{"role": "user", "content": f"call {number}"}], "stream": stream, "n": 1 + number % 3 // 2}
+    stream, chat = bool(number % 2), bool(number % 5)
+    body: dict[str, Any] = {"stream": stream, "n": 1 + number % 3 // 2}
+    if chat:
+        body["messages"] = [{"role": "user", "content": f"call {number}"}]
+    else:
+        body |= {"prompt": f"call {number}", "max_tokens": 8}
+    path = "chat/completions" if chat else "completions"
     try:
-        async with session.post(f"{url}/run/run-{number % 7}/role/a/v1/chat/completions", json=body) as answer:
+        async with session.post(f"{url}/run/run-{number % 7}/role/a/v1/{path}", json=body) as answer:
             text = await answer.text()
     except (aiohttp.ClientError, OSError):
         finished.broken += 1
@@ -100,7 +106,7 @@ async def _one_call(session: aiohttp.ClientSession, url: str, number: int, finis
 
 
 async def load(url: str, finished: Finished, stop: asyncio.Event, *, clients: int) -> None:
-    """Keep `clients` connections busy until `stop`, plain and streamed in turn."""
+    """Keep `clients` connections busy until `stop`: chat and text completions, plain and streamed, n of 1 and 2."""
 
     async def client(first: int, session: aiohttp.ClientSession) -> None:
         number = first

@@ -24,7 +24,7 @@ from tracegrad.adapters.errors import ProxyFailed
 from tracegrad.adapters.execution import Graph, RunExecutor
 from tracegrad.adapters.launch import environment
 from tracegrad.adapters.rollout_errors import EntryPointError
-from tracegrad.adapters.scope import RunScope
+from tracegrad.adapters.scope import RunScope, key_named
 from tracegrad.tracestore.records import Purpose
 
 _R = TypeVar("_R")
@@ -53,7 +53,7 @@ def open_session(root: str, *, app: str, reward: str | None, purpose: Purpose, s
     _wait_until_well(client)
     made = environment(os.environ, client.root, purpose=purpose)
     os.environ.update({name: value for name, value in made.items() if name not in _NOT_OURS})
-    hook.install(RunScope(proxy=client.root))
+    hook.install(RunScope(proxy=client.root, api_key=key_named(os.environ)))
     control = Control(client, source=source)
     graph = Graph(load_entrypoint(app, option="--app"), name=app)
     function: Any = None

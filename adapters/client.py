@@ -9,6 +9,7 @@ carries an id made here, so it is repeated safely where the connection broke or 
 import asyncio
 import http.client
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote, urlsplit
 
 from tracegrad.adapters.errors import ProxyFailed, ProxyRefused, ProxyUnreachable
+from tracegrad.adapters.scope import key_named
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.records import EndedBy, Group, Json, Purpose, Run, RunStatus, Task
 
@@ -39,10 +41,12 @@ def _threaded(
 class ProxyClient:
     """Talks to one proxy. `root` is its URL without `/v1`; `timeout_s` bounds each request.
 
+    `api_key` defaults to what the environment names (TRACEGRAD_API_KEY, or a `tg-` key in OPENAI_API_KEY).
+
     Every method raises `ProxyUnreachable`, `ProxyRefused` (4xx) or `ProxyFailed` (5xx).
     """
 
-    def __init__(self, root: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, root: str, *, timeout_s: float = 30.0, api_key: str | None = None) -> None:
         parts = urlsplit(root)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{root!r} is not a proxy's URL (for example http://127.0.0.1:8080)")
@@ -52,6 +56,8 @@ class ProxyClient:
         self._port = parts.port
         self._prefix = urlsplit(self.root).path
         self._timeout_s = timeout_s
+        key = key_named(os.environ) if api_key is None else api_key
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
     def health(self) -> Json:
         """Return what `/health` answers."""
@@ -171,7 +177,9 @@ class ProxyClient:
         factory = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
         connection = factory(self._host, self._port, timeout=self._timeout_s)
         try:
-            headers = {"content-type": "application/json"} if payload is not None else {}
+            headers = dict(self._headers)
+            if payload is not None:
+                headers["content-type"] = "application/json"
             connection.request(method, self._prefix + path, body=payload, headers=headers)
             response = connection.getresponse()
             return response.status, response.read()

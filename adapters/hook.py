@@ -28,6 +28,7 @@ ROLE_HEADER = "x-tracegrad-role"
 SPAN_HEADER = "x-tracegrad-span"
 SOURCE_HEADER = "x-tracegrad-source"
 ERROR_HEADER = "x-tracegrad-hook-error"
+KEY_HEADER = "x-api-key"
 _NAMES = (RUN_HEADER, ROLE_HEADER, SPAN_HEADER)
 _MAX_NAME_CHARS = 256
 
@@ -80,6 +81,7 @@ class Hook:
             path = path_under(str(request.url), scope.proxy) if scope.proxy is not None else None
             if path is not None and not path.startswith(_POSTED_TREES):
                 ours = True
+                _show_key(request, scope)
                 _mark(request, path, scope)
         except Exception as error:  # noqa: BLE001 - attribution must never break the app's request
             kind = type(error).__name__
@@ -104,7 +106,14 @@ def _mark(request: Any, path: str, scope: RunScope) -> None:
     if not any(name in headers for name in _NAMES):
         added[SOURCE_HEADER] = "hook"
     headers.update(added)
-    request.extensions[_ADDED] = tuple(added)
+    request.extensions[_ADDED] = (*request.extensions.get(_ADDED, ()), *added)
+
+
+def _show_key(request: Any, scope: RunScope) -> None:
+    """Let the request in where the app itself sends no key of ours (it may need OPENAI_API_KEY for another service)."""
+    if scope.api_key and KEY_HEADER not in request.headers:
+        request.headers[KEY_HEADER] = scope.api_key
+        request.extensions[_ADDED] = (KEY_HEADER,)
 
 
 def path_under(url: str, root: str) -> str | None:

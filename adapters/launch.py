@@ -20,7 +20,7 @@ import click
 
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import LaunchError, ProxyError, ProxyUnreachable
-from tracegrad.adapters.scope import ENV_PROXY, ENV_PURPOSE, ENV_ROLE, ENV_RUN
+from tracegrad.adapters.scope import ENV_PROXY, ENV_PURPOSE, ENV_ROLE, ENV_RUN, key_named
 from tracegrad.tracestore.records import Purpose
 
 INJECT = Path(__file__).resolve().parent / "inject"
@@ -94,11 +94,12 @@ def environment(
 ) -> dict[str, str]:
     """Return `environ` pointed at the proxy `root`, with the hook injected into every Python that inherits it.
 
-    OPENAI_API_KEY is kept if set. Where the environment names an HTTP proxy (HTTP_PROXY), ours is exempted from it.
+    OPENAI_API_KEY is kept if set (the hook adds the proxy's key), else it is the proxy's key, if there is one. Where
+    the environment names an HTTP proxy (HTTP_PROXY), ours is exempted from it.
     """
     new = dict(environ)
     new |= {"OPENAI_BASE_URL": f"{root}/v1", "OPENAI_API_BASE": f"{root}/v1", ENV_PROXY: root, ENV_PURPOSE: purpose}
-    new.setdefault("OPENAI_API_KEY", "tracegrad")
+    new.setdefault("OPENAI_API_KEY", key_named(environ) or "tracegrad")
     for name, value in ((ENV_RUN, run_id), (ENV_ROLE, role)):
         new.pop(name, None)
         if value is not None:

@@ -10,7 +10,7 @@ Threads and tasks that copy their context (LangChain's executors, asyncio) inher
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tracegrad.adapters.caller import Caller
 from tracegrad.adapters.errors import NoProxyNamed
@@ -19,6 +19,8 @@ ENV_PROXY = "TRACEGRAD_PROXY"
 ENV_RUN = "TRACEGRAD_RUN"
 ENV_ROLE = "TRACEGRAD_ROLE"
 ENV_PURPOSE = "TRACEGRAD_PURPOSE"
+ENV_API_KEY = "TRACEGRAD_API_KEY"
+_KEY_PREFIX = "tg-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class RunScope:
     """Every field may be unknown. `role` overrides the role that the graph would give; `proxy` is its root URL.
 
     `caller` is the node whose model runs here, where a callback said so (see `chain_callers`); `starter` the node that
-    started this thread (see `thread_scopes`).
+    started this thread (see `thread_scopes`); `api_key` the key for the proxy.
     """
 
     run_id: str | None = None
@@ -34,6 +36,7 @@ class RunScope:
     proxy: str | None = None
     caller: Caller | None = None
     starter: Caller | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 _current: ContextVar[RunScope | None] = ContextVar("tracegrad_run_scope", default=None)
@@ -77,6 +80,7 @@ def resolved_scope(process: RunScope) -> RunScope:
         proxy=scope.proxy or process.proxy,
         caller=scope.caller,
         starter=scope.starter,
+        api_key=scope.api_key or process.api_key,
     )
 
 
@@ -86,7 +90,14 @@ def scope_from_environ(environ: Mapping[str, str]) -> RunScope:
         run_id=environ.get(ENV_RUN) or None,
         role=environ.get(ENV_ROLE) or None,
         proxy=environ.get(ENV_PROXY) or None,
+        api_key=key_named(environ),
     )
+
+
+def key_named(environ: Mapping[str, str]) -> str | None:
+    """Return the proxy's API key: TRACEGRAD_API_KEY, else OPENAI_API_KEY where that is a key of ours, else None."""
+    ours = environ.get("OPENAI_API_KEY", "")
+    return environ.get(ENV_API_KEY) or (ours if ours.startswith(_KEY_PREFIX) else None)
 
 
 def proxy_named(proxy: str | None, environ: Mapping[str, str]) -> str:

@@ -62,8 +62,15 @@ class SamplingOverride(_Section, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
 
+class AccessConfig(_Section, frozen=True, kw_only=True):
+    """Who may talk to the proxy."""
+
+    keys: Literal["auto", "on", "off"] | bool = "auto"
+    """Whether requests need an API key; auto: unless the proxy listens on loopback. YAML reads a bare `on` as true."""
+
+
 class ProxyConfig(_Section, frozen=True, kw_only=True):
-    """The OpenAI-compatible front. Loopback by default: it has no authentication yet."""
+    """The OpenAI-compatible front. On loopback it needs no API keys, elsewhere it does."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -76,6 +83,7 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     poll_s: float = 0.05
     heartbeat_expires_s: float = 10.0
     upstream_timeout_s: float = 600.0
+    access: AccessConfig = AccessConfig()
     max_body_bytes: int = 32 * 1024 * 1024
     allow: tuple[Allowed, ...] = ()
     """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),

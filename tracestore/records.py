@@ -20,6 +20,8 @@ VersionKind = Literal["initial", "step", "canary"]
 LeaseState = Literal["held", "acknowledged", "released", "expired"]
 Endpoint = Literal["chat", "completions", "embeddings"]
 SpanKind = Literal["node", "tool", "graph"]
+KeyScope = Literal["call", "reward", "read", "train", "admin"]
+KEY_SCOPES: tuple[KeyScope, ...] = ("call", "reward", "read", "train", "admin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -394,3 +396,24 @@ class OpenRuns:
 
     count: int
     quietest_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiKey:
+    """What a key may do and where its calls belong; never its text, and not its hash either.
+
+    `admin` includes every other scope. `run_id` and `role` attribute calls that say nothing themselves.
+    """
+
+    key_id: str
+    name: str
+    project: str
+    scopes: tuple[KeyScope, ...]
+    run_id: str | None = None
+    role: str | None = None
+    created_at: float = 0.0
+    revoked_at: float | None = None
+
+    def may(self, scope: KeyScope) -> bool:
+        """Whether the key has `scope`."""
+        return scope in self.scopes or "admin" in self.scopes

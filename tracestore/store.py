@@ -14,6 +14,7 @@ from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.database import Database
 from tracegrad.tracestore.jobs import Jobs
+from tracegrad.tracestore.keys import Keys
 from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
@@ -43,6 +44,7 @@ class Store(
     Versions,
     Publishes,
     Overview,
+    Keys,
 ):
     """A trace store. Made by `open_store`."""
 

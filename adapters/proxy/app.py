@@ -10,6 +10,7 @@ import logging
 import msgspec
 
 from tracegrad.adapters.proxy import langsmith, model_cards
+from tracegrad.adapters.proxy.access import Access, keys_wanted
 from tracegrad.adapters.proxy.attribution import Route, split_path
 from tracegrad.adapters.proxy.chat import ModelEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
@@ -78,6 +79,7 @@ class ProxyApp:
 
     async def _start(self) -> None:
         proxy = self.config.proxy
+        self.access = Access(self.store, wanted=keys_wanted(proxy))
         purposes = Purposes(self.store)
         await self.hold.start()
         engines = {name: model.engine.url for name, model in self.config.models.items()}
@@ -108,12 +110,12 @@ class ProxyApp:
         await self.upstream.close()
 
     async def _close_idle_runs(self) -> None:
-        """Live runs that nothing was heard of for `proxy.idle_close_s` end by time-out."""
+        """Live runs that nothing was heard of for `proxy.idle_close_s` end by time-out, in every project."""
         idle_s = self.config.proxy.idle_close_s
         while True:
             await asyncio.sleep(idle_s / 4)
             try:
-                await asyncio.to_thread(self.store.close_idle_runs, self.config.project, idle_s)
+                await asyncio.to_thread(self._close_idle_once, idle_s)
             except TraceStoreError as error:
                 log.warning("idle runs could not be closed: %s; tried again in %.1f s", error, idle_s / 4)
 
@@ -127,14 +129,19 @@ class ProxyApp:
             except TraceStoreError as error:
                 log.warning("late attributions wait: %s; tried again in %.1f s", error, JOIN_S)
 
+    def _close_idle_once(self, idle_s: float) -> None:
+        for project in sorted({self.config.project, *(key.project for key in self.store.list_keys())}):
+            self.store.close_idle_runs(project, idle_s)
+
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
         path = OTHER_PATH
         try:
             route = split_path(scope.get("raw_path") or scope["path"].encode())
             path = counted_as(route.path)
-            limit = self.config.proxy.max_body_bytes
-            await self._route(Request(scope, receive, route, max_body_bytes=limit), route, reply)
+            request = Request(scope, receive, route, max_body_bytes=self.config.proxy.max_body_bytes)
+            request.key = await self.access.admit(request.method, route.path, request.headers)
+            await self._route(request, route, reply)
         except ClientGone:
             return
         except ProxyError as error:
@@ -162,7 +169,7 @@ class ProxyApp:
             _check_method(request, route.path, *methods)
             answer = msgspec.json.encode(await self.langsmith.answer(route.path, request))
             await reply.whole(200 if request.method == "GET" else 202, JSON_HEADERS, answer)
-        elif route.path.startswith(PREFIX) and (handlers := self.control.find(route.path)):
+        elif route.path.startswith(PREFIX) and (handlers := self.control.seen_by(request.key).find(route.path)):
             _check_method(request, route.path, *handlers)
             await reply.whole(200, JSON_HEADERS, await self.control.answer(handlers[request.method], request))
         else:

@@ -72,16 +72,17 @@ class ModelEndpoint:
         await _Exchange(self, ask, draft, request, reply).run()
 
     async def _draft(self, ask: Ask, request: Request, received_at: float) -> Draft:
-        attribution = attribute(request.headers, request.route)
+        attribution = attribute(request.headers, request.route, request.key)
         model = self._model_of(ask, attribution.role)
         override = None if ask.shape is EMBEDDINGS else override_of(self.config.proxy.sampling, attribution.role)
         try:
-            purpose = await self.purposes.of(attribution.run_id)
+            purpose = await self.purposes.of(attribution.run_id, request.key)
         except TraceStoreError as error:
             raise from_store(error) from error
         return Draft(
             call_id=new_id("call"),
             attribution=attribution,
+            project=self.config.project if request.key is None else request.key.project,
             model=model,
             requested_model=ask.model or model,
             body=ask.body,
@@ -93,7 +94,6 @@ class ModelEndpoint:
             received_at=received_at,
             endpoint=ask.shape.endpoint,
             request_hash=ask.digest,
-            project=self.config.project,
             flaw=ask.flaw,
         )
 

@@ -1,12 +1,11 @@
 """`tracegrad proxy`: read the configuration, open the store, serve until interrupted.
 
-The one place where the proxy reads its command line. Refuses a host that is not loopback without `--allow-remote`:
-there is no authentication yet. Port 0 takes a free one; the URL is printed once requests are taken. With several
+The one place where the proxy reads its command line. Refuses a host that is not loopback where API keys are off,
+unless `--allow-remote` is said. Port 0 takes a free one; the URL is printed once requests are taken. With several
 workers it becomes their parent (see `workers`).
 """
 
 import asyncio
-import ipaddress
 import json
 import socket
 import sys
@@ -19,6 +18,7 @@ import click
 import msgspec
 import uvicorn
 
+from tracegrad.adapters.proxy.access import is_loopback, keys_wanted
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.adapters.proxy.log_lines import LogFormat, set_up
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
@@ -37,7 +37,7 @@ BACKLOG = 2048
 @click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="The YAML file.")
 @click.option("--host", default=None, help="Address to listen on (default: proxy.host).")
 @click.option("--port", default=None, type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
-@click.option("--allow-remote", is_flag=True, help="Allow an address that other machines can reach.")
+@click.option("--allow-remote", is_flag=True, help="Let other machines in without API keys.")
 @click.option("--workers", default=None, type=click.IntRange(1, 64), help="Processes (default: proxy.workers).")
 @click.option("--log-format", default=None, type=click.Choice(["text", "json"]), help="Default: proxy.log.")
 @click.option("--verbose", is_flag=True, help="A log line for each call.")
@@ -66,7 +66,7 @@ def proxy(
         if worker is not None:
             set_up(config.proxy.log, verbose=verbose, worker=str(worker))
             sys.exit(run(config, say=None, sockets=WorkerSockets(config_path.parent, worker, config.proxy.workers)))
-        _check_address(config.proxy.host, allow_remote)
+        _check_address(config.proxy, allow_remote)
         set_up(config.proxy.log, verbose=verbose)
         serve = run if config.proxy.workers == 1 else partial(_run_workers, verbose=verbose)
         sys.exit(serve(config, say=partial(_say_url, as_json=as_json)))
@@ -142,15 +142,11 @@ def _with(config: Config, **said: Any) -> Config:
     return msgspec.structs.replace(config, proxy=msgspec.structs.replace(config.proxy, **known))
 
 
-def _check_address(host: str, allow_remote: bool) -> None:
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not allow_remote:
+def _check_address(proxy: ProxyConfig, allow_remote: bool) -> None:
+    if not (is_loopback(proxy.host) or keys_wanted(proxy) or allow_remote):
         raise click.ClickException(
-            f"{host} can be reached from other machines and the proxy has no authentication; "
-            "listen on 127.0.0.1, or say --allow-remote"
+            f"{proxy.host} can be reached from other machines and API keys are off; set proxy.access.keys to auto "
+            "(and make a key with `tracegrad keys create`), listen on 127.0.0.1, or say --allow-remote"
         )
 
 

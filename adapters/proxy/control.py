@@ -1,14 +1,15 @@
 """`/tracegrad/v1/...`: tasks, groups, runs, their spans, rewards and the trainer's backlog, as JSON.
 
 The doors for hooks, reward functions and rollout drivers that share no code with us. Every write is idempotent, as in
-the store. Refuses (400) unknown fields, (404) unknown ids, (409) a record that says something else.
+the store. Refuses (400) unknown fields, (404) unknown ids, (409) a record that says something else. With an API key
+everything is of the key's project: what belongs to another project does not exist (404).
 Called by `app`; calls the store in a worker thread.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -16,14 +17,15 @@ from tracegrad.adapters.proxy.errors import InvalidRequest, from_store
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.errors import NotFound, TraceStoreError
 from tracegrad.tracestore.ids import new_id
-from tracegrad.tracestore.records import Call, Group, Purpose, Reward, Run, Span, SpanKind, Task
+from tracegrad.tracestore.records import ApiKey, Call, Group, Purpose, Reward, Run, Span, SpanKind, Task
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 
 PREFIX = "/tracegrad/v1/"
 Handler = Callable[[bytes], Awaitable[Any]]
+_T = TypeVar("_T")
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,10 +105,18 @@ class _Spans(_Body, frozen=True, kw_only=True):
 class Control:
     """The endpoints. Each handler takes the body's bytes and returns what will be encoded as JSON."""
 
-    def __init__(self, config: Config, store: Store, purposes: Purposes) -> None:
+    def __init__(self, config: Config, store: Store, purposes: Purposes, *, guarded: bool = False) -> None:
         self._config = config
         self._store = store
         self._purposes = purposes
+        self._guarded = guarded
+
+    def seen_by(self, key: ApiKey | None) -> "Control":
+        """Return the endpoints as this key sees them: its project, and nothing of others."""
+        if key is None:
+            return self
+        config = msgspec.structs.replace(self._config, project=key.project)
+        return Control(config, self._store, self._purposes, guarded=True)
 
     def find(self, path: str) -> dict[str, Handler]:  # noqa: PLR0911 - a table of paths
         """Return method -> handler for a path under `PREFIX`; empty where there is no such path."""
@@ -150,11 +160,11 @@ class Control:
 
     async def _put_groups(self, body: bytes) -> Any:
         groups = [Group(**msgspec.structs.asdict(group)) for group in _read(body, _Groups).groups]
-        await asyncio.to_thread(self._store.put_groups, groups)
+        await self._visit(lambda: self._put_own_groups(groups))
         return {"groups": [group.group_id for group in groups]}
 
     async def _group_runs(self, group_id: str) -> Any:
-        return {"runs": await asyncio.to_thread(self._store.group_runs, group_id)}
+        return {"runs": await self._visit(lambda: self._own_group_runs(group_id))}
 
     async def _open_run(self, body: bytes) -> Any:
         asked = _read(body, _Run)
@@ -167,17 +177,19 @@ class Control:
             member=asked.member,
             opened_at=time.time(),
         )
-        stored = await asyncio.to_thread(self._store.open_run, run)
-        self._purposes.learn(stored.run_id, stored.purpose)
+        stored = await self._visit(lambda: self._open_own_run(run))
+        self._purposes.learn(stored)
         return stored
 
     async def _end_run(self, run_id: str, body: bytes) -> Any:
         end = _read(body or b"{}", _End)
+        await self._visit(lambda: self._check_run(run_id))
         return await asyncio.to_thread(
             self._store.end_run, run_id, status=end.status, ended_by=end.ended_by, error=end.error
         )
 
     async def _show_run(self, run_id: str) -> Any:
+        await self._visit(lambda: self._check_run(run_id))
         trace = await asyncio.to_thread(self._store.trace, run_id)
         return {
             "run": trace.run,
@@ -218,6 +230,7 @@ class Control:
             run_id = owner
         if run_id is None:
             raise InvalidRequest("a reward needs a run_id, a call_id or a completion_id", param="rewards")
+        self._check_run(run_id)
         return Reward(
             reward_id=asked.reward_id or new_id("reward"),
             run_id=run_id,
@@ -228,6 +241,35 @@ class Control:
             call_id=call_id,
             created_at=time.time(),
         )
+
+    async def _visit(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.to_thread(work)
+
+    def _check_run(self, run_id: str) -> None:
+        """Raise NotFound where the run is not the key's to see."""
+        if self._guarded and self._store.get_run(run_id).project != self._config.project:
+            raise NotFound(f"no run {run_id!r} in project {self._config.project!r}")
+
+    def _check_task(self, task_id: str) -> None:
+        if self._guarded and self._store.get_task(task_id).project != self._config.project:
+            raise NotFound(f"no task {task_id!r} in project {self._config.project!r}")
+
+    def _put_own_groups(self, groups: list[Group]) -> None:
+        for group in groups:
+            self._check_task(group.task_id)
+        self._store.put_groups(groups)
+
+    def _own_group_runs(self, group_id: str) -> list[Run]:
+        if self._guarded:
+            self._check_task(self._store.get_group(group_id).task_id)
+        return self._store.group_runs(group_id)
+
+    def _open_own_run(self, run: Run) -> Run:
+        if self._guarded and run.group_id is not None:
+            self._check_task(self._store.get_group(run.group_id).task_id)
+        if run.task_id is not None:
+            self._check_task(run.task_id)
+        return self._store.open_run(run)
 
     async def _backlog(self) -> Any:
         trainer = self._config.trainer

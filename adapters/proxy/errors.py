@@ -5,6 +5,9 @@ the engine is not one of these: its status and body are passed on as they came.
 
 ProxyError
 ├── InvalidRequest     400  the body, a header or a field cannot be used
+├── InvalidKey         401  a key is needed, and none that is valid came with the request
+├── MissingScope       403  the key may not do this
+├── OtherProject       403  the run belongs to another project than the key
 ├── UnknownPath        404  not a path of this proxy
 ├── UnknownModel       404  no engine serves the requested model
 ├── UnknownRecord      404  the store has no such run, group or call
@@ -46,6 +49,24 @@ class InvalidRequest(ProxyError):
     """The request cannot be used as sent."""
 
     status, type, default_code = 400, "invalid_request_error", "invalid_request"
+
+
+class InvalidKey(ProxyError):
+    """No valid key came with the request."""
+
+    status, type, default_code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class MissingScope(ProxyError):
+    """The key is valid and may not do this."""
+
+    status, type, default_code = 403, "permission_error", "missing_scope"
+
+
+class OtherProject(ProxyError):
+    """The key belongs to another project than what it asks for."""
+
+    status, type, default_code = 403, "permission_error", "other_project"
 
 
 class UnknownPath(ProxyError):

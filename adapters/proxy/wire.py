@@ -11,6 +11,7 @@ from typing import Any
 
 from tracegrad.adapters.proxy.attribution import Route
 from tracegrad.adapters.proxy.errors import BodyTooLarge, ProxyError
+from tracegrad.tracestore.records import ApiKey
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,11 +28,12 @@ class ClientGone(Exception):
 
 
 class Request:
-    """The request with its attribution taken off the path. `headers` have lower-case names."""
+    """The request with its attribution taken off the path. `headers` have lower-case names; `app` sets `key`."""
 
     def __init__(self, scope: Scope, receive: Receive, route: Route, *, max_body_bytes: int) -> None:
         self.method: str = scope["method"]
         self.route = route
+        self.key: ApiKey | None = None
         self.raw_headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         self.headers = dict(self.raw_headers)
         self.receive = receive

@@ -4,6 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
+from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
 from tracegrad.tracestore.testing.placing import AttemptContract, AttributionContract, SpanContract
@@ -25,5 +26,6 @@ class StoreContract(
     VersionContract,
     PublishContract,
     OverviewContract,
+    KeyContract,
 ):
     """Every test of the contract."""

@@ -44,8 +44,9 @@ def test_headers_win_over_the_path_each_for_itself() -> None:
     who = attribute({b"x-tracegrad-role": b"caf%C3%A9"}, route)
     assert (who.run_id, who.run_source, who.role, who.role_source) == ("path-run", "path", "café", "header")
     hook = {b"x-tracegrad-run": b"h", b"x-tracegrad-source": b"hook"}
-    who = attribute(hook, route)
+    who = attribute(hook, split_path(b"/role/path-role/v1/models"))
     assert (who.run_id, who.run_source, who.role, who.role_source) == ("h", "hook", "path-role", "path")
+    assert attribute(hook, route).run_source == "path"
     nobody = attribute({}, split_path(b"/v1/models"))
     assert (nobody.run_id, nobody.run_source, nobody.role, nobody.role_source) == (None, None, None, None)
 

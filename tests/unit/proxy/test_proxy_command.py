@@ -38,10 +38,11 @@ def test_killed_under_load_every_finished_answer_is_stored_once(tmp_path: Path) 
     kill_load.kill_at_random_moments(tmp_path, seed=time.time_ns() % 100_000, moments=2)
 
 
-def test_an_address_that_others_can_reach_needs_to_be_allowed(config: Path) -> None:
+def test_without_keys_an_address_that_others_can_reach_needs_to_be_allowed(config: Path) -> None:
+    config.write_text(config.read_text()[:-1] + ', "proxy": {"access": {"keys": "off"}}}')
     result = CliRunner().invoke(command, ["--config", str(config), "--host", "0.0.0.0"])
     assert result.exit_code == 1
-    assert "no authentication" in result.output and "--allow-remote" in result.output
+    assert "API keys are off" in result.output and "--allow-remote" in result.output
 
 
 def test_show_config_prints_what_was_resolved_and_stops(config: Path) -> None:

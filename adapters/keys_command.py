@@ -1,0 +1,163 @@
+"""`tracegrad keys create | list | revoke`: who may talk to the proxy.
+
+Writes to the store itself, so it needs no proxy; a running proxy sees a new key at once and a revoked one within
+seconds. The text of a key is printed once, by `create`. Refuses a role that the configuration does not know.
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tracegrad.adapters.scope import ENV_API_KEY
+from tracegrad.tracestore.config import Config, load_config
+from tracegrad.tracestore.records import KEY_SCOPES, ApiKey, KeyScope
+from tracegrad.tracestore.store import Store, open_store
+
+_DEFAULT_CONFIG = Path("tracegrad.yaml")
+
+
+def _where(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name the store."""
+    options = [
+        click.option(
+            "--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+        ),
+        click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration."),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke API keys of the proxy.
+
+    \b
+    call    model calls; runs and spans of the app that makes them
+    reward  rewards
+    read    runs, groups, the trainer's backlog, metrics
+    train   tasks and groups: what a rollout plans (it needs call, reward and read too)
+    admin   all of these
+    """
+
+
+@keys.command()
+@_where
+@click.option("--scope", "scopes", type=click.Choice(KEY_SCOPES), multiple=True, required=True, help="May be repeated.")
+@click.option("--name", default="", help="For people: who has it, and what for.")
+@click.option("--project", help="Where its calls belong. Default: the configuration's project.")
+@click.option("--run", "run_id", help="The run of calls that name none.")
+@click.option("--role", help="The role of calls that name none.")
+def create(
+    *,
+    path: Path | None,
+    url: str | None,
+    as_json: bool,
+    scopes: tuple[KeyScope, ...],
+    name: str,
+    project: str | None,
+    run_id: str | None,
+    role: str | None,
+) -> None:
+    """Make a key and print it, this once.
+
+    \b
+    tracegrad keys create --scope call --role planner
+    """
+    config = _config(path, url)
+    _check_role(config, role)
+    store = open_store(config.store)
+    try:
+        text, key = store.create_key(
+            scopes=scopes, project=project or config.project, name=name, run_id=run_id, role=role
+        )
+    finally:
+        store.close()
+    if as_json:
+        click.echo(json.dumps({"key": text, **asdict(key)}))
+        return
+    click.echo(text)
+    click.echo(f"{key.key_id}: {_bounds(key)}.", err=True)
+    click.echo(f"Only its hash is stored: keep it now. Apps read it from {ENV_API_KEY} or OPENAI_API_KEY.", err=True)
+
+
+@keys.command("list")
+@_where
+def list_(*, path: Path | None, url: str | None, as_json: bool) -> None:
+    """List the keys: what each may do, never its text."""
+    store = _existing(path, url)
+    try:
+        found = store.list_keys()
+    finally:
+        store.close()
+    if as_json:
+        click.echo(json.dumps([asdict(key) for key in found]))
+        return
+    if not found:
+        click.echo("no keys; make one with `tracegrad keys create --scope call`")
+        return
+    Console().print(_keys_table(found))
+
+
+@keys.command()
+@_where
+@click.argument("key_id")
+def revoke(*, path: Path | None, url: str | None, as_json: bool, key_id: str) -> None:
+    """Revoke a key for good; running proxies refuse it within seconds."""
+    store = _existing(path, url)
+    try:
+        key = store.revoke_key(key_id)
+    finally:
+        store.close()
+    click.echo(json.dumps(asdict(key)) if as_json else f"{key.key_id} is revoked since {_time(key.revoked_at)}")
+
+
+def _keys_table(found: list[ApiKey]) -> Table:
+    table = Table()
+    for heading in ("key", "name", "scopes", "project", "run", "role", "made", "revoked"):
+        table.add_column(heading, no_wrap=heading == "key")
+    for key in found:
+        cells = (key.key_id, key.name, ", ".join(key.scopes), key.project, key.run_id or "", key.role or "")
+        table.add_row(*map(escape, cells), _time(key.created_at), _time(key.revoked_at))
+    return table
+
+
+def _bounds(key: ApiKey) -> str:
+    words = [", ".join(key.scopes), f"project {key.project}"]
+    words += [f"{what} {value}" for what, value in (("run", key.run_id), ("role", key.role)) if value is not None]
+    return "; ".join(words)
+
+
+def _check_role(config: Config, role: str | None) -> None:
+    if role is None or not config.roles or role in config.roles or "*" in config.roles:
+        return
+    close = difflib.get_close_matches(role, list(config.roles), n=3) or list(config.roles)
+    raise click.UsageError(f"the configuration has no role {role!r}; did you mean {', '.join(close)}?")
+
+
+def _config(path: Path | None, url: str | None) -> Config:
+    """Return the configuration, or one that has nothing but the store's URL."""
+    if url is not None:
+        return Config(store=url)
+    if path is None and not _DEFAULT_CONFIG.exists():
+        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
+    return load_config(path or _DEFAULT_CONFIG)
+
+
+def _existing(path: Path | None, url: str | None) -> Store:
+    return open_store(_config(path, url).store, create=False)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")

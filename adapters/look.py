@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.edges import edges
@@ -88,7 +89,11 @@ def show(
     finally:
         store.close()
     if as_json:
-        more = {"edges": [asdict(edge) for edge in edges(trace.spans)], "conflicts": [asdict(one) for one in conflicts]}
+        more = {
+            "edges": [asdict(edge) for edge in edges(trace.spans)],
+            "conflicts": [asdict(one) for one in conflicts],
+            "fingerprints": {call.call_id: fingerprint_of(call.request) for call in trace.calls},
+        }
         _print_json({**asdict(trace), **more})
     elif as_mermaid:
         click.echo(mermaid(trace), nl=False)

@@ -6,6 +6,7 @@ resolves its configuration once, and `--show-config` prints the result.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from tracegrad.tracestore.errors import ConfigError
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
+_FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -162,6 +164,22 @@ class TrainerConfig(_Section, frozen=True, kw_only=True):
     keep_checkpoints: int = 2
 
 
+class RoleRule(_Section, frozen=True, kw_only=True):
+    """A role for calls that no header, path or key gives one. Every condition that is set must hold."""
+
+    role: str
+    agent: str | None = None
+    """The name that the hook gives the caller: the agent's, else its outermost node's."""
+    node: str | None = None
+    """The LangGraph node that calls, or one that it runs in."""
+    model: str | None = None
+    """The model name in the request."""
+    header: Mapping[str, str] = {}
+    """Request headers with exactly these values."""
+    fingerprint: str | None = None
+    """Of the system prompt and the tools, as `tracegrad show --json` prints it."""
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -170,6 +188,10 @@ class Config(_Section, frozen=True, kw_only=True):
     models: Mapping[str, ModelConfig] = {}
     roles: Mapping[str, str] = {}
     """Role -> model. `*` stands for every role not named."""
+    role_rules: tuple[RoleRule, ...] = ()
+    """In order: the first that holds gives the role."""
+    infer_roles: bool = False
+    """Whether a call that nobody gives a role gets the only one its fingerprint was seen with; it is trained then."""
     proxy: ProxyConfig = ProxyConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -207,6 +229,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
     _check_models(config, origin)
+    _check_rules(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -227,6 +250,18 @@ def _check_models(config: Config, origin: str) -> None:
         if role != "*" and role not in config.roles and "*" not in config.roles:
             near = _near(role, config.roles)
             raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
+
+
+def _check_rules(config: Config, origin: str) -> None:
+    for number, rule in enumerate(config.role_rules):
+        where = f"{origin}: role_rules[{number}]"
+        if config.roles and rule.role not in config.roles and "*" not in config.roles:
+            near = _near(rule.role, config.roles)
+            raise ConfigError(f"{where} gives the role {rule.role!r}, which `roles` does not have{near}")
+        if (rule.agent, rule.node, rule.model, rule.fingerprint) == (None,) * 4 and not rule.header:
+            raise ConfigError(f"{where} has no condition; give it an agent, node, model, header or fingerprint")
+        if rule.fingerprint is not None and not _FINGERPRINT.fullmatch(rule.fingerprint):
+            raise ConfigError(f"{where}: {rule.fingerprint!r} is no fingerprint; copy one from `tracegrad show --json`")
 
 
 def _with_near_misses(message: str) -> str:

@@ -15,6 +15,7 @@ from tracegrad.adapters.proxy.attribution import Route, split_path
 from tracegrad.adapters.proxy.chat import ModelEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
 from tracegrad.adapters.proxy.endpoints import SHAPES
+from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
@@ -89,6 +90,7 @@ class ProxyApp:
         self.metrics.watch(self.hold.gates, self.committer)
         self.langsmith = langsmith.LangSmith(self.store, self.config.project)
         self.control = Control(self.config, self.store, purposes)
+        self.dissents = Dissents(self.store)
         self.answer = ModelEndpoint(
             self.config,
             upstream=self.upstream,
@@ -96,6 +98,7 @@ class ProxyApp:
             committer=self.committer,
             purposes=purposes,
             metrics=self.metrics,
+            dissents=self.dissents,
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
         self._joining = asyncio.create_task(self._join_late_facts(), name="tracegrad-late-facts")
@@ -106,6 +109,7 @@ class ProxyApp:
         await asyncio.wait([self._closing_idle, self._joining])
         await self.langsmith.close()
         await asyncio.to_thread(self.committer.close)
+        await self.dissents.stop()
         await self.hold.stop()
         await self.upstream.close()
 

@@ -5,7 +5,7 @@ what is inferred. A source that says something else than the winner is a dissent
 `x-tracegrad-run`, `x-tracegrad-role`, `x-tracegrad-span` (percent-encoded compact JSON of a span without its run) and
 `x-tracegrad-source` ("hook" where our hook added them). They never go to the engine. The URL prefix is `/run/{run}`,
 `/role/{role}` or both, in this order, before the OpenAI path. Refuses (400) a header that cannot be read: a wrong
-attribution is worse than none. Called by `app` for paths and by `chat` for calls.
+attribution is worse than none. Called by `app` for paths and by `roles` for calls.
 """
 
 from collections.abc import Iterable, Mapping
@@ -66,11 +66,6 @@ def split_path(raw_path: bytes) -> Route:
             found[key] = _checked(unquote(segments[1]), f"the {key} in the URL")
             segments = segments[2:]
     return Route("/" + unquote("/".join(segments)), found.get("run"), found.get("role"))
-
-
-def attribute(headers: Mapping[bytes, bytes], route: Route, key: ApiKey | None = None) -> Attribution:
-    """Return who called, by headers, path and key alone. Raises InvalidRequest."""
-    return settle(read_claims(headers, route, key), read_span(headers))
 
 
 def read_claims(headers: Mapping[bytes, bytes], route: Route, key: ApiKey | None = None) -> list[Claim]:

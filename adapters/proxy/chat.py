@@ -15,10 +15,11 @@ from concurrent.futures import Future
 
 import msgspec
 
-from tracegrad.adapters.proxy.attribution import attribute, without_ours
+from tracegrad.adapters.proxy.attribution import dissent, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
 from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_event
+from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
@@ -26,6 +27,7 @@ from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
+from tracegrad.adapters.proxy.roles import Roles
 from tracegrad.adapters.proxy.routing import engine_of
 from tracegrad.adapters.proxy.sampling import constrains_tools, override_of, plan_sampling
 from tracegrad.adapters.proxy.sse import DONE, Event, SSEParser, encode
@@ -54,6 +56,7 @@ class ModelEndpoint:
         committer: GroupCommitter,
         purposes: Purposes,
         metrics: ProxyMetrics,
+        dissents: Dissents,
     ) -> None:
         self.config = config
         self.upstream = upstream
@@ -62,6 +65,8 @@ class ModelEndpoint:
         self.purposes = purposes
         self.metrics = metrics
         self._strict_tools = {name for name, model in config.models.items() if constrains_tools(model.engine.args)}
+        self.roles = Roles(config)
+        self.dissents = dissents
 
     async def __call__(self, shape: Shape, request: Request, reply: Reply) -> None:
         """Answer one request. Raises ProxyError where nothing has been dispatched."""
@@ -72,7 +77,9 @@ class ModelEndpoint:
         await _Exchange(self, ask, draft, request, reply).run()
 
     async def _draft(self, ask: Ask, request: Request, received_at: float) -> Draft:
-        attribution = attribute(request.headers, request.route, request.key)
+        project = self.config.project if request.key is None else request.key.project
+        placed = self.roles.place(request, ask.body, project)
+        attribution, call_id = placed.attribution, new_id("call")
         model = self._model_of(ask, attribution.role)
         override = None if ask.shape is EMBEDDINGS else override_of(self.config.proxy.sampling, attribution.role)
         try:
@@ -80,9 +87,10 @@ class ModelEndpoint:
         except TraceStoreError as error:
             raise from_store(error) from error
         return Draft(
-            call_id=new_id("call"),
+            call_id=call_id,
             attribution=attribution,
-            project=self.config.project if request.key is None else request.key.project,
+            project=project,
+            dissent=tuple(dissent(placed.claims, attribution, call_id)),
             model=model,
             requested_model=ask.model or model,
             body=ask.body,
@@ -304,7 +312,9 @@ class _Exchange:
         self._endpoint.hold.leave(ticket)
         self._submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
-        return self._endpoint.committer.submit(call)
+        commit = self._endpoint.committer.submit(call)
+        self._endpoint.dissents.follow(commit, self._draft.dissent, self._draft.project)
+        return commit
 
     async def _pass_error_on(self, answer: EngineAnswer, body: bytes) -> None:
         told = openai_error(answer.status, body, self._shape)

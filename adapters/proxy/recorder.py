@@ -15,7 +15,7 @@ import msgspec
 
 from tracegrad.adapters.proxy.capture import SEVERAL_PROMPTS
 from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
-from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Endpoint, Json
+from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Endpoint, Json, LateAttribution
 
 REASONING_HIDDEN = "reasoning hidden"
 MISSING_LOGPROB = -9999.0
@@ -221,6 +221,8 @@ class Draft:
     request_hash: str | None = None
     project: str = "default"
     flaw: str | None = None
+    dissent: tuple[LateAttribution, ...] = ()
+    """What other sources say of it than `attribution`."""
 
 
 @dataclass(slots=True)

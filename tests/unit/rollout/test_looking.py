@@ -86,6 +86,7 @@ def test_a_run_is_shown_by_its_own_or_a_calls_id(url: str) -> None:
     trace = json.loads(invoke("show", "run_a", "--store", url, "--json").stdout)
     assert trace["calls"][0]["choices"][0]["token_ids"] == [4, 5]
     assert trace["rewards"][0]["value"] == 0.25
+    assert trace["fingerprints"] == {"call_1": None, "call_2": None}  # neither a system prompt nor tools
 
 
 def test_what_is_not_there_is_said_plainly(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,16 @@ class AccessConfig(_Section, frozen=True, kw_only=True):
     """Whether requests need an API key; auto: unless the proxy listens on loopback. YAML reads a bare `on` as true."""
 
 
+class LimitsConfig(_Section, frozen=True, kw_only=True):
+    """How much one request may be."""
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    """As sent, and unpacked where it is compressed."""
+    max_header_bytes: int = 64 * 1024
+    max_messages: int = 10_000
+    max_tools: int = 1_000
+
+
 class ProxyConfig(_Section, frozen=True, kw_only=True):
     """The OpenAI-compatible front. On loopback it needs no API keys, elsewhere it does."""
 
@@ -86,10 +96,10 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     heartbeat_expires_s: float = 10.0
     upstream_timeout_s: float = 600.0
     access: AccessConfig = AccessConfig()
-    max_body_bytes: int = 32 * 1024 * 1024
     allow: tuple[Allowed, ...] = ()
     """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),
     `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
+    limits: LimitsConfig = LimitsConfig()
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):

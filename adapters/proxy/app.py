@@ -20,6 +20,7 @@ from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, Unknow
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
+from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.upstream import Upstream
 from tracegrad.adapters.proxy.watch import WatchedCommitter
@@ -143,7 +144,9 @@ class ProxyApp:
         try:
             route = split_path(scope.get("raw_path") or scope["path"].encode())
             path = counted_as(route.path)
-            request = Request(scope, receive, route, max_body_bytes=self.config.proxy.max_body_bytes)
+            limits = self.config.proxy.limits
+            check_header_bytes(scope["headers"], limits)
+            request = Request(scope, receive, route, limits=limits)
             request.key = await self.access.admit(request.method, route.path, request.headers)
             await self._route(request, route, reply)
         except ClientGone:

@@ -118,7 +118,7 @@ def read_span(headers: Mapping[bytes, bytes]) -> SpanHeader | None:
         return None
     try:
         return msgspec.json.decode(unquote_to_bytes(header), type=SpanHeader)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(
             f"the header x-tracegrad-span cannot be read: {error}; send percent-encoded JSON",
             code="invalid_attribution",
@@ -126,11 +126,11 @@ def read_span(headers: Mapping[bytes, bytes]) -> SpanHeader | None:
 
 
 def without_ours(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return `headers` less what must not reach the engine: our own, and keys of ours."""
+    """Return `headers` less what must not reach the engine: our own, keys of ours, and the encoding we have undone."""
     return [
         (name, value)
         for name, value in headers
-        if not name.startswith(PREFIX) and not (name in KEY_HEADERS and is_key(value))
+        if not name.startswith(PREFIX) and name != b"content-encoding" and not (name in KEY_HEADERS and is_key(value))
     ]
 
 

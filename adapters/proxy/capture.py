@@ -97,7 +97,7 @@ def read_ask(body: bytes, shape: Shape = CHAT, *, allow: Collection[Allowed] = (
     try:
         raw = _decode_object(body)
         values = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body must be a JSON object: {error}", code="invalid_json") from error
     check_body(values, allow)
     return Ask(raw, values, shape, hashlib.blake2b(body, digest_size=16).hexdigest())

@@ -25,6 +25,7 @@ from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
 from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
+from tracegrad.adapters.proxy.limits import check_counts
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
 from tracegrad.adapters.proxy.roles import Roles
@@ -73,6 +74,7 @@ class ModelEndpoint:
         received_at = time.time()
         check_headers(request.headers, self.config.proxy.allow)
         ask = read_ask(await request.body(), shape, allow=self.config.proxy.allow)
+        check_counts(ask.body, self.config.proxy.limits)
         draft = await self._draft(ask, request, received_at)
         await _Exchange(self, ask, draft, request, reply).run()
 

@@ -13,7 +13,7 @@ ProxyError
 ├── UnknownRecord      404  the store has no such run, group or call
 ├── MethodNotAllowed   405  the path exists, the method does not
 ├── StateConflict      409  the record exists and says something else
-├── BodyTooLarge       413  the body is larger than proxy.max_body_bytes
+├── BodyTooLarge       413  the body is larger than proxy.limits.max_body_bytes
 ├── EngineUnreachable  502  the engine refuses connections, or broke one
 ├── EngineTimeout      504  the engine sent nothing for proxy.upstream_timeout_s
 ├── StoreDown          503  the store cannot be reached

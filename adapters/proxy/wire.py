@@ -1,6 +1,7 @@
 """One HTTP exchange as ASGI gives it: the request, the reply, and the client hanging up.
 
-Refuses bodies above the limit. Pure ASGI: no framework. Called by `app`, `chat` and `control`.
+Refuses bodies above the limit and such as cannot be unpacked. Pure ASGI: no framework. Called by `app`, `chat` and
+`control`.
 """
 
 import asyncio
@@ -11,6 +12,8 @@ from typing import Any
 
 from tracegrad.adapters.proxy.attribution import Route
 from tracegrad.adapters.proxy.errors import BodyTooLarge, ProxyError
+from tracegrad.adapters.proxy.limits import unpacked
+from tracegrad.tracestore.config import LimitsConfig
 from tracegrad.tracestore.records import ApiKey
 
 Scope = MutableMapping[str, Any]
@@ -30,31 +33,33 @@ class ClientGone(Exception):
 class Request:
     """The request with its attribution taken off the path. `headers` have lower-case names; `app` sets `key`."""
 
-    def __init__(self, scope: Scope, receive: Receive, route: Route, *, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, route: Route, *, limits: LimitsConfig) -> None:
         self.method: str = scope["method"]
         self.route = route
         self.key: ApiKey | None = None
         self.raw_headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         self.headers = dict(self.raw_headers)
         self.receive = receive
-        self._max_body_bytes = max_body_bytes
+        self._limit = limits.max_body_bytes
 
     async def body(self) -> bytes:
-        """Return the whole body. Raises BodyTooLarge, ClientGone."""
+        """Return the whole body, unpacked. Raises BodyTooLarge, ClientGone, InvalidRequest (it cannot be unpacked)."""
         declared = self.headers.get(b"content-length", b"0")
         size = int(declared) if declared.isdigit() else 0
         parts: list[bytes] = []
         more = True
-        while more and size <= self._max_body_bytes:
+        while more and size <= self._limit:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))
             size = max(size, sum(map(len, parts)))
             more = message.get("more_body", False)
-        if size > self._max_body_bytes:
-            raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes (proxy.max_body_bytes)")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        if size > self._limit:
+            raise BodyTooLarge(f"the body has more than {self._limit} bytes (proxy.limits.max_body_bytes)")
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        encoding = self.headers.get(b"content-encoding")
+        return body if encoding is None else await asyncio.to_thread(unpacked, body, encoding, self._limit)
 
 
 class Reply:

@@ -207,7 +207,7 @@ def test_a_silent_engine_is_a_504(start_proxy: Callable[..., SimpleNamespace], e
 
 
 def test_a_body_over_the_limit_is_a_413(start_proxy: Callable[..., SimpleNamespace]) -> None:
-    proxy = start_proxy(proxy={"max_body_bytes": 1000})
+    proxy = start_proxy(proxy={"limits": {"max_body_bytes": 1000}})
     assert proxy.client.post("/v1/chat/completions", content=b" " * 1001).status_code == 413
 
     def chunks() -> Any:

@@ -190,6 +190,15 @@ class RoleRule(_Section, frozen=True, kw_only=True):
     """Of the system prompt and the tools, as `tracegrad show --json` prints it."""
 
 
+class Redaction(_Section, frozen=True, kw_only=True):
+    """Text that is not to be stored. What it is found in is masked, and a call loses its tokens: it is not trained."""
+
+    pattern: str
+    """A regular expression of Python's `re`. It runs on every text, so keep it free of nested repetitions."""
+    replacement: str = msgspec.field(default="[redacted]", name="with")
+    """What stands in its place, literally. Written `with` in the file."""
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -202,6 +211,8 @@ class Config(_Section, frozen=True, kw_only=True):
     """In order: the first that holds gives the role."""
     infer_roles: bool = False
     """Whether a call that nobody gives a role gets the only one its fingerprint was seen with; it is trained then."""
+    redact: tuple[Redaction, ...] = ()
+    """In order, in everything that people or models said."""
     proxy: ProxyConfig = ProxyConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -240,6 +251,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
         raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
     _check_models(config, origin)
     _check_rules(config, origin)
+    _check_redactions(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -274,6 +286,17 @@ def _check_rules(config: Config, origin: str) -> None:
             raise ConfigError(f"{where}: {rule.fingerprint!r} is no fingerprint; copy one from `tracegrad show --json`")
 
 
+def _check_redactions(config: Config, origin: str) -> None:
+    for number, redaction in enumerate(config.redact):
+        where = f"{origin}: redact[{number}]"
+        try:
+            empty = re.compile(redaction.pattern).search("") is not None
+        except re.error as error:
+            raise ConfigError(f"{where}: {redaction.pattern!r} is no regular expression: {error}") from error
+        if empty:
+            raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
+
+
 def _with_near_misses(message: str) -> str:
     """msgspec names the unknown field; add the known ones that look like it."""
     if "unknown field `" not in message:
@@ -283,7 +306,7 @@ def _with_near_misses(message: str) -> str:
 
 
 def _all_keys() -> set[str]:
-    return {f.name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
+    return {f.encode_name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
 
 
 def _near(word: str, known: Any) -> str:

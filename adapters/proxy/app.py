@@ -22,6 +22,7 @@ from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
 from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.purposes import Purposes
+from tracegrad.adapters.proxy.redaction import RedactingStore, Redactor
 from tracegrad.adapters.proxy.upstream import Upstream
 from tracegrad.adapters.proxy.watch import WatchedCommitter
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, ClientGone, Receive, Reply, Request, Scope, Send
@@ -42,7 +43,7 @@ class ProxyApp:
 
     def __init__(self, config: Config, store: Store, *, url: str = "", sockets: WorkerSockets | None = None) -> None:
         self.config = config
-        self.store = store
+        self.store = RedactingStore(store, Redactor(config.redact)) if config.redact else store
         self.proxy_id = new_id("proxy")
         self.url = url
         worker = "0" if sockets is None else str(sockets.own)
@@ -50,7 +51,7 @@ class ProxyApp:
         self._sockets = sockets
         self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
         self.hold = Hold(
-            store,
+            self.store,
             config.models,
             proxy_id=self.proxy_id,
             url=url,

@@ -18,9 +18,9 @@ from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
 from tracegrad.adapters.proxy.hold import Hold
+from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
-from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.redaction import RedactingStore, Redactor
 from tracegrad.adapters.proxy.upstream import Upstream

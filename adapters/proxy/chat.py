@@ -23,9 +23,9 @@ from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
+from tracegrad.adapters.proxy.limits import check_counts
 from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
-from tracegrad.adapters.proxy.limits import check_counts
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
 from tracegrad.adapters.proxy.roles import Roles

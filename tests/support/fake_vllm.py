@@ -378,7 +378,7 @@ class ServerThread:
 
     def __init__(self, app: Any, *, timeout_graceful_s: int = 2) -> None:
         self.app = app
-        self._socket = socket.socket()
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY where it knows the protocol
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(512)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -417,7 +417,7 @@ def main() -> None:
     parser.add_argument("--name", default="fake")
     parser.add_argument("--token-delay-s", type=float, default=0.0)
     asked = parser.parse_args()
-    listener = socket.socket()
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", asked.port))
     listener.listen(512)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tracegrad.adapters.scope import ENV_API_KEY
 from tracegrad.tracestore.config import Config, load_config
@@ -107,7 +104,8 @@ def list_(*, path: Path | None, url: str | None, as_json: bool) -> None:
     if not found:
         click.echo("no keys; make one with `tracegrad keys create --scope call`")
         return
-    Console().print(_keys_table(found))
+    for key in found:
+        click.echo(_line(key))
 
 
 @keys.command()
@@ -123,14 +121,14 @@ def revoke(*, path: Path | None, url: str | None, as_json: bool, key_id: str) ->
     click.echo(json.dumps(asdict(key)) if as_json else f"{key.key_id} is revoked since {_time(key.revoked_at)}")
 
 
-def _keys_table(found: list[ApiKey]) -> Table:
-    table = Table()
-    for heading in ("key", "name", "scopes", "project", "run", "role", "made", "revoked"):
-        table.add_column(heading, no_wrap=heading == "key")
-    for key in found:
-        cells = (key.key_id, key.name, ", ".join(key.scopes), key.project, key.run_id or "", key.role or "")
-        table.add_row(*map(escape, cells), _time(key.created_at), _time(key.revoked_at))
-    return table
+def _line(key: ApiKey) -> str:
+    """A key on a line, however wide the terminal."""
+    words = [f"{key.key_id}  {_bounds(key)}", f"made {_time(key.created_at)}"]
+    if key.name:
+        words.insert(1, repr(key.name))
+    if key.revoked_at is not None:
+        words.append(f"revoked {_time(key.revoked_at)}")
+    return "; ".join(words)
 
 
 def _bounds(key: ApiKey) -> str:

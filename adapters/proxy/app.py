@@ -14,8 +14,8 @@ from tracegrad.adapters.proxy.access import Access, keys_wanted
 from tracegrad.adapters.proxy.attribution import Route, split_path
 from tracegrad.adapters.proxy.chat import ModelEndpoint
 from tracegrad.adapters.proxy.control import PREFIX, Control
-from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.dissents import Dissents
+from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.limits import check_header_bytes

@@ -68,6 +68,11 @@ def split_path(raw_path: bytes) -> Route:
     return Route("/" + unquote("/".join(segments)), found.get("run"), found.get("role"))
 
 
+def attribute(headers: Mapping[bytes, bytes], route: Route, key: ApiKey | None = None) -> Attribution:
+    """Return who called by headers, path and key alone. Raises InvalidRequest."""
+    return settle(read_claims(headers, route, key), read_span(headers))
+
+
 def read_claims(headers: Mapping[bytes, bytes], route: Route, key: ApiKey | None = None) -> list[Claim]:
     """Return what headers, path and key say, by rank. `headers` have lower-case names.
 

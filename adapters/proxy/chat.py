@@ -17,9 +17,9 @@ import msgspec
 
 from tracegrad.adapters.proxy.attribution import dissent, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
 from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_event
-from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket

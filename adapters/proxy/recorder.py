@@ -15,7 +15,16 @@ import msgspec
 
 from tracegrad.adapters.proxy.capture import SEVERAL_PROMPTS
 from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
-from tracegrad.tracestore.records import Attribution, Call, CallStatus, CallTiming, Choice, Endpoint, Json, LateAttribution
+from tracegrad.tracestore.records import (
+    Attribution,
+    Call,
+    CallStatus,
+    CallTiming,
+    Choice,
+    Endpoint,
+    Json,
+    LateAttribution,
+)
 
 REASONING_HIDDEN = "reasoning hidden"
 MISSING_LOGPROB = -9999.0

@@ -6,11 +6,11 @@ from urllib.parse import quote
 
 import pytest
 
-from tracegrad.adapters.proxy.attribution import Route, read_claims, read_span, settle, split_path
+from tracegrad.adapters.proxy.attribution import attribute, split_path
 from tracegrad.adapters.proxy.errors import InvalidRequest
 from tracegrad.adapters.proxy.routing import engine_of
 from tracegrad.tracestore.config import parse_config
-from tracegrad.tracestore.records import Attribution, Span
+from tracegrad.tracestore.records import Span
 from tracegrad.tracestore.store import Store
 
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -37,10 +37,6 @@ def test_split_path(path: bytes, expected: tuple[str, str | None, str | None]) -
 def test_ids_that_cannot_be_ids_are_refused(path: bytes) -> None:
     with pytest.raises(InvalidRequest):
         split_path(path)
-
-
-def attribute(headers: dict[bytes, bytes], route: Route) -> Attribution:
-    return settle(read_claims(headers, route), read_span(headers))
 
 
 def test_headers_win_over_the_path_each_for_itself() -> None:

@@ -35,7 +35,11 @@ def test_masked_in_the_store_untouched_for_the_client_and_never_trained(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, tmp_path: Path, stream: bool
 ) -> None:
     proxy = start_proxy(redact=[EMAIL])
-    body = {"messages": [{"role": "user", "content": f"mail {SECRET} now"}], "stop": [SECRET], "stream": stream}
+    body = {
+        "messages": [{"role": "user", "content": f"mail {SECRET} now"}],
+        "stop": [f"not {SECRET}"],
+        "stream": stream,
+    }
     plain = proxy.client.post("/run/clean" + CHAT, json={"messages": [{"role": "user", "content": "hello"}]})
     answer = proxy.client.post("/run/r" + CHAT, json=body)
     if stream:
@@ -50,7 +54,7 @@ def test_masked_in_the_store_untouched_for_the_client_and_never_trained(
     assert [(choice.token_ids, choice.logprobs, choice.finish_reason) for choice in call.choices] == [
         ((), None, "stop")
     ]
-    assert call.request["messages"][0]["content"] == "mail [email] now" and call.requested["stop"] == ["[email]"]
+    assert call.request["messages"][0]["content"] == "mail [email] now" and call.requested["stop"] == ["not [email]"]
     assert call.choices[0].message["content"] == "0: mail [email] now"
     assert SECRET.encode() not in on_disk(tmp_path) and b"bob" not in on_disk(tmp_path)
     (clean,) = store.trace("clean").calls

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracegrad.adapters.fingerprint import fingerprint_of
@@ -137,6 +137,7 @@ _KEYS = st.sampled_from(["messages", "tools", "role", "content", "function", "na
 _JSON = st.recursive(st.none() | st.booleans() | st.text(max_size=3), lambda v: st.lists(v) | st.dictionaries(_KEYS, v))
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(_KEYS, _JSON))
 def test_no_request_breaks_the_fingerprint(body: dict[str, Any]) -> None:
     found = fingerprint_of(body)

@@ -95,6 +95,8 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     poll_s: float = 0.05
     heartbeat_expires_s: float = 10.0
     upstream_timeout_s: float = 600.0
+    hold_timeout_s: float = 600.0
+    """How long a request waits for a publish or for an engine that is down, at most; less where its client says so."""
     access: AccessConfig = AccessConfig()
     allow: tuple[Allowed, ...] = ()
     """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),

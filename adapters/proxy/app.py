@@ -85,8 +85,15 @@ class ProxyApp:
         self.access = Access(self.store, wanted=keys_wanted(proxy))
         purposes = Purposes(self.store)
         await self.hold.start()
-        engines = {name: model.engine.url for name, model in self.config.models.items()}
-        self.upstream = Upstream(engines, timeout_s=proxy.upstream_timeout_s)
+        gates = self.hold.gates
+        self.upstream = Upstream(
+            {name: (model.engine.url,) for name, model in self.config.models.items()},
+            timeout_s=proxy.upstream_timeout_s,
+            wanted=lambda model: gates[model].live_version,
+            changed=self.hold.advance,
+        )
+        for name, pool in self.upstream.pools.items():
+            gates[name].ready = pool.is_up
         self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
         self.metrics.watch(self.hold.gates, self.committer)
@@ -185,26 +192,22 @@ class ProxyApp:
 
     async def _health(self, reply: Reply) -> None:
         """200 where the store answers and every engine is healthy, 503 otherwise; the body says what is wrong."""
+        await asyncio.gather(*(pool.examine() for pool in self.upstream.pools.values()))
         models = {}
         for name, gate in self.hold.gates.items():
+            pool = self.upstream.pools[name]
             models[name] = {
-                "engine": await self._engine_health(name),
+                "engine": pool.complaint or "ok",
+                "engines": [engine.report() for engine in pool.engines],
                 "live_version": gate.live_version,
                 "holding": gate.holding,
+                "waiting": len(gate.line),
                 "in_flight": gate.in_flight,
             }
         store = "ok" if self.hold.fresh else "unreachable"
         well = store == "ok" and all(model["engine"] == "ok" for model in models.values())
         report = {"status": "ok" if well else "unwell", "proxy_id": self.proxy_id, "store": store, "models": models}
         await reply.whole(200 if well else 503, JSON_HEADERS, msgspec.json.encode(report))
-
-    async def _engine_health(self, model: str) -> str:
-        try:
-            answer = await self.upstream.get(model, "health")
-            await answer.read()
-        except ProxyError as error:
-            return f"unreachable: {error}"
-        return "ok" if answer.status == 200 else f"HTTP {answer.status}"
 
 
 def counted_as(path: str) -> str:

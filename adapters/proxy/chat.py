@@ -17,10 +17,11 @@ import msgspec
 
 from tracegrad.adapters.proxy.attribution import dissent, without_ours
 from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
 from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_event
-from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, NotRecorded, ProxyError, from_store
+from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, Held, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import check_headers, salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
 from tracegrad.adapters.proxy.limits import check_counts
@@ -32,7 +33,7 @@ from tracegrad.adapters.proxy.roles import Roles
 from tracegrad.adapters.proxy.routing import engine_of
 from tracegrad.adapters.proxy.sampling import constrains_tools, override_of, plan_sampling
 from tracegrad.adapters.proxy.sse import DONE, Event, SSEParser, encode
-from tracegrad.adapters.proxy.upstream import EngineAnswer, Upstream
+from tracegrad.adapters.proxy.upstream import EngineAnswer, NotSent, Upstream
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
@@ -42,7 +43,7 @@ from tracegrad.tracestore.records import CallStatus
 
 log = logging.getLogger("tracegrad.proxy")
 HEARTBEAT_S = 15.0
-"""A held stream gets an empty chunk this often: LangChain gives up on a stream after 120 s without one."""
+"""A held stream gets an empty chunk at least this often: LangChain gives up on a stream after 120 s without one."""
 
 
 class ModelEndpoint:
@@ -143,6 +144,8 @@ class _Exchange:
             effective=sampling.effective,
             salt=salt_of(draft.project, ask.body.get("cache_salt")),
         )
+        self._arrived = time.monotonic()
+        self._number = endpoint.hold.number()
         self._held: list[bytes] = []
         self._holding = self._done = self._submitted = False
 
@@ -150,27 +153,65 @@ class _Exchange:
         """Carry the exchange to its end. A ProxyError is answered here, with the call's id."""
         async with Hangup(self._request.receive) as hangup:
             try:
-                ticket = await self._admit(hangup)
+                while not await self._try(hangup):
+                    pass
             except ClientGone:
                 return  # never dispatched: nothing was sampled, nothing is recorded
-            self._progress.version_dispatched = ticket.version
-            try:
-                await self._converse(hangup, ticket)
             except ProxyError as error:
                 await self._reply.error(error, self._own_headers)
-            finally:
-                self._endpoint.hold.leave(ticket)
+
+    async def _try(self, hangup: Hangup) -> bool:
+        """Wait for admission and converse; False where no engine could be given the request after all."""
+        ticket = await self._admit(hangup)
+        self._progress.version_dispatched = ticket.version
+        try:
+            await self._converse(hangup, ticket)
+        except NotSent:
+            return False
+        finally:
+            self._endpoint.hold.leave(ticket)
+        return True
 
     async def _admit(self, hangup: Hangup) -> Ticket:
-        """Wait while a publish holds the model; a waiting stream is kept alive with empty chunks."""
+        """Pass, or wait in line while the model takes no calls; a waiting stream is kept alive with empty chunks.
+
+        Raises Held before the client's own deadline.
+        """
+        hold, model = self._endpoint.hold, self._draft.model
+        if (ticket := hold.pass_through(model)) is not None:
+            return ticket
+        entering = asyncio.create_task(hold.enter(model, self._number))
+        try:
+            await self._wait(entering, hangup)
+        except BaseException:
+            if not entering.cancel() and entering.exception() is None:
+                hold.leave(entering.result())
+            raise
+        return entering.result()
+
+    async def _wait(self, entering: "asyncio.Task[Ticket]", hangup: Hangup) -> None:
+        headers, stream = self._request.headers, self._draft.stream
+        limit_s = self._endpoint.config.proxy.hold_timeout_s
+        deadline = self._arrived + patience_s(headers, stream=stream, hold_timeout_s=limit_s)
+        pause_s = beat_s(headers, HEARTBEAT_S)
         while True:
-            try:
-                with hangup.cancels():
-                    async with asyncio.timeout(HEARTBEAT_S if self._draft.stream else None):
-                        return await self._endpoint.hold.enter(self._draft.model)
-            except TimeoutError:
-                await self._start_stream(STREAM_HEADERS)
-                await self._reply.send(encode(self._empty_chunk()))
+            left_s = max(deadline - time.monotonic(), 0.0)
+            with hangup.cancels():
+                done, _ = await asyncio.wait({entering}, timeout=min(left_s, pause_s) if stream else left_s)
+            if done:
+                return
+            if time.monotonic() >= deadline:
+                raise self._held_too_long()
+            await self._start_stream(STREAM_HEADERS)
+            await self._reply.send(encode(self._empty_chunk()))
+
+    def _held_too_long(self) -> Held:
+        model, waited_s = self._draft.model, time.monotonic() - self._arrived
+        complaint = self._endpoint.upstream.pools[model].complaint
+        why = complaint or "new weights are being published"
+        return Held(
+            f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=retry_after_s(waited_s)
+        )
 
     async def _converse(self, hangup: Hangup, ticket: Ticket) -> None:
         """Dispatch, gather, record, release; whatever goes wrong on the way is recorded as it is."""
@@ -179,7 +220,10 @@ class _Exchange:
         try:
             with hangup.cancels():
                 headers = without_ours(self._request.raw_headers)
-                answer = await self._endpoint.upstream.post(self._draft.model, self._shape.path, self._body, headers)
+                run_id = self._draft.attribution.run_id
+                answer = await self._endpoint.upstream.post(
+                    self._draft.model, self._shape.path, self._body, headers, run_id=run_id
+                )
                 if answer.status != 200:
                     body = await answer.read()
                 elif answer.is_stream:
@@ -188,7 +232,6 @@ class _Exchange:
                 else:
                     body = await answer.read()
             await self._conclude(answer, body, ticket)
-            answer.release()
         except ClientGone:
             _abort(answer)
             await self._record_aborted(ticket)
@@ -201,6 +244,9 @@ class _Exchange:
             if not self._submitted:
                 self._submit(ticket, ticket.gate.live_version, "aborted", "the proxy was shut down")
             raise
+        finally:
+            if answer is not None:
+                answer.release()
 
     async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
         """The engine has said everything: commit, then let the client have the end."""

@@ -14,7 +14,8 @@ ProxyError
 ├── MethodNotAllowed   405  the path exists, the method does not
 ├── StateConflict      409  the record exists and says something else
 ├── BodyTooLarge       413  the body is larger than proxy.limits.max_body_bytes
-├── EngineUnreachable  502  the engine refuses connections, or broke one
+├── EngineUnreachable  503  the engine broke the connection before it had answered; the client may come back
+├── Held               503  held until the client's own deadline came near; it shall come back
 ├── EngineTimeout      504  the engine sent nothing for proxy.upstream_timeout_s
 ├── StoreDown          503  the store cannot be reached
 └── NotRecorded        503  the answer was sampled and could not be committed, so it is withheld (law 3)
@@ -33,12 +34,17 @@ class ProxyError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "internal_error"
     default_code: ClassVar[str] = "internal_error"
+    default_retry_after_s: ClassVar[int | None] = None
+    """Seconds after which the client shall try again, None where that is its own affair."""
 
-    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
         self.param = param
+        self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
 
     def body(self) -> bytes:
         """Return the JSON object that OpenAI's SDK turns into an exception."""
@@ -106,9 +112,16 @@ class BodyTooLarge(ProxyError):
 
 
 class EngineUnreachable(ProxyError):
-    """The engine cannot be reached, or broke the connection."""
+    """The engine broke the connection, or is somebody else's and cannot be reached."""
 
-    status, type, default_code = 502, "api_connection_error", "engine_unreachable"
+    status, type, default_code = 503, "api_connection_error", "engine_unreachable"
+    default_retry_after_s = 1
+
+
+class Held(ProxyError):
+    """The model did not take calls while the client could wait."""
+
+    status, type, default_code = 503, "server_error", "held"
 
 
 class EngineTimeout(ProxyError):

@@ -1,10 +1,11 @@
 """The proxy's side of the publish state machine (law 8): hold, drain, acknowledge, release.
 
 A proxy is a row with a heartbeat, registered before the publish state is first read. While a publish of a model is
-draining or swapping, new calls of that model wait here; when none is left with the engine, the publish is
-acknowledged. If our last successful contact with the store is older than half of the heartbeat's life, the publisher
-may soon count us as dead: nothing is dispatched, and no version is believed, before we have registered again and read
-the state again. Refuses (503) to dispatch while the store cannot be read. Called by `chat`; runs inside `app`.
+draining or swapping, or none of its engines is up, new calls of that model wait here, in line; when none is left with
+the engines, the publish is acknowledged. If our last successful contact with the store is older than half of the
+heartbeat's life, the publisher may soon count us as dead: nothing is dispatched, and no version is believed, before we
+have registered again and read the state again. Refuses (503) to dispatch while the store cannot be read.
+Called by `chat`; runs inside `app`.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from tracegrad.adapters.proxy.errors import StoreDown
+from tracegrad.adapters.proxy.line import Line
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.records import ModelState, PublishState
 from tracegrad.tracestore.store import Store
@@ -38,12 +40,19 @@ class Gate:
     acknowledged: int | None = None
     surprises: int = 0
     """How often a swap began while calls were with the engine: those calls span two versions."""
-    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    ready: Callable[[], bool] = lambda: True
+    """Whether an engine of the model is up."""
+    line: "Line[Ticket]" = field(default_factory=Line)
 
     @property
     def holding(self) -> bool:
-        """Whether new calls must wait."""
+        """Whether a publish makes new calls wait."""
         return self.state in _HOLDING
+
+    @property
+    def open(self) -> bool:
+        """Whether a call may be dispatched now."""
+        return not self.holding and self.ready()
 
     @property
     def owes_acknowledgement(self) -> bool:
@@ -80,6 +89,7 @@ class Hold:
         self._expires_s = expires_s
         self._contact = self._beat = float("-inf")
         self._registered = False
+        self.arrivals = 0
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracegrad-hold")
@@ -106,19 +116,46 @@ class Hold:
         """Whether what we know of the store is recent enough to act on."""
         return time.monotonic() - min(self._contact, self._beat) < self._expires_s / 2
 
-    async def enter(self, model: str) -> Ticket:
-        """Wait until `model` takes calls, and count one in.
+    def number(self) -> int:
+        """Return the next arrival's number: its place in every line."""
+        self.arrivals += 1
+        return self.arrivals
+
+    def pass_through(self, model: str) -> Ticket | None:
+        """Count a call in where it need not wait at all; None where it has to `enter`."""
+        gate = self.gates[model]
+        return self._admit(gate) if self.fresh and gate.open and not gate.line else None
+
+    async def enter(self, model: str, number: int) -> Ticket:
+        """Wait until it is this number's turn and `model` takes calls, and count one in. Cancel it to stop waiting.
 
         Raises:
             StoreDown: the publish state cannot be read, so nothing may be dispatched.
         """
+        if not self.fresh:
+            await self.refresh()
+        if (ticket := self.pass_through(model)) is not None:
+            return ticket
+        line = self.gates[model].line
+        place = line.join(number)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.leave(place.result())  # let through in the moment it gave up
+            raise
+        finally:
+            line.leave(place)
+
+    def advance(self, model: str) -> None:
+        """Let through who may pass, in order. Call it whenever a gate may have opened."""
         gate = self.gates[model]
-        while True:
-            if not self.fresh:
-                await self.refresh()
-            if not gate.holding:
-                break
-            await gate.opened.wait()
+        while gate.line and gate.open and self.fresh:
+            place = gate.line.first()
+            if place is not None:
+                place.set_result(self._admit(gate))
+
+    def _admit(self, gate: Gate) -> Ticket:
         gate.in_flight += 1
         return Ticket(gate, gate.live_version, gate.surprises)
 
@@ -184,6 +221,7 @@ class Hold:
             if gate.owes_acknowledgement and gate.publish_id is not None:
                 await self._in_thread(partial(self._store.ack_publish, gate.publish_id, self.proxy_id))
                 gate.acknowledged = gate.publish_id
+            self.advance(gate.model)
 
     def _contact_store(self, beat_due: bool) -> dict[str, ModelState]:
         """One visit, in the polling thread. Registering comes before reading: no publish can miss us."""
@@ -202,10 +240,6 @@ class Hold:
             gate.surprises += 1
             log.error("publish %s swapped %s with %d calls in flight", view.publish_id, gate.model, gate.in_flight)
         gate.live_version, gate.publish_id, gate.state = view.live_version, view.publish_id, view.state
-        if gate.holding:
-            gate.opened.clear()
-        else:
-            gate.opened.set()
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

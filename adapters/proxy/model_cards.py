@@ -1,7 +1,8 @@
 """`GET /v1/models` and `/v1/models/{id}`: the cards that the engines write themselves, adapters included.
 
-An id is a model that an engine serves: a role, or a name that merely is routed somewhere, is none. Refuses (404, with
-near misses) an id that no engine lists; an error of an engine is passed on. Called by `app`.
+An id is a model that an engine serves: a role, or a name that merely is routed somewhere, is none. A model none of
+whose engines is up has a card of ours, which says what is wrong. Refuses (404, with near misses) an id that no engine
+lists; an error of an engine is passed on. Called by `app`.
 """
 
 import difflib
@@ -11,7 +12,7 @@ import msgspec
 from tracegrad.adapters.proxy.endpoints import CHAT
 from tracegrad.adapters.proxy.engine_errors import openai_error
 from tracegrad.adapters.proxy.errors import EngineUnreachable, UnknownModel
-from tracegrad.adapters.proxy.upstream import Upstream
+from tracegrad.adapters.proxy.upstream import NotSent, Upstream
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, Reply
 from tracegrad.tracestore.config import Config
 
@@ -38,13 +39,17 @@ class ModelCards:
 
         Raises:
             UnknownModel: no engine lists that id.
-            EngineUnreachable, EngineTimeout: an engine that had to be asked does not answer.
+            EngineTimeout: an engine that had to be asked does not answer.
         """
         wanted = path.removeprefix(PREFIX) if path.startswith(PREFIX) else None
         found: list[msgspec.Raw] = []
         for model in self._to_ask(wanted):
-            answer = await self._upstream.get(model, "v1/models")
-            body = await answer.read()
+            try:
+                answer = await self._upstream.get(model, "v1/models")
+                body = await answer.read()
+            except (NotSent, EngineUnreachable):
+                found.append(_card_of_ours(model, self._upstream.pools[model].complaint))
+                continue
             if answer.status != 200:
                 await reply.whole(answer.status, JSON_HEADERS, openai_error(answer.status, body, CHAT))
                 return
@@ -66,6 +71,11 @@ def _cards(model: str, body: bytes) -> list[msgspec.Raw]:
         raise EngineUnreachable(
             f"the engine of model {model!r} sent no list of models: {error}", code="engine_bad_answer"
         ) from error
+
+
+def _card_of_ours(model: str, complaint: str) -> msgspec.Raw:
+    card = {"id": model, "object": "model", "created": 0, "owned_by": "tracegrad", "unavailable": complaint}
+    return msgspec.Raw(msgspec.json.encode(card))
 
 
 def _pick(wanted: str, cards: list[msgspec.Raw]) -> msgspec.Raw:

@@ -1,44 +1,59 @@
 """The way to the engines: one pooled HTTP client, errors in our words.
 
 Idle connections are dropped before vLLM drops them (its keep-alive is 5 s); a connection that turns out to be dead
-before any byte of an answer is retried once, because nothing can have been answered. Refuses nothing: what goes up is
-decided in `chat` and `capture`. Called by `app` (models, health) and `chat`.
+as soon as it is used is retried once, because nothing can have been answered. What cannot be sent at all raises
+`NotSent`, and the request may wait and try again; what broke after that was perhaps sampled, and fails. Refuses
+nothing: what goes up is decided in `chat` and `capture`. Called by `app` (models, health) and `chat`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import aiohttp
-from yarl import URL
 
+from tracegrad.adapters.proxy.engines import Engine, Pool, said_by
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable
 
 KEEPALIVE_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
+STALE_S = 1.0
+"""A connection that breaks within this was dead already: a request that an engine took up is lost later than this."""
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade "
     b"content-length host accept-encoding expect proxy-connection".split()
 )
 
 
+class NotSent(Exception):
+    """No engine of the model could be given the request: it is as if it had not been tried."""
+
+
 class EngineAnswer:
     """An answer whose headers are here and whose body is not. `release` or `abort` it, always."""
 
-    def __init__(self, response: aiohttp.ClientResponse, model: str) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, pool: Pool, engine: Engine) -> None:
         self._response = response
-        self._model = model
+        self._pool = pool
+        self._engine: Engine | None = engine
+        self._asked = engine
         self.status = response.status
         self.headers = end_to_end(response.raw_headers)
         self.is_stream = response.content_type == "text/event-stream"
+        engine.heard()
 
     async def read(self) -> bytes:
         """Return the whole body. Raises EngineUnreachable or EngineTimeout where it breaks off."""
         try:
-            return await self._response.read()
+            body = await self._response.read()
         except TimeoutError as error:
-            raise EngineTimeout(f"the engine of model {self._model!r} stopped sending") from error
+            raise EngineTimeout(f"the engine of model {self._pool.model!r} stopped sending") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnreachable(f"the engine of model {self._model!r} broke off its answer: {error}") from error
+            raise self._broken_off(error) from error
+        self._asked.heard()
+        return body
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives. Raises as `read`."""
@@ -46,9 +61,10 @@ class EngineAnswer:
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except TimeoutError as error:
-            raise EngineTimeout(f"the engine of model {self._model!r} stopped sending") from error
+            raise EngineTimeout(f"the engine of model {self._pool.model!r} stopped sending") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnreachable(f"the engine of model {self._model!r} broke off its answer: {error}") from error
+            raise self._broken_off(error) from error
+        self._asked.heard()
 
     async def drain(self, timeout_s: float = 1.0) -> None:
         """Read what follows the end of the stream, so that the connection can be used again."""
@@ -61,17 +77,37 @@ class EngineAnswer:
     def abort(self) -> None:
         """Close the connection: vLLM stops sampling when its client is gone."""
         self._response.close()
+        self._count_out()
 
     def release(self) -> None:
         """Give the connection back; closes it where the body was not read to its end."""
         self._response.release()
+        self._count_out()
+
+    def _count_out(self) -> None:
+        if self._engine is not None:
+            self._engine.in_flight -= 1
+            self._engine = None
+
+    def _broken_off(self, error: Exception) -> EngineUnreachable:
+        self._pool.lost(self._asked, f"broke off an answer ({said_by(error)})")
+        return EngineUnreachable(f"the engine of model {self._pool.model!r} broke off its answer: {said_by(error)}")
 
 
 class Upstream:
-    """The engines by model name. Make it inside the event loop that uses it."""
+    """The engines by model name. Make it inside the event loop that uses it.
 
-    def __init__(self, engines: Mapping[str, str], *, timeout_s: float) -> None:
-        self._urls = {model: URL(url.rstrip("/")) for model, url in engines.items()}
+    `wanted` returns the live version of a model; `changed` is told the model of an engine that came back.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Iterable[str]],
+        *,
+        timeout_s: float,
+        wanted: Callable[[str], int | None] = lambda model: None,
+        changed: Callable[[str], None] = lambda model: None,
+    ) -> None:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=timeout_s),
@@ -79,47 +115,78 @@ class Upstream:
             auto_decompress=False,
             skip_auto_headers=("User-Agent", "Accept", "Content-Type", "Accept-Encoding"),
         )
+        self.pools = {
+            model: Pool(model, urls, self._session, wanted=partial(wanted, model), changed=partial(changed, model))
+            for model, urls in engines.items()
+        }
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Stop watching engines and close every connection."""
+        for pool in self.pools.values():
+            await pool.close()
         await self._session.close()
 
-    async def post(self, model: str, path: str, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> EngineAnswer:
-        """Send a request to the engine of `model`.
+    async def post(
+        self,
+        model: str,
+        path: str,
+        body: bytes,
+        headers: Iterable[tuple[bytes, bytes]],
+        *,
+        run_id: str | None = None,
+    ) -> EngineAnswer:
+        """Send a request to an engine of `model`, to the same one for the same run.
 
         Raises:
-            EngineUnreachable: no connection, or it broke before the answer began.
+            NotSent: no engine is up, or the one chosen refused the connection or serves other weights.
+            EngineUnreachable: the connection broke before the answer began.
             EngineTimeout: the engine sent nothing in time.
         """
-        return await self._request("POST", model, path, body, headers)
+        pool = self.pools[model]
+        engine = pool.pick(run_id)
+        if engine is None or not await pool.confirm(engine):
+            raise NotSent(pool.complaint)
+        return await self._ask(pool, engine, "POST", path, data=body, headers=_to_send(headers))
 
     async def get(self, model: str, path: str) -> EngineAnswer:
-        """Fetch `path` from the engine of `model`. Raises as `post`."""
-        return await self._request("GET", model, path, None, ())
+        """Fetch `path` from an engine of `model` that is up. Raises as `post`."""
+        pool = self.pools[model]
+        engine = pool.pick(None)
+        if engine is None:
+            raise NotSent(pool.complaint)
+        return await self._ask(pool, engine, "GET", path)
 
-    async def _request(
-        self, method: str, model: str, path: str, body: bytes | None, headers: Iterable[tuple[bytes, bytes]]
-    ) -> EngineAnswer:
-        url = self._urls[model] / path
-        sent = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in end_to_end(headers)]
-        for last_try in (False, True):
+    async def _ask(self, pool: Pool, engine: Engine, method: str, path: str, **sent: Any) -> EngineAnswer:
+        """Send, counted as in flight until the answer is released."""
+        engine.in_flight += 1
+        try:
+            return EngineAnswer(await self._send(pool, engine, method, path, **sent), pool, engine)
+        except BaseException:
+            engine.in_flight -= 1
+            raise
+
+    async def _send(self, pool: Pool, engine: Engine, method: str, path: str, **sent: Any) -> aiohttp.ClientResponse:
+        where, perhaps_sent = f"the engine of model {pool.model!r} at {engine.url.origin()}", False
+        while True:
+            began = time.monotonic()
             try:
-                response = await self._session.request(method, url, data=body, headers=sent, allow_redirects=False)
-                return EngineAnswer(response, model)
-            except (aiohttp.ServerDisconnectedError, ConnectionResetError) as error:
-                if last_try:
-                    raise self._unreachable(model, error) from error
+                return await self._session.request(method, engine.url / path, allow_redirects=False, **sent)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                pool.lost(engine, f"cannot be reached ({said_by(error)}); is it running?")
+                if perhaps_sent:
+                    raise EngineUnreachable(f"{where} broke the connection and is gone: {said_by(error)}") from error
+                raise NotSent(pool.complaint) from error
             except TimeoutError as error:
-                raise EngineTimeout(
-                    f"the engine of model {model!r} at {url.origin()} did not answer in time"
-                ) from error
+                raise EngineTimeout(f"{where} did not answer in time") from error
             except (aiohttp.ClientError, OSError) as error:
-                raise self._unreachable(model, error) from error
-        raise AssertionError("unreachable: the second try returns or raises")
+                if perhaps_sent or time.monotonic() - began > STALE_S:
+                    pool.lost(engine, f"broke a connection ({said_by(error)})")
+                    raise EngineUnreachable(f"{where} broke the connection: {said_by(error)}") from error
+                perhaps_sent = True
 
-    def _unreachable(self, model: str, error: Exception) -> EngineUnreachable:
-        where = self._urls[model].origin()
-        return EngineUnreachable(f"cannot reach the engine of model {model!r} at {where}: {error}; is it running?")
+
+def _to_send(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in end_to_end(headers)]
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

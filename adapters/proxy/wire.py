@@ -90,7 +90,8 @@ class Reply:
         if self.started:
             await self.send(b"data: " + error.body() + b"\n\n", more=False)
         else:
-            await self.whole(error.status, [*JSON_HEADERS, *headers], error.body())
+            later = () if error.retry_after_s is None else ((b"retry-after", b"%d" % error.retry_after_s),)
+            await self.whole(error.status, [*JSON_HEADERS, *later, *headers], error.body())
 
 
 class Hangup:

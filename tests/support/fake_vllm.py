@@ -61,6 +61,8 @@ class FakeEngine(CompletionsWire):
         """If set, sent as the plain answer whatever was asked (benchmarks)."""
         self.gate: threading.Event | None = None
         """If set, a stream stops before its last token, and a plain answer before it is sent, until it is set."""
+        self.version: str | None = None
+        """What `/weight_info` says; None: there is no such path (no development mode)."""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = 0
@@ -81,6 +83,8 @@ class FakeEngine(CompletionsWire):
             await reply(send, 200, dumps({"object": "list", "data": [self._card()]}))
         elif where in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")):
             await self._answer(scope, receive, send)
+        elif where == ("GET", "/weight_info") and self.version is not None:
+            await reply(send, 200, dumps({"weight_version": self.version}))
         else:
             error = {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}
             await reply(send, 404, dumps({"error": error}))
@@ -376,10 +380,11 @@ class _QuickServer(uvicorn.Server):
 class ServerThread:
     """Any ASGI application under a real uvicorn, in a thread with its own loop. `url` once entered."""
 
-    def __init__(self, app: Any, *, timeout_graceful_s: int = 2) -> None:
+    def __init__(self, app: Any, *, timeout_graceful_s: int = 2, port: int = 0) -> None:
         self.app = app
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY where it knows the protocol
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
         self._socket.listen(512)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(

@@ -182,7 +182,8 @@ def test_an_engine_that_dies_mid_answer(proxy: SimpleNamespace, store: Store, en
                                                    extra_headers={"x-tracegrad-run": "r"}))  # fmt: skip
     else:
         answer = post(proxy)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_unreachable")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unreachable")
+        assert answer.headers["retry-after"] == "1", "the SDK tries again, and is then held until the engine is back"
     (call,) = calls_of(store)
     assert call.status == "failed"
     assert [len(choice.token_ids) for choice in call.choices] == ([3] if stream else [])

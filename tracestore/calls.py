@@ -5,7 +5,7 @@ again is a no-op. Runs and spans that the call names and the store does not know
 Called by the proxy (through `group_commit`) and by `Store`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,16 +79,20 @@ class Calls(Noun):
             raise Conflict(f"several calls have the completion id {call_or_completion_id!r}: name the call id")
         return rows[0].call_id, rows[0].run_id
 
-    def find_attempt(self, request_hash: str, run_id: str | None, since: float) -> str | None:
+    def find_attempt(
+        self, request_hash: str, run_id: str | None, since: float, *, exclude: Collection[str] = ()
+    ) -> str | None:
         """Return the newest call of the run (None: of no run) with this body that arrived after `since`, or None.
 
-        `since` is in Unix seconds. Who retries a request asks this to learn which call it repeats.
+        `since` is in Unix seconds, `exclude` names calls that are other people's attempts. Who retries a request asks
+        this to learn which call it repeats.
         """
         same_run = calls.c.run_id.is_(None) if run_id is None else calls.c.run_id == run_id
         with self._db.read() as connection:
             found = connection.execute(
                 select(calls.c.call_id)
                 .where(calls.c.request_hash == request_hash, same_run, calls.c.received_at > since)
+                .where(calls.c.call_id.not_in(exclude))
                 .order_by(calls.c.received_at.desc(), calls.c.seq.desc())
                 .limit(1)
             ).scalar()

@@ -102,6 +102,7 @@ class ProxyApp:
         self.dissents = Dissents(self.store)
         self.answer = ModelEndpoint(
             self.config,
+            self.store,
             upstream=self.upstream,
             hold=self.hold,
             committer=self.committer,

@@ -12,6 +12,8 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 
 import msgspec
 
@@ -29,6 +31,15 @@ from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
+from tracegrad.adapters.proxy.retries import (
+    STORE_WINDOW_S,
+    Attempt,
+    Attempts,
+    Key,
+    answer_from,
+    key_of,
+    retry_number,
+)
 from tracegrad.adapters.proxy.roles import Roles
 from tracegrad.adapters.proxy.routing import engine_of
 from tracegrad.adapters.proxy.sampling import constrains_tools, override_of, plan_sampling
@@ -40,6 +51,7 @@ from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.group_commit import GroupCommitter
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.records import CallStatus
+from tracegrad.tracestore.store import Store
 
 log = logging.getLogger("tracegrad.proxy")
 HEARTBEAT_S = 15.0
@@ -52,6 +64,7 @@ class ModelEndpoint:
     def __init__(
         self,
         config: Config,
+        store: Store,
         *,
         upstream: Upstream,
         hold: Hold,
@@ -61,6 +74,8 @@ class ModelEndpoint:
         dissents: Dissents,
     ) -> None:
         self.config = config
+        self.store = store
+        self.attempts = Attempts()
         self.upstream = upstream
         self.hold = hold
         self.committer = committer
@@ -77,7 +92,44 @@ class ModelEndpoint:
         ask = read_ask(await request.body(), shape, allow=self.config.proxy.allow)
         check_counts(ask.body, self.config.proxy.limits)
         draft = await self._draft(ask, request, received_at)
-        await _Exchange(self, ask, draft, request, reply).run()
+        number = retry_number(request.headers)
+        if number is None:
+            await _Exchange(self, ask, draft, request, reply).run()
+        else:
+            await self._try(ask, draft, request, reply, number)
+
+    async def _try(self, ask: Ask, draft: Draft, request: Request, reply: Reply, number: int) -> None:
+        """Answer a request of a client that counts its retries: this is retry `number`."""
+        who = draft.attribution
+        key = key_of(ask.digest, who.run_id, who.role, request.headers)
+        earlier = self.attempts.find(key, number) if number else None
+        if earlier is not None:
+            beat = (beat_s(request.headers, HEARTBEAT_S), encode(_empty_chunk(ask.shape, draft))) if draft.stream else None
+            if await answer_from(self.attempts, earlier, number, request, reply, beat=beat):
+                return
+            self.attempts.supersede(earlier)
+            draft = replace(draft, retry_of=earlier.call_id if earlier.recorded else None)
+        elif number and who.run_id is not None:
+            draft = replace(draft, retry_of=await self._made_elsewhere(key, ask.digest, who.run_id))
+        attempt = self.attempts.begin(key, number, draft.call_id)
+        reply.tap = attempt.tap
+        exchange = _Exchange(self, ask, draft, request, reply, attempt=attempt)
+        try:
+            await exchange.run()
+        finally:
+            self.attempts.end(attempt, answered=exchange.answered, recorded=exchange.submitted)
+
+    async def _made_elsewhere(self, key: Key, request_hash: str, run_id: str) -> str | None:
+        """Look for a first attempt that this process knows nothing of."""
+        since = time.time() - STORE_WINDOW_S
+        look = partial(self.store.find_attempt, request_hash, run_id, since, exclude=self.attempts.known(key))
+        try:
+            call_id = await asyncio.to_thread(look)
+        except TraceStoreError as error:
+            raise from_store(error) from error
+        if call_id is not None:
+            self.attempts.note_elsewhere(key, call_id)
+        return call_id
 
     async def _draft(self, ask: Ask, request: Request, received_at: float) -> Draft:
         project = self.config.project if request.key is None else request.key.project
@@ -119,7 +171,16 @@ class ModelEndpoint:
 class _Exchange:
     """One call on its way: admitted, dispatched, gathered, committed, released."""
 
-    def __init__(self, endpoint: ModelEndpoint, ask: Ask, draft: Draft, request: Request, reply: Reply) -> None:
+    def __init__(
+        self,
+        endpoint: ModelEndpoint,
+        ask: Ask,
+        draft: Draft,
+        request: Request,
+        reply: Reply,
+        *,
+        attempt: Attempt | None = None,
+    ) -> None:
         self._endpoint = endpoint
         self._draft = draft
         self._shape = ask.shape
@@ -144,14 +205,16 @@ class _Exchange:
             effective=sampling.effective,
             salt=salt_of(draft.project, ask.body.get("cache_salt")),
         )
+        self._on_gone = None if attempt is None else attempt.client_left
+        self.answered = self.submitted = False
         self._arrived = time.monotonic()
         self._number = endpoint.hold.number()
         self._held: list[bytes] = []
-        self._holding = self._done = self._submitted = False
+        self._holding = self._done = False
 
     async def run(self) -> None:
         """Carry the exchange to its end. A ProxyError is answered here, with the call's id."""
-        async with Hangup(self._request.receive) as hangup:
+        async with Hangup(self._request.receive, self._on_gone) as hangup:
             try:
                 while not await self._try(hangup):
                     pass
@@ -203,7 +266,7 @@ class _Exchange:
             if time.monotonic() >= deadline:
                 raise self._held_too_long()
             await self._start_stream(STREAM_HEADERS)
-            await self._reply.send(encode(self._empty_chunk()))
+            await self._reply.send(encode(_empty_chunk(self._shape, self._draft)))
 
     def _held_too_long(self) -> Held:
         model, waited_s = self._draft.model, time.monotonic() - self._arrived
@@ -241,7 +304,7 @@ class _Exchange:
             raise
         except asyncio.CancelledError:  # the server is going down: leave a record, do not wait for it
             _abort(answer)
-            if not self._submitted:
+            if not self.submitted:
                 self._submit(ticket, ticket.gate.live_version, "aborted", "the proxy was shut down")
             raise
         finally:
@@ -257,10 +320,12 @@ class _Exchange:
             failure = self._transcript.failure
             await self._record(ticket, "complete" if failure is None else "failed", failure, answer)
             await self._reply.send(self._release(), more=False)
+            self.answered = failure is None
         else:
             visible = self._read_whole(body)
             await self._record(ticket, "complete")
             await self._reply.whole(200, [*answer.headers, *self._own_headers], visible)
+            self.answered = True
 
     def _read_whole(self, body: bytes) -> bytes:
         """Read a plain answer into the transcript; return what the client may see of it."""
@@ -358,7 +423,7 @@ class _Exchange:
         self._progress.version_completed = version
         self._progress.swapped = ticket.swapped
         self._endpoint.hold.leave(ticket)
-        self._submitted = True
+        self.submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
         commit = self._endpoint.committer.submit(call)
         self._endpoint.dissents.follow(commit, self._draft.dissent, self._draft.project)
@@ -376,16 +441,17 @@ class _Exchange:
         if not self._reply.started:
             await self._reply.start(200, [*headers, *self._own_headers])
 
-    def _empty_chunk(self) -> bytes:
-        return msgspec.json.encode(
-            {
-                "id": f"{self._shape.prefix}-{self._draft.call_id}",
-                "object": self._shape.chunk,
-                "created": int(self._draft.received_at),
-                "model": self._draft.requested_model,
-                "choices": [],
-            }
-        )
+
+def _empty_chunk(shape: Shape, draft: Draft) -> bytes:
+    return msgspec.json.encode(
+        {
+            "id": f"{shape.prefix}-{draft.call_id}",
+            "object": shape.chunk,
+            "created": int(draft.received_at),
+            "model": draft.requested_model,
+            "choices": [],
+        }
+    )
 
 
 def _abort(answer: EngineAnswer | None) -> None:

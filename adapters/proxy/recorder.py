@@ -232,6 +232,7 @@ class Draft:
     flaw: str | None = None
     dissent: tuple[LateAttribution, ...] = ()
     """What other sources say of it than `attribution`."""
+    retry_of: str | None = None
 
 
 @dataclass(slots=True)
@@ -282,6 +283,7 @@ def compose(
         error=error if error is not None else detail,
         endpoint=draft.endpoint,
         request_hash=draft.request_hash,
+        retry_of=draft.retry_of,
         project=draft.project,
     )
 

@@ -66,9 +66,11 @@ class Reply:
     """The answer to one request. Invariant: `started` is True once a status has left."""
 
     def __init__(self, send: Send) -> None:
-        self._send = send
+        self._to_client = send
         self.started = False
         self.status = 0
+        self.tap: Callable[[Message], None] | None = None
+        """Is shown every message before it leaves."""
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers."""
@@ -79,6 +81,14 @@ class Reply:
     async def send(self, body: bytes, *, more: bool = True) -> None:
         """Send a part of the body; the last one with `more=False`."""
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def repeat(self, message: Message) -> None:
+        """Send a message of another reply; its status only where none has left."""
+        if message["type"] == "http.response.start":
+            if self.started:
+                return
+            self.started = True
+        await self._send(message)
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a complete answer with its length."""
@@ -93,16 +103,23 @@ class Reply:
             later = () if error.retry_after_s is None else ((b"retry-after", b"%d" % error.retry_after_s),)
             await self.whole(error.status, [*JSON_HEADERS, *later, *headers], error.body())
 
+    async def _send(self, message: Message) -> None:
+        if self.tap is not None:
+            self.tap(message)
+        await self._to_client(message)
+
 
 class Hangup:
     """Watches for the client's disconnect while an exchange waits for the engine.
 
     Enter it once the body is read. Inside `cancels()` a disconnect interrupts whatever is awaited and raises
     `ClientGone`; outside of it (while committing, while replying) it is only remembered in `gone`.
+    `on_gone` is told of a disconnect in place of that, with what makes it one.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, on_gone: Callable[[Callable[[], None]], None] | None = None) -> None:
         self._receive = receive
+        self._on_gone = on_gone
         self._armed = False
         self.gone = False
 
@@ -137,6 +154,12 @@ class Hangup:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self._on_gone is None:
+            self._depart()
+        else:
+            self._on_gone(self._depart)
+
+    def _depart(self) -> None:
         self.gone = True
         if self._armed:
             self._task.cancel()

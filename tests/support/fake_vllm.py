@@ -63,6 +63,8 @@ class FakeEngine(CompletionsWire):
         """If set, a stream stops before its last token, and a plain answer before it is sent, until it is set."""
         self.version: str | None = None
         """What `/weight_info` says; None: there is no such path (no development mode)."""
+        self.gate_at = "end"
+        """Where `gate` is waited for: headers (nothing was sent), body (the headers were), end (see `gate`)."""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = 0
@@ -210,8 +212,8 @@ class FakeEngine(CompletionsWire):
         }, bool(calls)  # fmt: skip
 
     async def _plain(self, body: dict[str, Any], send: Any) -> None:
-        if self.gate is not None:
-            await asyncio.to_thread(self.gate.wait, 30)
+        await self._wait_at("headers")
+        await self._wait_at("end")
         if self.plain_bytes is not None:
             await reply(send, 200, self.plain_bytes)
             return
@@ -238,12 +240,25 @@ class FakeEngine(CompletionsWire):
         }  # fmt: skip
         if self.fault == "not_json":
             await reply(send, 200, b"<html>", b"text/html")
+        elif self.gate is not None and self.gate_at == "body":
+            body_bytes = dumps(answer)
+            headers = [(b"content-length", b"%d" % len(body_bytes)), (b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body_bytes[:100], "more_body": True})
+            await self._wait_at("body")
+            await send({"type": "http.response.body", "body": body_bytes[100:]})
         else:
             await reply(send, 200, dumps(answer), lie_about_length=self.fault == "drop")
 
+    async def _wait_at(self, where: str) -> None:
+        if self.gate is not None and self.gate_at == where:
+            await asyncio.to_thread(self.gate.wait, 30)
+
     async def _stream(self, body: dict[str, Any], send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await self._wait_at("headers")
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._wait_at("body")
         prompt, n = self._prompt_ids(body), body.get("n") or 1
         options = body.get("stream_options") or {}
         with_usage = bool(options.get("include_usage"))
@@ -302,8 +317,8 @@ class FakeEngine(CompletionsWire):
 
     async def _goes_on(self, send: Any, position: int, *, last: bool) -> bool:
         """Wait at the gate, fail as the fault says. False: the stream has ended."""
-        if last and self.gate is not None:
-            await asyncio.to_thread(self.gate.wait, 30)
+        if last:
+            await self._wait_at("end")
         if position == 3 and self.fault == "drop":
             raise ConnectionError("the engine died")
         if position == 3 and self.fault == "error_event":

@@ -181,6 +181,7 @@ class AttemptContract:
         )
         assert store.find_attempt("h", "r", 15.0) == "second"
         assert store.find_attempt("h", "r", 30.0) is None
+        assert store.find_attempt("h", "r", 0.0, exclude=["second"]) == "first"
         assert store.find_attempt("h", None, 0.0) == "nowhere"
         assert store.find_attempt("none", "r", 0.0) is None
         assert {call.call_id: call.retry_of for call in store.trace("r").calls}["second"] == "first"

@@ -217,7 +217,7 @@ def test_a_client_that_hangs_up_stops_the_engine_and_is_stored_as_aborted(
     with pytest.raises(httpx.ReadTimeout):
         proxy.client.post("/run/r/v1/chat/completions", json={**ASK, "stream": stream}, timeout=0.3)
     wait_for(lambda: engine_app.cancelled, "the engine noticed")
-    wait_for(lambda: calls_of(store), "the call was stored")
+    wait_for(store.list_runs, "the call was stored")
     (call,) = calls_of(store)
     assert call.status == "aborted"
     assert [len(choice.token_ids) for choice in call.choices] == ([len("0: hello")] if stream else [])

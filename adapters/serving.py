@@ -37,7 +37,8 @@ def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Con
         name: msgspec.structs.replace(
             model,
             checkpoint=str(checkpoint.resolve()) if name == trained else model.checkpoint,
-            engine=_engine_of_our_own(model.engine),
+            engine=_engine_of_our_own(model.engine) if model.api is None else model.engine,
+            replicas=(),
         )
         for name, model in given.models.items()
     }

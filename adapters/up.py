@@ -30,7 +30,9 @@ def child_specs(
     waited for.
     """
     file = ("--config", str(path))
-    engines = [model.engine for model in config.models.values() if not model.engine.external]
+    engines = [
+        each.engine for model in config.models.values() for each in model.each_engine() if not each.engine.external
+    ]
     specs: list[ChildSpec] = []
     if engines:
         specs.append(
@@ -115,6 +117,8 @@ def up(
         raise click.UsageError("--exit-with-train needs a trainer: drop --no-train")
     try:
         config = load_config(path)
+        if not no_train and config.models and not any(model.trained for model in config.models.values()):
+            raise click.UsageError("no model of the configuration is trained: add --no-train")
         open_store(config.store).close()
     except TraceStoreError as error:
         raise click.ClickException(str(error)) from error

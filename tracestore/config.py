@@ -47,12 +47,36 @@ class EngineConfig(_Section, frozen=True, kw_only=True):
     log: str | None = None
 
 
-class ModelConfig(_Section, frozen=True, kw_only=True):
-    """Physical weights: where they start, and the engine that serves them."""
+class ApiConfig(_Section, frozen=True, kw_only=True):
+    """Somebody else's OpenAI-compatible API that serves a model. The credential is named, never written down here."""
 
-    checkpoint: str
+    url: str
+    """Up to and with the version, as for the OpenAI SDK: https://api.example.com/v1"""
+    key_env: str
+    """Environment variable of the proxy that holds the API key."""
+    model: str
+    """The name that the API knows the model by."""
+
+
+class ModelConfig(_Section, frozen=True, kw_only=True):
+    """Physical weights: where they start, and the engines that serve them; or an outside API, never trained."""
+
+    checkpoint: str = ""
     engine: EngineConfig = EngineConfig()
+    replicas: tuple[str, ...] = ()
+    """URLs of further engines with the settings of `engine`; `{replica}` in its `env` and `args` is 0, 1, 2, ..."""
+    api: ApiConfig | None = None
     trained: bool = True
+
+    def each_engine(self) -> "tuple[ModelConfig, ...]":
+        """Return this configuration once for each of our engines, with that one's URL, log and `{replica}`."""
+        if self.api is not None:
+            return ()
+        urls = (self.engine.url, *self.replicas)
+        return tuple(
+            msgspec.structs.replace(self, replicas=(), engine=_replica(self.engine, url, i))
+            for i, url in enumerate(urls)
+        )
 
 
 class SamplingOverride(_Section, frozen=True, kw_only=True):
@@ -263,13 +287,19 @@ def dump_config(config: Config) -> str:
 
 
 def _check_models(config: Config, origin: str) -> None:
+    for name, settings in config.models.items():
+        if (wrong := _wrong_model(settings)) is not None:
+            raise ConfigError(f"{origin}: models.{name} {wrong}")
     named = [(f"role {role!r}", model) for role, model in config.roles.items()]
-    if config.models:
+    if any(model.trained for model in config.models.values()):
         named.append(("trainer.model", config.trainer.model))
     for who, model in named:
         if model not in config.models:
             near = _near(model, config.models)
             raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
+        if who == "trainer.model" and not config.models[model].trained:
+            can = ", ".join(name for name, each in config.models.items() if each.trained)
+            raise ConfigError(f"{origin}: trainer.model names {model!r}, which is not trained; name one of {can}")
     for role in config.proxy.sampling:
         if role != "*" and role not in config.roles and "*" not in config.roles:
             near = _near(role, config.roles)
@@ -297,6 +327,22 @@ def _check_redactions(config: Config, origin: str) -> None:
             raise ConfigError(f"{where}: {redaction.pattern!r} is no regular expression: {error}") from error
         if empty:
             raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
+
+
+def _wrong_model(model: ModelConfig) -> str | None:
+    """Return what is wrong with the section of a model, None where nothing is."""
+    if model.api is None:
+        urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
+        if len(set(urls)) < len(urls):
+            return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
+        return None if model.checkpoint else "has neither `checkpoint` (weights of ours) nor `api` (somebody else's)"
+    if model.trained:
+        return "is served by an outside API, which cannot be trained: write `trained: false` beside `api`"
+    if model.checkpoint or model.replicas or model.engine != EngineConfig():
+        return "has `api`, so it has no `checkpoint`, `engine` or `replicas`: remove them"
+    if not model.api.url.startswith(("https://", "http://")):
+        return f"has api.url {model.api.url!r}: write https://HOST/v1"
+    return None
 
 
 def _with_near_misses(message: str) -> str:
@@ -332,4 +378,21 @@ def _resolve_model(model: ModelConfig, absolute: Any) -> ModelConfig:
     engine = model.engine
     if engine.log is not None:
         engine = msgspec.structs.replace(engine, log=absolute(engine.log))
-    return msgspec.structs.replace(model, checkpoint=absolute(model.checkpoint), engine=engine)
+    checkpoint = absolute(model.checkpoint) if model.checkpoint else ""
+    return msgspec.structs.replace(model, checkpoint=checkpoint, engine=engine)
+
+
+def _replica(engine: EngineConfig, url: str, index: int) -> EngineConfig:
+    def fill(text: str) -> str:
+        return text.replace("{replica}", str(index))
+
+    log = engine.log
+    if log is not None and index:
+        log = str(Path(log).with_name(f"{Path(log).stem}-{index}{Path(log).suffix}"))
+    return msgspec.structs.replace(
+        engine,
+        url=url,
+        log=log,
+        args=tuple(fill(arg) for arg in engine.args),
+        env={name: fill(value) for name, value in engine.env.items()},
+    )

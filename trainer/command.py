@@ -47,6 +47,8 @@ def train(
             return
         if not config.models:
             raise click.UsageError(f"{path} names no models: there is nothing to train")
+        if not any(model.trained for model in config.models.values()):
+            raise click.UsageError(f"{path} says `trained: false` of every model: there is nothing to train")
         code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
     except TraceStoreError as error:
         click.echo(f"tracegrad train: {error}", err=True)
@@ -63,13 +65,13 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
         return EXIT_ERROR
     from tracegrad.tracestore.store import open_store
     from tracegrad.trainer.crash_points import CrashPoints
-    from tracegrad.trainer.engine_client import EngineClient
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
+    from tracegrad.trainer.startup import engine_clients
     from tracegrad.trainer.workers import RayWorkers
 
-    name, stop = config.trainer.model, Event()
+    stop = Event()
     console = Console(click.echo, steps=config.trainer.steps, as_json=as_json)
     try:
         crash_points = CrashPoints.from_environment(os.environ)
@@ -82,7 +84,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                     workers=workers,
                     folder=folder,
                     console=console,
-                    engine=None if offline else EngineClient(config.models[name].engine.url, name),
+                    engines=() if offline else engine_clients(config, config.trainer.model),
                     crash_points=crash_points,
                     stop=stop,
                 )

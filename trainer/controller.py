@@ -10,6 +10,7 @@ groups. Called by `tracegrad.trainer.command` and by tests.
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -36,7 +37,7 @@ from tracegrad.trainer.startup import (
     find_weights,
     first_publish,
     probe_set,
-    wait_for_engine,
+    wait_for_engines,
 )
 from tracegrad.trainer.workers import Trains
 
@@ -46,13 +47,13 @@ _COMMIT_PAUSE_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """What a controller works with. `engine` is None offline."""
+    """What a controller works with. `engines` (the replicas) is empty offline."""
 
     store: Store
     workers: Trains
     folder: JobFolder
     console: Console
-    engine: EngineClient | None = None
+    engines: Sequence[EngineClient] = ()
     crash_points: CrashPoints = field(default_factory=CrashPoints)
     stop: Event = field(default_factory=Event)
 
@@ -65,7 +66,7 @@ class Controller:
         self._around = around
         self._store, self._workers = around.store, around.workers
         self._job, self._model = config.trainer.job, config.trainer.model
-        self._rule = lease_rule(config, offline=around.engine is None)
+        self._rule = lease_rule(config, offline=not around.engines)
         self._metrics = MetricsLog(around.folder.path)
         self._publisher: Publisher | None = None
         self._version: PolicyVersion | None = None
@@ -100,23 +101,23 @@ class Controller:
         last = self._store.last_checkpoint(self._job)
         self._step = last.step if last is not None else 0
         self._metrics.reconcile(self._step, last.metrics if last is not None else None)
-        if self._around.engine is not None:
-            self._start_publishing(self._around.engine, self._version)
+        if self._around.engines:
+            self._start_publishing(self._version)
         if lease is not None and lease.plan.step != self._step + 1:
             self._store.release(lease)
             lease = None
         self._idle_since = time.monotonic()
         return lease
 
-    def _start_publishing(self, engine: EngineClient, version: PolicyVersion) -> None:
-        console = self._around.console
-        wait_for_engine(engine, self.config, console.say, self._around.stop.is_set)
+    def _start_publishing(self, version: PolicyVersion) -> None:
+        console, engines = self._around.console, self._around.engines
+        wait_for_engines(engines, self.config, console.say, self._around.stop.is_set)
         if self._around.stop.is_set():
             return
         self._publisher = Publisher(
             self._store,
             self._model,
-            [engine],
+            engines,
             self.config.trainer.publish,
             heartbeat_expires_s=self.config.proxy.heartbeat_expires_s,
             on_state=self._on_publish_state,
@@ -150,7 +151,7 @@ class Controller:
             if lease is not None:
                 return lease
             ready = self._store.backlog(self._job, self._rule).ready_groups
-            if self._around.engine is None:
+            if not self._around.engines:
                 self._around.console.say(
                     f"stopped after step {self._step}: {ready} ready groups are left, a step takes {batch.groups}"
                 )

@@ -52,8 +52,11 @@ class EngineProcess:
         live: Callable[[], PolicyVersion | None] | None = None,
         say: Callable[[str], None] = _silent,
         max_failed_starts: int = 5,
+        label: str | None = None,
     ) -> None:
         self.name = name
+        self.label = label or name
+        """What messages call it: replicas share the name."""
         self.model = model
         self.client = EngineClient(model.engine.url, name)
         self.restarts = 0
@@ -96,7 +99,7 @@ class EngineProcess:
             EngineError: it cannot be told the version it serves.
         """
         if self.pid is not None:
-            raise EngineStartFailed(f"engine {self.name} already runs (process {self.pid}): stop it first")
+            raise EngineStartFailed(f"engine {self.label} already runs (process {self.pid}): stop it first")
         self._wanted = True
         self._start()
 
@@ -116,7 +119,7 @@ class EngineProcess:
             if not self._wanted or self.pid is not None:
                 continue
             if failed == 0:
-                self._say(f"engine {self.name}: died; restarting. The end of its log:\n{self.tail()}")
+                self._say(f"engine {self.label}: died; restarting. The end of its log:\n{self.tail()}")
             try:
                 self._start()
             except EngineError as error:
@@ -124,7 +127,7 @@ class EngineProcess:
                 if failed >= self._max_failed_starts:
                     raise
                 pause_s = min(2.0 ** (failed - 1), 30.0)
-                self._say(f"engine {self.name}: {error}\nnext try in {pause_s:.0f} s (failed {failed} times)")
+                self._say(f"engine {self.label}: {error}\nnext try in {pause_s:.0f} s (failed {failed} times)")
                 until.wait(pause_s)
             else:
                 failed = 0
@@ -147,7 +150,7 @@ class EngineProcess:
             checkpoint = version.checkpoint_path if version else self.model.checkpoint
             if version is not None and not Path(checkpoint).is_dir():
                 raise EngineStartFailed(
-                    f"engine {self.name}: the folder of the live version {version.version_id}, {checkpoint}, is gone: "
+                    f"engine {self.label}: the folder of the live version {version.version_id}, {checkpoint}, is gone: "
                     "put it back, or `tracegrad rollback` to a version whose folder is there"
                 )
             with contextlib.ExitStack() as undo:
@@ -157,17 +160,17 @@ class EngineProcess:
                 self._catch_up(version)
                 undo.pop_all()
             self.start_s = time.monotonic() - started
-        self._say(f"engine {self.name}: up after {self.start_s:.0f} s at {self.client.url}, serving {checkpoint}")
+        self._say(f"engine {self.label}: up after {self.start_s:.0f} s at {self.client.url}, serving {checkpoint}")
 
     def _spawn(self, checkpoint: str) -> None:
         """Start the guard and, through it, the engine. The log is appended to, never truncated."""
         config = self.model.engine
         host, port = engine_launch.address(config)
-        _refuse_taken_port(self.name, host, port)
+        _refuse_taken_port(self.label, self.name, host, port)
         self._scratch = tempfile.TemporaryDirectory(prefix="tracegrad-engine-")
         scratch = Path(self._scratch.name)
         if self._log is None:
-            handle, default = tempfile.mkstemp(prefix=f"tracegrad-engine-{self.name}-", suffix=".log")
+            handle, default = tempfile.mkstemp(prefix=f"tracegrad-engine-{self.label}-", suffix=".log")
             os.close(handle)
             self._log = Path(config.log or default)
             self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,7 @@ class EngineProcess:
         assert self._guard.stdout is not None
         announced = self._guard.stdout.readline().strip()
         if not announced:
-            raise EngineStartFailed(f"engine {self.name}: cannot run {command[0]!r}:\n{self.tail()}")
+            raise EngineStartFailed(f"engine {self.label}: cannot run {command[0]!r}:\n{self.tail()}")
         self._engine_pid = int(announced)
 
     def _wait_healthy(self, started: float) -> None:
@@ -198,18 +201,19 @@ class EngineProcess:
         while not self.client.healthy():
             now = time.monotonic()
             if not self._wanted:
-                raise EngineStartFailed(f"engine {self.name} was stopped while it started")
+                raise EngineStartFailed(f"engine {self.label} was stopped while it started")
             if self._guard is None or self._guard.poll() is not None:
                 raise EngineStartFailed(
-                    f"engine {self.name} died while starting; the end of {self._log}:\n{self.tail()}"
+                    f"engine {self.label} died while starting; the end of {self._log}:\n{self.tail()}"
                 )
             if now - started > timeout_s:
                 raise EngineStartFailed(
-                    f"engine {self.name} is not healthy after {timeout_s:.0f} s; the end of {self._log}:\n{self.tail()}"
+                    f"engine {self.label} is not healthy after {timeout_s:.0f} s; "
+                    f"the end of {self._log}:\n{self.tail()}"
                 )
             if now - told >= _PROGRESS_S:
                 told = now
-                self._say(f"engine {self.name}: starting, {now - started:.0f} s  {self.tail(1)[:100]}")
+                self._say(f"engine {self.label}: starting, {now - started:.0f} s  {self.tail(1)[:100]}")
             time.sleep(_HEALTH_POLL_S)
 
     def _catch_up(self, version: PolicyVersion | None) -> None:
@@ -246,7 +250,7 @@ class EngineProcess:
                 self._scratch = None
 
 
-def _refuse_taken_port(name: str, host: str, port: int) -> None:
+def _refuse_taken_port(label: str, name: str, host: str, port: int) -> None:
     """Raise where something listens on the port: a health check would take it for ours."""
     with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -254,6 +258,6 @@ def _refuse_taken_port(name: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise EngineStartFailed(
-                f"engine {name}: {host}:{port} is taken ({error.strerror}). Stop what listens there, "
-                "or set another port in models.{name}.engine.url".replace("{name}", name)
+                f"engine {label}: {host}:{port} is taken ({error.strerror}). Stop what listens there, "
+                f"or set another port in models.{name}.engine.url (or replicas)"
             ) from error

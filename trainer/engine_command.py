@@ -8,7 +8,7 @@ No torch: the engine is a process of its own.
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import click
 
 from tracegrad.tracestore.config import Config, ModelConfig, load_config
 from tracegrad.tracestore.errors import TraceStoreError
-from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineNotReady
@@ -42,8 +42,9 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
         models = _chosen(config, model_name, startable=not only_check)
         if only_check:
             for name, model in models.items():
-                check(EngineClient(model.engine.url, name), model)
-                click.echo(f"engine {name} at {model.engine.url} is ready for training")
+                for each in model.each_engine():
+                    check(EngineClient(each.engine.url, name), each)
+                    click.echo(f"engine {name} at {each.engine.url} is ready for training")
             return
         _serve(config, models)
     except EngineNotReady as error:
@@ -61,9 +62,12 @@ def _chosen(config: Config, name: str | None, *, startable: bool) -> Mapping[str
     if name is not None and name not in config.models:
         raise click.UsageError(f"the configuration has no model {name!r} (it has {', '.join(config.models)})")
     named = {key: model for key, model in config.models.items() if name in (None, key)}
-    ours = {key: model for key, model in named.items() if not (startable and model.engine.external)}
+    served = {key: model for key, model in named.items() if model.api is None}
+    if not served:
+        raise click.UsageError(f"{', '.join(named)} is served by an outside API: there is no engine of ours")
+    ours = {key: model for key, model in served.items() if not (startable and model.engine.external)}
     if not ours:
-        raise click.UsageError(f"engine.external says that {', '.join(named)} is not ours to start; try --preflight")
+        raise click.UsageError(f"engine.external says that {', '.join(served)} is not ours to start; try --preflight")
     return ours
 
 
@@ -77,14 +81,10 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
         stack.callback(store.close)
         try:
             engines = []
-            for name, model in models.items():
-                if model.engine.external:
-                    _say(f"engine {name} at {model.engine.url} is external: neither started nor watched")
-                    continue
-                process = EngineProcess(name, model, live=partial(store.live_version, name), say=_say)
+            for process in _processes(models, store):
                 engines.append(stack.enter_context(process))
-                check(process.client, model)
-                _say(f"engine {name}: ready (log: {process.log_path})")
+                check(process.client, process.model)
+                _say(f"engine {process.label}: ready (log: {process.log_path})")
             watchers = [threading.Thread(target=_watch, args=(e, stop, failures), daemon=True) for e in engines]
             for watcher in watchers:
                 watcher.start()
@@ -96,6 +96,14 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
             stop.set()
     if failures:
         raise failures[0]
+
+
+def _processes(models: Mapping[str, ModelConfig], store: Store) -> Iterator[EngineProcess]:
+    """One process for each engine; replicas are told apart by their number."""
+    for name, model in models.items():
+        for i, each in enumerate(model.each_engine()):
+            label = f"{name}-{i}" if model.replicas else name
+            yield EngineProcess(name, each, live=partial(store.live_version, name), say=_say, label=label)
 
 
 def _watch(process: EngineProcess, stop: threading.Event, failures: list[EngineError]) -> None:

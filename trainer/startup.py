@@ -7,7 +7,7 @@ ended before anything is published. Refuses a job whose every version is abandon
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tracegrad.tracestore.config import Config
@@ -64,28 +64,34 @@ def clear_orphans(store: Store, config: Config, root: Path) -> list[str]:
     )
 
 
-def wait_for_engine(
-    client: EngineClient, config: Config, say: Callable[[str], None], stopped: Callable[[], bool]
+def wait_for_engines(
+    clients: Sequence[EngineClient], config: Config, say: Callable[[str], None], stopped: Callable[[], bool]
 ) -> None:
-    """Wait until the engine is up, then refuse one that lacks what training needs.
+    """Wait until every engine is up, then refuse one that lacks what training needs.
 
     Raises:
-        EngineUnreachable: it does not answer within its start time-out.
+        EngineUnreachable: one does not answer within its start time-out.
         EngineNotReady: the preflight found something; each line says what to add.
     """
     model = config.models[config.trainer.model]
     deadline = time.monotonic() + model.engine.start_timeout_s
-    while not client.healthy():
-        if stopped():
-            return
-        if time.monotonic() > deadline:
-            raise EngineUnreachable(
-                f"the engine at {client.url} did not answer for {model.engine.start_timeout_s:g} s: start it with "
-                "`tracegrad engine`, or name another with models.<name>.engine.url"
-            )
-        say(f"waiting for the engine at {client.url}")
-        time.sleep(1.0)
-    check(client, model)
+    for client in clients:
+        while not client.healthy():
+            if stopped():
+                return
+            if time.monotonic() > deadline:
+                raise EngineUnreachable(
+                    f"the engine at {client.url} did not answer for {model.engine.start_timeout_s:g} s: start it with "
+                    "`tracegrad engine`, or name another with models.<name>.engine.url"
+                )
+            say(f"waiting for the engine at {client.url}")
+            time.sleep(1.0)
+        check(client, model)
+
+
+def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
+    """Return a client for each engine of a model: what is published goes to all of them."""
+    return tuple(EngineClient(each.engine.url, name) for each in config.models[name].each_engine())
 
 
 def first_publish(

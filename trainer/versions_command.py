@@ -92,11 +92,11 @@ def roll_back(store: Store, config: Config, version_id: int) -> list[int]:
     live = store.live_version(version.model)
     if live is not None and live.version_id == version_id:
         raise Conflict(f"version {version_id} is live already")
-    engine = EngineClient(config.models[version.model].engine.url, version.model)
+    engines = [EngineClient(each.engine.url, version.model) for each in config.models[version.model].each_engine()]
     publisher = Publisher(
         store,
         version.model,
-        [engine],
+        engines,
         config.trainer.publish,
         heartbeat_expires_s=config.proxy.heartbeat_expires_s,
     )

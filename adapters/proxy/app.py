@@ -87,7 +87,7 @@ class ProxyApp:
         await self.hold.start()
         gates = self.hold.gates
         self.upstream = Upstream(
-            {name: (model.engine.url,) for name, model in self.config.models.items()},
+            {name: [each.engine.url for each in model.each_engine()] for name, model in self.config.models.items()},
             timeout_s=proxy.upstream_timeout_s,
             wanted=lambda model: gates[model].live_version,
             changed=self.hold.advance,

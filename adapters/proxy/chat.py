@@ -104,7 +104,9 @@ class ModelEndpoint:
         key = key_of(ask.digest, who.run_id, who.role, request.headers)
         earlier = self.attempts.find(key, number) if number else None
         if earlier is not None:
-            beat = (beat_s(request.headers, HEARTBEAT_S), encode(_empty_chunk(ask.shape, draft))) if draft.stream else None
+            beat = (
+                (beat_s(request.headers, HEARTBEAT_S), encode(_empty_chunk(ask.shape, draft))) if draft.stream else None
+            )
             if await answer_from(self.attempts, earlier, number, request, reply, beat=beat):
                 return
             self.attempts.supersede(earlier)
@@ -244,12 +246,13 @@ class _Exchange:
         if (ticket := hold.pass_through(model)) is not None:
             return ticket
         entering = asyncio.create_task(hold.enter(model, self._number))
+        waited = False
         try:
             await self._wait(entering, hangup)
-        except BaseException:
-            if not entering.cancel() and entering.exception() is None:
-                hold.leave(entering.result())
-            raise
+            waited = True
+        finally:
+            if not waited and not entering.cancel() and entering.exception() is None:
+                hold.leave(entering.result())  # let through in the moment the client left
         return entering.result()
 
     async def _wait(self, entering: "asyncio.Task[Ticket]", hangup: Hangup) -> None:

@@ -158,12 +158,14 @@ class Upstream:
 
     async def _ask(self, pool: Pool, engine: Engine, method: str, path: str, **sent: Any) -> EngineAnswer:
         """Send, counted as in flight until the answer is released."""
+        answer: EngineAnswer | None = None
         engine.in_flight += 1
         try:
-            return EngineAnswer(await self._send(pool, engine, method, path, **sent), pool, engine)
-        except BaseException:
-            engine.in_flight -= 1
-            raise
+            answer = EngineAnswer(await self._send(pool, engine, method, path, **sent), pool, engine)
+        finally:
+            if answer is None:
+                engine.in_flight -= 1
+        return answer
 
     async def _send(self, pool: Pool, engine: Engine, method: str, path: str, **sent: Any) -> aiohttp.ClientResponse:
         where, perhaps_sent = f"the engine of model {pool.model!r} at {engine.url.origin()}", False

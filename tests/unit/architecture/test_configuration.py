@@ -15,6 +15,8 @@ GOOD = {
     "trainer": {"model": "small", "optimizer": {"lr": 3e-5}},
 }
 
+API = {"url": "https://api.example.com/v1", "key_env": "EXAMPLE_KEY", "model": "big-1"}
+
 
 def test_what_is_printed_reads_back_equal() -> None:
     config = parse_config(GOOD)
@@ -59,3 +61,39 @@ def test_the_role_map_falls_back_to_the_star() -> None:
     config = parse_config({**GOOD, "roles": {"planner": "small"}})
     assert (config.model_of("planner"), config.model_of("coder"), config.model_of(None)) == ("small", None, None)
     assert parse_config(GOOD).model_of("coder") == "small"
+
+
+def test_each_replica_has_its_own_url_log_and_number() -> None:
+    engine = {"url": "http://127.0.0.1:8000", "log": "/logs/e.log", "env": {"CUDA_VISIBLE_DEVICES": "{replica}"}}
+    raw = {**GOOD, "models": {"small": {"checkpoint": "w", "engine": engine, "replicas": ["http://127.0.0.1:8001"]}}}
+    first, second = parse_config(raw).models["small"].each_engine()
+    assert (first.engine.url, first.engine.log) == ("http://127.0.0.1:8000", "/logs/e.log")
+    assert (second.engine.url, second.engine.log) == ("http://127.0.0.1:8001", "/logs/e-1.log")
+    assert [each.engine.env["CUDA_VISIBLE_DEVICES"] for each in (first, second)] == ["0", "1"]
+    assert first.replicas == second.replicas == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({}, "neither `checkpoint`"),
+        ({"checkpoint": "w", "replicas": ["http://127.0.0.1:8000/"]}, "names one engine twice"),
+        ({"api": API}, "cannot be trained: write `trained: false`"),
+        ({"api": API, "trained": False, "checkpoint": "w"}, "so it has no `checkpoint`"),
+        ({"api": API, "trained": False, "replicas": ["http://127.0.0.1:1"]}, "so it has no `checkpoint`"),
+        ({"api": {**API, "url": "api.example.com"}, "trained": False}, "write https://HOST/v1"),
+        ({"api": {**API, "key": "sk-secret"}, "trained": False}, "did you mean key_env"),
+    ],
+)
+def test_a_wrong_model_is_refused(model: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**GOOD, "models": {**GOOD["models"], "big": model}})  # type: ignore[dict-item]
+
+
+def test_what_is_not_trained_cannot_be_named_by_the_trainer() -> None:
+    models = {"small": {"checkpoint": "w"}, "big": {"api": API, "trained": False}}
+    assert parse_config({**GOOD, "models": models, "roles": {"planner": "big"}}).models["big"].each_engine() == ()
+    with pytest.raises(ConfigError, match="'big', which is not trained; name one of small"):
+        parse_config({**GOOD, "models": models, "trainer": {"model": "big"}})
+    only = parse_config({"models": {"big": models["big"]}, "roles": {"*": "big"}})
+    assert only.trainer.model not in only.models, "with nothing to train, trainer.model names nothing"

@@ -106,6 +106,27 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path: Path, how: signal.Signals)
         assert not Path(f"/proc/{server}").exists()
 
 
+def test_one_process_for_each_replica(tmp_path: Path) -> None:
+    """Each answers to the model's name, and the preflight looks at each."""
+    urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+    save_weight(tmp_path / "w1.0", 1.0)
+    config = write_config(tmp_path, urls[0], launch=["{python}", fake_engine.__file__], log="engine.log")
+    fields = yaml.safe_load(config.read_text())
+    fields["models"]["main"]["replicas"] = urls[1:]
+    config.write_text(yaml.safe_dump(fields))
+    code = "from tracegrad.trainer.engine_command import engine; engine()"
+    running = subprocess.Popen([sys.executable, "-c", code, "--config", str(config)], stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    said = [running.stderr.readline() for _ in range(4)]
+    assert [line.split(":")[0] for line in said] == ["engine main-0"] * 2 + ["engine main-1"] * 2
+    assert all((tmp_path / name).exists() for name in ("engine.log", "engine-1.log"))
+    done = CliRunner().invoke(engine, ["--config", str(config), "--preflight"])
+    assert (done.exit_code, done.output.count("is ready for training")) == (0, 2)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(20) == 0
+    running.stderr.close()
+
+
 def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine) -> None:
     config = str(write_config(tmp_path, fake.url))
     done = CliRunner().invoke(versions, ["--config", config])
@@ -124,6 +145,20 @@ def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine
     table = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "140"}).output
     assert "LIVE" in table
     assert "0.012" in table
+
+
+def test_rollback_reaches_every_replica(tmp_path: Path, fake: FakeEngine) -> None:
+    config = write_config(tmp_path, fake.url)
+    with FakeEngine(tmp_path / "w1.0") as other:
+        fields = yaml.safe_load(config.read_text())
+        fields["models"]["main"]["replicas"] = [other.url]
+        config.write_text(yaml.safe_dump(fields))
+        store = open_store(f"sqlite:///{tmp_path}/store.db")
+        first, _ = fill(store, tmp_path, [1.0, 2.0])
+        fake.weight = other.weight = 2.0
+        assert CliRunner().invoke(rollback, [str(first), "--config", str(config)]).exit_code == 0
+        assert [(each.weight, each.version) for each in (fake, other)] == [(1.0, str(first))] * 2
+        store.close()
 
 
 def test_rollback_publishes_the_old_version_and_abandons_the_newer(tmp_path: Path, fake: FakeEngine) -> None:

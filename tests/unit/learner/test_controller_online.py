@@ -69,7 +69,7 @@ def run(config: Config, store: Store, engine: LlamaEngine, workers: Learner) -> 
             workers=workers,
             folder=folder,
             console=Console(echo, steps=config.trainer.steps, as_json=False),
-            engine=EngineClient(engine.url, recorded.MODEL),
+            engines=[EngineClient(engine.url, recorded.MODEL)],
         )
         Controller(config, around).run()
     return said

@@ -328,3 +328,90 @@ def test_an_engine_that_breaks_a_call_is_watched_until_it_is_well(
     assert ask(proxy, "next").status_code == 200, "held until the watcher has seen it well"
     assert [call.status for call in store.trace("broken").calls] == ["failed"]
     assert threading.active_count() < 100
+
+
+# -- several engines of one model
+
+
+@pytest.fixture
+def two(fake: ModuleType, engine: Restartable) -> Iterator[tuple[Restartable, Restartable]]:
+    other = Restartable(fake)
+    yield engine, other
+    other.stop()
+
+
+def with_replicas(
+    start_proxy: Callable[..., SimpleNamespace], two: tuple[Restartable, Restartable], **overrides: Any
+) -> SimpleNamespace:
+    model = {"checkpoint": "none", "engine": {"url": two[0].url}, "replicas": [two[1].url]}
+    return start_proxy(models={"main": model}, **overrides)
+
+
+def test_a_run_keeps_to_one_engine_and_runs_are_spread(
+    start_proxy: Callable[..., SimpleNamespace], two: tuple[Restartable, Restartable]
+) -> None:
+    proxy = with_replicas(start_proxy, two)
+    for i in range(12):
+        for turn in range(3):
+            ask(proxy, f"r{i}", user=f"{i}", seed=turn)
+    users = [[request["user"] for request in each.app.requests] for each in two]
+    assert all(users) and set(users[0]).isdisjoint(users[1])
+    assert sorted(users[0] + users[1]) == sorted([f"{i}" for i in range(12)] * 3)
+
+
+def test_without_a_run_the_engine_with_the_least_to_do_is_taken(
+    start_proxy: Callable[..., SimpleNamespace], pool: ThreadPoolExecutor, two: tuple[Restartable, Restartable]
+) -> None:
+    proxy = with_replicas(start_proxy, two)
+    gate = threading.Event()
+    for each in two:
+        each.app.gate = gate
+    futures = [pool.submit(proxy.client.post, "/v1/chat/completions", json=ASK) for _ in range(6)]
+    wait_for(lambda: sum(each.app.in_flight for each in two) == 6, "all are with the engines")
+    assert [each.app.in_flight for each in two] == [3, 3]
+    assert [each["in_flight"] for each in proxy.client.get("/health").json()["models"]["main"]["engines"]] == [3, 3]
+    gate.set()
+    assert [future.result(10).status_code for future in futures] == [200] * 6
+
+
+def test_when_one_engine_goes_the_other_takes_its_runs(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, two: tuple[Restartable, Restartable]
+) -> None:
+    proxy = with_replicas(start_proxy, two)
+    two[1].stop()
+    assert {ask(proxy, f"r{i}").status_code for i in range(8)} == {200}
+    assert len(two[0].app.requests) == 8
+    health = proxy.client.get("/health")
+    states = [each["state"] for each in health.json()["models"]["main"]["engines"]]
+    assert (health.status_code, states) == (503, ["up", "down"])
+    assert two[1].url in health.json()["models"]["main"]["engine"]
+    two[1].start()
+    wait_for(lambda: proxy.app.upstream.pools["main"].complaint == "", "the other is back")
+    for i in range(8):
+        ask(proxy, f"r{i}")
+    assert two[1].app.requests, "runs go back to their engine"
+    assert [call.status for i in range(8) for call in store.trace(f"r{i}").calls] == ["complete"] * 16
+
+
+def test_a_publish_drains_every_engine(
+    start_proxy: Callable[..., SimpleNamespace],
+    store: Store,
+    pool: ThreadPoolExecutor,
+    two: tuple[Restartable, Restartable],
+) -> None:
+    proxy = with_replicas(start_proxy, two)
+    gates = [threading.Event(), threading.Event()]
+    for each, gate in zip(two, gates, strict=True):
+        each.app.gate = gate
+    futures = [pool.submit(proxy.client.post, "/v1/chat/completions", json=ASK) for _ in range(2)]
+    wait_for(lambda: [each.app.in_flight for each in two] == [1, 1], "one call is with each engine")
+    publish_id = store.request_publish(new_version(store)).publish_id
+    store.advance_publish(publish_id, "draining")
+    gates[0].set()
+    wait_for(lambda: proxy.app.hold.gates["main"].in_flight == 1, "one has finished")
+    time.sleep(0.05)
+    assert store.waiting_proxies(publish_id, 10) == [proxy.app.proxy_id]
+    gates[1].set()
+    wait_for(lambda: not store.waiting_proxies(publish_id, 10), "both have finished")
+    store.advance_publish(publish_id, "failed")
+    assert [future.result(10).status_code for future in futures] == [200] * 2

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ports import free_port
@@ -212,11 +213,14 @@ def test_a_json_line_of_a_child_is_not_encoded_twice(capsys: pytest.CaptureFixtu
 
 def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     engine: dict[str, object] = {"url": "http://127.0.0.1:7001/"}
-    raw = {"models": {"main": {"checkpoint": "w", "engine": engine}}, "roles": {"*": "main"}}
+    raw: dict[str, Any] = {"models": {"main": {"checkpoint": "w", "engine": engine}}, "roles": {"*": "main"}}
     own = child_specs(parse_config(raw), tmp_path / "c.yaml", train=False)
     assert [spec.name for spec in own] == ["engine", "proxy"]
     assert own[0].ready_urls == ("http://127.0.0.1:7001/health",)
     assert own[0].command[-3:] == ("engine", "--config", str(tmp_path / "c.yaml"))
+    raw["models"]["main"]["replicas"] = ["http://127.0.0.1:7002"]
+    both = child_specs(parse_config(raw), tmp_path / "c.yaml", train=False)
+    assert both[0].ready_urls == ("http://127.0.0.1:7001/health", "http://127.0.0.1:7002/health")
     engine["external"] = True
     external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in external] == ["proxy", "train"]

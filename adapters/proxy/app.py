@@ -6,6 +6,8 @@ publish state cannot be read. Called by uvicorn (see `command`).
 
 import asyncio
 import logging
+import os
+from collections.abc import Mapping
 
 import msgspec
 
@@ -21,6 +23,7 @@ from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
+from tracegrad.adapters.proxy.outside import outside_apis
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.redaction import RedactingStore, Redactor
 from tracegrad.adapters.proxy.upstream import Upstream
@@ -39,9 +42,20 @@ JOIN_S = 5.0
 
 
 class ProxyApp:
-    """One proxy in front of the configured engines, writing to one store. The caller closes the store."""
+    """One proxy in front of the configured engines, writing to one store. The caller closes the store.
 
-    def __init__(self, config: Config, store: Store, *, url: str = "", sockets: WorkerSockets | None = None) -> None:
+    Raises ConfigError where the key of an outside API is not in `environ`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        *,
+        url: str = "",
+        sockets: WorkerSockets | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
         self.config = config
         self.store = RedactingStore(store, Redactor(config.redact)) if config.redact else store
         self.proxy_id = new_id("proxy")
@@ -50,9 +64,11 @@ class ProxyApp:
         self.metrics = ProxyMetrics(config, proxy_id=self.proxy_id, worker=worker)
         self._sockets = sockets
         self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
+        self._outside = outside_apis(config, environ)
         self.hold = Hold(
             self.store,
-            config.models,
+            [name for name in config.models if name not in self._outside],
+            outside=self._outside,
             proxy_id=self.proxy_id,
             url=url,
             poll_s=config.proxy.poll_s,
@@ -87,7 +103,12 @@ class ProxyApp:
         await self.hold.start()
         gates = self.hold.gates
         self.upstream = Upstream(
-            {name: [each.engine.url for each in model.each_engine()] for name, model in self.config.models.items()},
+            {
+                name: [each.engine.url for each in model.each_engine()]
+                for name, model in self.config.models.items()
+                if name not in self._outside
+            },
+            outside=self._outside,
             timeout_s=proxy.upstream_timeout_s,
             wanted=lambda model: gates[model].live_version,
             changed=self.hold.advance,

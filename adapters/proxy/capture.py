@@ -103,10 +103,14 @@ def read_ask(body: bytes, shape: Shape = CHAT, *, allow: Collection[Allowed] = (
     return Ask(raw, values, shape, hashlib.blake2b(body, digest_size=16).hexdigest())
 
 
+NOTHING = Injection(token_ids=False, logprobs=False, usage=False)
+"""For an outside API, which may refuse what it does not know, and for embeddings."""
+
+
 def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT) -> Injection:
     """Decide what to add. Top-logprob fields without `logprobs` are an error that stays the engine's to report."""
     if shape is EMBEDDINGS:
-        return Injection(token_ids=False, logprobs=False, usage=False)
+        return NOTHING
     wants_top = body.get("top_logprobs") not in (None, 0) or body.get("logprob_token_ids")
     options = body.get("stream_options")
     plain_options = options is None or (isinstance(options, Mapping) and options.get("include_usage") in _OFF)

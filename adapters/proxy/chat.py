@@ -18,7 +18,7 @@ from functools import partial
 import msgspec
 
 from tracegrad.adapters.proxy.attribution import dissent, without_ours
-from tracegrad.adapters.proxy.capture import Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, read_ask, upstream_body
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
@@ -104,9 +104,8 @@ class ModelEndpoint:
         key = key_of(ask.digest, who.run_id, who.role, request.headers)
         earlier = self.attempts.find(key, number) if number else None
         if earlier is not None:
-            beat = (
-                (beat_s(request.headers, HEARTBEAT_S), encode(_empty_chunk(ask.shape, draft))) if draft.stream else None
-            )
+            pause_s, event = beat_s(request.headers, HEARTBEAT_S), encode(_empty_chunk(ask.shape, draft))
+            beat = (pause_s, event) if draft.stream else None
             if await answer_from(self.attempts, earlier, number, request, reply, beat=beat):
                 return
             self.attempts.supersede(earlier)
@@ -138,7 +137,9 @@ class ModelEndpoint:
         placed = self.roles.place(request, ask.body, project)
         attribution, call_id = placed.attribution, new_id("call")
         model = self._model_of(ask, attribution.role)
-        override = None if ask.shape is EMBEDDINGS else override_of(self.config.proxy.sampling, attribution.role)
+        api = self.config.models[model].api
+        ours = api is None and ask.shape is not EMBEDDINGS
+        override = override_of(self.config.proxy.sampling, attribution.role) if ours else None
         try:
             purpose = await self.purposes.of(attribution.run_id, request.key)
         except TraceStoreError as error:
@@ -160,6 +161,7 @@ class ModelEndpoint:
             endpoint=ask.shape.endpoint,
             request_hash=ask.digest,
             flaw=ask.flaw,
+            outside=None if api is None else api.model,
         )
 
     def _model_of(self, ask: Ask, role: str | None) -> str:
@@ -191,8 +193,9 @@ class _Exchange:
         self._progress = Progress()
         self._transcript = Transcript()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
-        injection = plan_injection(ask.body, ask.shape)
-        alias = ask.model if ask.model is not None and ask.model != draft.model else None
+        ours, served = draft.outside is None, draft.outside or draft.model
+        injection = plan_injection(ask.body, ask.shape) if ours else NOTHING
+        alias = ask.model if ask.model is not None and ask.model != served else None
         who = draft.attribution
         # Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only.
         unknown = who.run_id is None or who.role is None
@@ -202,10 +205,10 @@ class _Exchange:
         self._body = upstream_body(
             ask,
             injection,
-            model=draft.model,
+            model=served,
             requested=sampling.requested,
             effective=sampling.effective,
-            salt=salt_of(draft.project, ask.body.get("cache_salt")),
+            salt=salt_of(draft.project, ask.body.get("cache_salt")) if ours else None,
         )
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
@@ -355,7 +358,7 @@ class _Exchange:
             if self._done:
                 return
         self._take(parser.close())
-        if not self._done:
+        if not self._done and (self._draft.outside is None or not self._transcript.finished(self._draft.n)):
             raise EngineUnreachable(f"the engine of model {self._draft.model!r} ended its stream before [DONE]")
 
     def _take(self, events: list[Event]) -> bytes:

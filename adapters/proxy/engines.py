@@ -41,6 +41,18 @@ class Engine:
         """Note that it answered just now."""
         self.contact = time.monotonic()
 
+    def target(self, path: str) -> URL:
+        """Return the URL of an OpenAI path."""
+        return self.url / path
+
+    def headers(self, of_client: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers that it gets of a client's."""
+        return list(of_client)
+
+    def answered(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers that the client gets of its answer."""
+        return headers
+
     def report(self) -> dict[str, Any]:
         """Return what `/health` says of it."""
         return {"url": str(self.url), "state": self.state, "detail": self.detail, "in_flight": self.in_flight}
@@ -49,17 +61,20 @@ class Engine:
 class Pool:
     """The engines of `model`. `wanted` gives the live version; `changed` is called when one is up again."""
 
+    holds = True
+    """Whether requests wait for an engine that is down."""
+
     def __init__(
         self,
         model: str,
-        urls: Iterable[str],
+        engines: Iterable[Engine],
         session: aiohttp.ClientSession,
         *,
         wanted: Callable[[], int | None] = lambda: None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
-        self.engines = tuple(Engine(url) for url in urls)
+        self.engines = tuple(engines)
         self._session = session
         self._wanted = wanted
         self._changed = changed

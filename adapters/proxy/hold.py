@@ -76,13 +76,22 @@ class Ticket:
 
 
 class Hold:
-    """Every model's gate, kept up to date by polling the store."""
+    """Every model's gate, kept up to date by polling the store. Nothing is ever published to those `outside`."""
 
     def __init__(
-        self, store: Store, models: Iterable[str], *, proxy_id: str, url: str, poll_s: float, expires_s: float
+        self,
+        store: Store,
+        models: Iterable[str],
+        *,
+        outside: Iterable[str] = (),
+        proxy_id: str,
+        url: str,
+        poll_s: float,
+        expires_s: float,
     ) -> None:
         self.proxy_id = proxy_id
-        self.gates = {model: Gate(model) for model in models}
+        self._published = tuple(models)
+        self.gates = {model: Gate(model) for model in (*self._published, *outside)}
         self._store = store
         self._url = url
         self._poll_s = poll_s
@@ -229,7 +238,7 @@ class Hold:
             self._store.register_proxy(self.proxy_id, self._url)
         elif beat_due:
             self._store.beat_proxy(self.proxy_id)
-        return self._store.publish_view(tuple(self.gates))
+        return self._store.publish_view(self._published)
 
     def _see(self, view: ModelState, was_fresh: bool) -> None:
         """Take in a model's state. A swap that did not wait for us marks what is in flight."""

@@ -1,7 +1,7 @@
 """`GET /v1/models` and `/v1/models/{id}`: the cards that the engines write themselves, adapters included.
 
 An id is a model that an engine serves: a role, or a name that merely is routed somewhere, is none. A model none of
-whose engines is up has a card of ours, which says what is wrong. Refuses (404, with near misses) an id that no engine
+whose engines is up has a card of ours, which says what is wrong; so has one of an outside API. Refuses (404, with near misses) an id that no engine
 lists; an error of an engine is passed on. Called by `app`.
 """
 
@@ -44,6 +44,9 @@ class ModelCards:
         wanted = path.removeprefix(PREFIX) if path.startswith(PREFIX) else None
         found: list[msgspec.Raw] = []
         for model in self._to_ask(wanted):
+            if not self._upstream.pools[model].holds:
+                found.append(_card_of_ours(model, None))
+                continue
             try:
                 answer = await self._upstream.get(model, "v1/models")
                 body = await answer.read()
@@ -73,9 +76,10 @@ def _cards(model: str, body: bytes) -> list[msgspec.Raw]:
         ) from error
 
 
-def _card_of_ours(model: str, complaint: str) -> msgspec.Raw:
-    card = {"id": model, "object": "model", "created": 0, "owned_by": "tracegrad", "unavailable": complaint}
-    return msgspec.Raw(msgspec.json.encode(card))
+def _card_of_ours(model: str, complaint: str | None) -> msgspec.Raw:
+    """`complaint` says why the engine's own card cannot be had, None where there is no engine of ours."""
+    card = {"id": model, "object": "model", "created": 0, "owned_by": "outside" if complaint is None else "tracegrad"}
+    return msgspec.Raw(msgspec.json.encode(card if complaint is None else {**card, "unavailable": complaint}))
 
 
 def _pick(wanted: str, cards: list[msgspec.Raw]) -> msgspec.Raw:

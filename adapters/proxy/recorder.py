@@ -8,7 +8,7 @@ completion stands in its message as `content`. No I/O. Called by `chat`.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import msgspec
@@ -233,6 +233,8 @@ class Draft:
     dissent: tuple[LateAttribution, ...] = ()
     """What other sources say of it than `attribution`."""
     retry_of: str | None = None
+    outside: str | None = None
+    """The name by which somebody else's API knows the model; None where the engine is ours."""
 
 
 @dataclass(slots=True)
@@ -257,7 +259,8 @@ def compose(
         reason, detail = "version changed", f"{progress.version_dispatched} -> {progress.version_completed}"
     ordered = sorted(transcript.choices.values(), key=lambda choice: choice.index)
     one_tool_call = draft.body.get("parallel_tool_calls") is False
-    prompt_ids = None if draft.flaw == SEVERAL_PROMPTS else transcript.prompt_ids
+    choices = tuple(choice.frozen(draft.sampling.flags, one_tool_call=one_tool_call) for choice in ordered)
+    prompt_ids = None if draft.flaw == SEVERAL_PROMPTS or draft.outside else transcript.prompt_ids
     return Call(
         call_id=draft.call_id,
         completion_id=transcript.completion_id,
@@ -267,7 +270,7 @@ def compose(
         version_dispatched=progress.version_dispatched,
         version_completed=progress.version_completed,
         prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
-        choices=tuple(choice.frozen(draft.sampling.flags, one_tool_call=one_tool_call) for choice in ordered),
+        choices=choices if draft.outside is None else tuple(map(_text_only, choices)),
         status=status,
         timing=CallTiming(
             received_at=draft.received_at,
@@ -289,8 +292,11 @@ def compose(
 
 
 def _verdict(draft: Draft, transcript: Transcript) -> tuple[str | None, str | None]:
-    """Return (reason, details) to quarantine a complete call for. An embedding has nothing sampled to judge."""
-    if draft.endpoint == "embeddings":
+    """Return (reason, details) to quarantine a complete call for.
+
+    An embedding has nothing sampled to judge, and what an outside API samples is not ours to judge.
+    """
+    if draft.endpoint == "embeddings" or draft.outside is not None:
         return None, None
     if draft.flaw is not None:
         return draft.flaw, None
@@ -298,6 +304,11 @@ def _verdict(draft: Draft, transcript: Transcript) -> tuple[str | None, str | No
     if reason in ("no token ids", "no logprobs") and draft.body.get("include_reasoning") is False:
         return REASONING_HIDDEN, "`include_reasoning: false` makes the engine withhold ids and logprobs"
     return reason, detail
+
+
+def _text_only(choice: Choice) -> Choice:
+    """What somebody else's weights said: never trained on, so tokens of it are kept by nobody."""
+    return replace(choice, token_ids=(), logprobs=None, flags=(*choice.flags, "external"))
 
 
 def merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:

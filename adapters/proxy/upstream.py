@@ -10,12 +10,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 
 from tracegrad.adapters.proxy.engines import Engine, Pool, said_by
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable
+from tracegrad.adapters.proxy.outside import OutsideApi, OutsidePool
 
 KEEPALIVE_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
@@ -40,7 +42,7 @@ class EngineAnswer:
         self._engine: Engine | None = engine
         self._asked = engine
         self.status = response.status
-        self.headers = end_to_end(response.raw_headers)
+        self.headers = engine.answered(end_to_end(response.raw_headers))
         self.is_stream = response.content_type == "text/event-stream"
         engine.heard()
 
@@ -104,6 +106,7 @@ class Upstream:
         self,
         engines: Mapping[str, Iterable[str]],
         *,
+        outside: Mapping[str, OutsideApi] = MappingProxyType({}),
         timeout_s: float,
         wanted: Callable[[str], int | None] = lambda model: None,
         changed: Callable[[str], None] = lambda model: None,
@@ -115,10 +118,13 @@ class Upstream:
             auto_decompress=False,
             skip_auto_headers=("User-Agent", "Accept", "Content-Type", "Accept-Encoding"),
         )
-        self.pools = {
-            model: Pool(model, urls, self._session, wanted=partial(wanted, model), changed=partial(changed, model))
+        self.pools: dict[str, Pool] = {
+            model: Pool(
+                model, map(Engine, urls), self._session, wanted=partial(wanted, model), changed=partial(changed, model)
+            )
             for model, urls in engines.items()
         }
+        self.pools.update({model: OutsidePool(model, api, self._session) for model, api in outside.items()})
 
     async def close(self) -> None:
         """Stop watching engines and close every connection."""
@@ -146,7 +152,7 @@ class Upstream:
         engine = pool.pick(run_id)
         if engine is None or not await pool.confirm(engine):
             raise NotSent(pool.complaint)
-        return await self._ask(pool, engine, "POST", path, data=body, headers=_to_send(headers))
+        return await self._ask(pool, engine, "POST", path, data=body, headers=_to_send(engine.headers(headers)))
 
     async def get(self, model: str, path: str) -> EngineAnswer:
         """Fetch `path` from an engine of `model` that is up. Raises as `post`."""
@@ -172,11 +178,11 @@ class Upstream:
         while True:
             began = time.monotonic()
             try:
-                return await self._session.request(method, engine.url / path, allow_redirects=False, **sent)
+                return await self._session.request(method, engine.target(path), allow_redirects=False, **sent)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 pool.lost(engine, f"cannot be reached ({said_by(error)}); is it running?")
-                if perhaps_sent:
-                    raise EngineUnreachable(f"{where} broke the connection and is gone: {said_by(error)}") from error
+                if perhaps_sent or not pool.holds:
+                    raise EngineUnreachable(f"{where} cannot be reached: {said_by(error)}") from error
                 raise NotSent(pool.complaint) from error
             except TimeoutError as error:
                 raise EngineTimeout(f"{where} did not answer in time") from error

@@ -278,9 +278,8 @@ class _Exchange:
         model, waited_s = self._draft.model, time.monotonic() - self._arrived
         complaint = self._endpoint.upstream.pools[model].complaint
         why = complaint or "new weights are being published"
-        return Held(
-            f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=retry_after_s(waited_s)
-        )
+        later_s = retry_after_s(waited_s, retry_number(self._request.headers) or 0)
+        return Held(f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=later_s)
 
     async def _converse(self, hangup: Hangup, ticket: Ticket) -> None:
         """Dispatch, gather, record, release; whatever goes wrong on the way is recorded as it is."""

@@ -7,6 +7,7 @@ workers it becomes their parent (see `workers`).
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import uvicorn
 from tracegrad.adapters.proxy.access import is_loopback, keys_wanted
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.adapters.proxy.log_lines import LogFormat, set_up
+from tracegrad.adapters.proxy.outside import outside_apis
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
 from tracegrad.adapters.proxy.workers import listen, reserve, run_workers, with_port
 from tracegrad.tracestore.config import Config, ProxyConfig, dump_config, load_config
@@ -67,6 +69,7 @@ def proxy(
             set_up(config.proxy.log, verbose=verbose, worker=str(worker))
             sys.exit(run(config, say=None, sockets=WorkerSockets(config_path.parent, worker, config.proxy.workers)))
         _check_address(config.proxy, allow_remote)
+        outside_apis(config, os.environ)  # a key that is not set is an error before any worker starts
         set_up(config.proxy.log, verbose=verbose)
         serve = run if config.proxy.workers == 1 else partial(_run_workers, verbose=verbose)
         sys.exit(serve(config, say=partial(_say_url, as_json=as_json)))

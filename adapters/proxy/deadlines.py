@@ -48,6 +48,9 @@ def beat_s(headers: Mapping[bytes, bytes], longest_s: float) -> float:
     return longest_s if said is None else min(longest_s, said / 2)
 
 
-def retry_after_s(waited_s: float) -> int:
-    """Return the seconds after which to come back: a pause that has lasted so long may last as long again."""
-    return max(1, min(LONGEST_RETRY_S, round(waited_s)))
+def retry_after_s(waited_s: float, retry: int = 0) -> int:
+    """Return the seconds after which to come back: a pause that has lasted so long may last as long again.
+
+    `retry` is the number of this retry: before it lie as many waits as long as this one, and as many pauses.
+    """
+    return max(1, min(LONGEST_RETRY_S, round(waited_s * (2 * retry + 1))))

@@ -1,8 +1,8 @@
 """`GET /v1/models` and `/v1/models/{id}`: the cards that the engines write themselves, adapters included.
 
 An id is a model that an engine serves: a role, or a name that merely is routed somewhere, is none. A model none of
-whose engines is up has a card of ours, which says what is wrong; so has one of an outside API. Refuses (404, with near misses) an id that no engine
-lists; an error of an engine is passed on. Called by `app`.
+whose engines is up has a card of ours, which says what is wrong; so has one of an outside API. Refuses (404, with near
+misses) an id that no engine lists; an error of an engine is passed on. Called by `app`.
 """
 
 import difflib

@@ -438,6 +438,7 @@ def main() -> None:
     parser.add_argument("--token-delay-s", type=float, default=0.0)
     asked = parser.parse_args()
     listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", asked.port))
     listener.listen(512)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

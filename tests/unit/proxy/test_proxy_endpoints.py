@@ -217,6 +217,7 @@ def test_a_role_or_an_alias_is_no_model(start_proxy: Callable[..., SimpleNamespa
 
 
 def test_an_engines_error_on_its_models_is_told_in_openais_words(proxy: SimpleNamespace) -> None:
-    proxy.app.upstream._urls["main"] = proxy.app.upstream._urls["main"] / "nowhere"
+    engine = proxy.app.upstream.pools["main"].engines[0]
+    engine.url /= "nowhere"
     answer = proxy.client.get("/v1/models")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")

@@ -131,6 +131,7 @@ def test_patience_ends_before_the_client_leaves() -> None:
     assert deadlines.patience_s({b"x-stainless-read-timeout": b"1"}, stream=False, hold_timeout_s=600) == 0.8
     assert deadlines.patience_s(said, stream=False, hold_timeout_s=50) == 45
     assert [deadlines.retry_after_s(s) for s in (0.2, 7.4, 1000)] == [1, 7, 60]
+    assert [deadlines.retry_after_s(8, number) for number in (0, 1, 2)] == [8, 24, 40]
     assert deadlines.beat_s({b"x-stainless-read-timeout": b"10"}, 15.0) == 5
 
 

@@ -1,6 +1,5 @@
 """Law 2: with recording on, the client receives what the engine would have sent. Compared with the direct answer."""
 
-import re
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace

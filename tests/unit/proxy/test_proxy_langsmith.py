@@ -124,7 +124,7 @@ def test_a_bomb_is_never_decoded(encoding: str) -> None:
     ("body", "headers", "status"),
     [
         (b"not gzip", {"content-encoding": "gzip"}, 400),
-        (gzip.compress(b"x" * 1000)[:-20], {"content-encoding": "gzip"}, 400),
+        (gzip.compress(b"x" * 1000, mtime=0)[:-20], {"content-encoding": "gzip"}, 400),
         (b"not zstd", {"content-encoding": "zstd"}, 400),
         (b"x", {"content-encoding": "br"}, 400),
         (b"x", {"content-type": "application/json"}, 400),

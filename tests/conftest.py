@@ -38,9 +38,14 @@ class ServedTiny:
 
 
 def tiny_config(path: Path, *, port: int, log: Path) -> ModelConfig:
-    """Configuration of an engine for the tiny model: fp32, 512 tokens, one thread."""
+    """Configuration of an engine for the tiny model: fp32, 512 tokens, one thread, tool calls parsed."""
     config = EngineConfig(
-        url=f"http://127.0.0.1:{port}", dtype="float32", max_model_len=512, start_timeout_s=240, log=str(log)
+        url=f"http://127.0.0.1:{port}",
+        dtype="float32",
+        max_model_len=512,
+        start_timeout_s=240,
+        args=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        log=str(log),
     )
     return ModelConfig(checkpoint=str(path), engine=config)
 

@@ -435,7 +435,7 @@ class _Exchange:
         return commit
 
     async def _pass_error_on(self, answer: EngineAnswer, body: bytes) -> None:
-        told = openai_error(answer.status, body, self._shape)
+        told = openai_error(answer.status, body, self._shape, self._draft.body)
         if self._reply.started:
             await self._reply.send(encode(b"".join(told.splitlines())), more=False)
         else:

@@ -28,6 +28,9 @@ OVERFLOW_WORDS = " (context_length_exceeded: the input exceeds the context windo
 """LangChain reads the text of the exception, not its code: the first word in an answer's, the rest in a stream's.
 Newer SDKs leave the code out of that text. Source: langchain-openai 1.7, `_handle_openai_bad_request`."""
 
+_NO_ROOM = "max_tokens must be at least 1, got 0"
+"""What vLLM says of a prompt that fills the context to its last token, and of a client that asks for no tokens."""
+
 _NO_MODEL = re.compile(r"\bmodel\b.*\bdoes not exist", re.IGNORECASE | re.DOTALL)
 _OPENAI_TYPE = re.compile(r"[a-z][a-z_]*")
 _MAX_TEXT = 500
@@ -61,12 +64,16 @@ class _Said:
     param: str | None = None
 
 
-def openai_error(status: int, body: bytes, shape: Shape) -> bytes:
-    """Return the body of an engine's error answer as OpenAI would write it."""
+def openai_error(status: int, body: bytes, shape: Shape, request: Mapping[str, Any] | None = None) -> bytes:
+    """Return the body of an engine's error answer as OpenAI would write it. `request` is what the client asked."""
     decoded = _decode(body)
     said = _read(decoded) if isinstance(decoded, Mapping) else None
     if said is None:
         return _rewritten(_Said(_text_of(status, body)), status, shape)
+    if status == 404 and said.message == "Not Found":
+        said = _Said(f"the engine of this model does not answer /{shape.path}")
+    if said.message.startswith(_NO_ROOM) and not _asks_for_nothing(request or {}):
+        said = _Said(f"the prompt leaves no room in the model's maximum context length: {said.message}")
     if _is_openai(said, decoded) and _code(said, status) == said.code:
         return body
     return _rewritten(said, status, shape)
@@ -85,6 +92,10 @@ def openai_error_event(data: bytes, shape: Shape) -> bytes:
         return data
     status = said.code if isinstance(said.code, int) and not isinstance(said.code, bool) else 500
     return _rewritten(said, status, shape)
+
+
+def _asks_for_nothing(request: Mapping[str, Any]) -> bool:
+    return 0 in (request.get("max_tokens"), request.get("max_completion_tokens"))
 
 
 def _decode(body: bytes) -> Any:

@@ -1,7 +1,8 @@
 """The fake engine of the proxy's tests against the real vLLM: same shapes, same keys in the same order, same nulls.
 
 Every proxy test rests on the fake; this one keeps it honest. Where `TRACEGRAD_ENGINE_URL` is set that engine is
-asked instead of the shared tiny one.
+asked instead of the shared tiny one; it needs `--enable-auto-tool-choice --tool-call-parser hermes`. Calls that are
+forced and strict are sampled under a grammar, so that a tiny model makes them too.
 """
 
 import json
@@ -17,7 +18,16 @@ import pytest
 pytestmark = pytest.mark.engine
 
 MESSAGES = [{"role": "user", "content": "3 5"}]
-ASK = {"messages": MESSAGES, "max_tokens": 4, "temperature": 1.0, "ignore_eos": True}
+DIGITS = list(range(15, 25))
+"""Token ids whose text is never empty: where a text is, the parser decides whether there is a chunk."""
+ASK = {"messages": MESSAGES, "max_tokens": 4, "temperature": 1.0, "ignore_eos": True, "allowed_token_ids": DIGITS}
+FREE = {"max_tokens": 400, "ignore_eos": False, "allowed_token_ids": None, "seed": 1}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+OK = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "pick", "parameters": OK, "strict": True}}
+CALLING = {**FREE, "tools": [TOOL], "parallel_tool_calls": False}
+NAMED = {"type": "function", "function": {"name": "pick"}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": OK}}
 REQUESTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "token ids": {"return_token_ids": True},
@@ -25,6 +35,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "what the proxy asks for": {"return_token_ids": True, "logprobs": True},
     "top logprobs": {"logprobs": True, "top_logprobs": 2},
     "two choices": {"n": 2, "return_token_ids": True, "logprobs": True},
+    "a required call": {**CALLING, "tool_choice": "required"},
+    "a required call with ids": {**CALLING, "tool_choice": "required", "return_token_ids": True, "logprobs": True},
+    "a named call": {**CALLING, "tool_choice": NAMED},
+    "tools, none": {"tools": [TOOL], "tool_choice": "none"},
+    "a schema": {**FREE, "response_format": FORMAT},
+    "hidden reasoning": {"include_reasoning": False, "return_token_ids": True, "logprobs": True},
 }
 STREAMS = {
     **REQUESTS,
@@ -42,6 +58,24 @@ ERRORS: dict[str, dict[str, Any]] = {
     "stream options without a stream": {"stream_options": {"include_usage": True}},
     "greedy with n > 1": {"n": 3, "temperature": 0},
     "unknown model": {"model": "no-such-model"},
+    "overflow": {"messages": [{"role": "user", "content": "x" * 600}]},
+}
+COMPLETION = {"prompt": "3 5", "max_tokens": 4, "temperature": 1.0, "ignore_eos": True}
+COMPLETION_REQUESTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "token ids": {"return_token_ids": True},
+    "logprobs": {"logprobs": 0},
+    "what the proxy asks for": {"return_token_ids": True, "logprobs": 0},
+    "two choices of two prompts": {"n": 2, "prompt": ["3 5", "7"], "return_token_ids": True, "logprobs": 1},
+    "token ids in": {"prompt": [70, 71, 72], "return_token_ids": True},
+    "echo": {"echo": True},
+    "echo with logprobs": {"echo": True, "logprobs": 1},
+    "echo with ids": {"echo": True, "return_token_ids": True},
+}
+COMPLETION_STREAMS = {
+    **COMPLETION_REQUESTS,
+    "usage": {"stream_options": {"include_usage": True}},
+    "usage all along": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
 }
 
 
@@ -67,6 +101,10 @@ def fake(name: str) -> Iterator[SimpleNamespace]:
 def shape(value: Any) -> Any:
     """Types and key order; a list is the shapes that occur in it, `bytes` lists are not looked into."""
     if isinstance(value, dict):
+        if value and all(isinstance(member, float) for member in value.values()):
+            return "token -> logprob"
+        if value and all(key.isdigit() for key in value):
+            return "token id -> logprob"
         return [(key, "bytes" if key == "bytes" else shape(member)) for key, member in value.items()]
     if isinstance(value, list):
         shapes: list[Any] = []
@@ -90,8 +128,10 @@ def chunk_shapes(text: str) -> list[Any]:
     return shapes
 
 
-def ask_both(real: httpx.Client, fake: SimpleNamespace, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
-    return real.post("/v1/chat/completions", json=body), fake.client.post("/v1/chat/completions", json=body)
+def ask_both(
+    real: httpx.Client, fake: SimpleNamespace, body: dict[str, Any], path: str = CHAT
+) -> tuple[httpx.Response, httpx.Response]:
+    return real.post(path, json=body), fake.client.post(path, json=body)
 
 
 @pytest.mark.parametrize("what", REQUESTS)
@@ -111,11 +151,51 @@ def test_streams_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace, 
     assert ours.headers["content-type"] == truth.headers["content-type"]
 
 
+@pytest.mark.parametrize("what", COMPLETION_REQUESTS)
+def test_completions_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
+    body = {**COMPLETION, "model": name, **COMPLETION_REQUESTS[what]}
+    truth, ours = ask_both(real, fake, body, COMPLETIONS)
+    assert truth.status_code == ours.status_code == 200, truth.text
+    assert shape(ours.json()) == shape(truth.json())
+    assert [choice["index"] for choice in ours.json()["choices"]] == [c["index"] for c in truth.json()["choices"]]
+
+
+@pytest.mark.parametrize("what", COMPLETION_STREAMS)
+def test_streamed_completions_have_the_real_shape(
+    real: httpx.Client, fake: SimpleNamespace, name: str, what: str
+) -> None:
+    body = {**COMPLETION, "model": name, "stream": True, **COMPLETION_STREAMS[what]}
+    truth, ours = ask_both(real, fake, body, COMPLETIONS)
+    assert truth.status_code == ours.status_code == 200, truth.text
+    assert chunk_shapes(ours.text) == chunk_shapes(truth.text)
+
+
+@pytest.mark.parametrize(("asked", "is_echoed"), [({}, True), ({"return_token_ids": True}, False)])
+def test_ids_take_the_echo_away(
+    real: httpx.Client, fake: SimpleNamespace, name: str, asked: dict[str, Any], is_echoed: bool
+) -> None:
+    """Why the proxy asks for nothing beside `echo`."""
+    for answer in ask_both(real, fake, {**COMPLETION, "model": name, "echo": True, **asked}, COMPLETIONS):
+        assert answer.json()["choices"][0]["text"].startswith("3 5") == is_echoed
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/models/tiny"])
+def test_unknown_paths_have_the_real_answer(real: httpx.Client, fake: SimpleNamespace, path: str) -> None:
+    truth, ours = real.post(path, json={}), fake.client.post(path, json={})
+    assert (ours.status_code, ours.json()) == (truth.status_code, truth.json())
+
+
 @pytest.mark.parametrize("what", ERRORS)
 def test_errors_have_the_real_status_and_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
+    fake.app.max_model_len = 512
     truth, ours = ask_both(real, fake, {**ASK, "model": name, **ERRORS[what]})
     assert truth.status_code == ours.status_code
     assert shape(ours.json()) == shape(truth.json())
+    assert (ours.json()["error"]["code"], ours.json()["error"]["type"]) == (
+        truth.json()["error"]["code"], truth.json()["error"]["type"],
+    )  # fmt: skip
+    if what == "overflow":
+        assert ours.json() == truth.json()
 
 
 def test_models_and_health_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace) -> None:

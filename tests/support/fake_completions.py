@@ -44,7 +44,8 @@ class CompletionsWire:
                     "index": len(choices), "text": shown,
                     "logprobs": self._completion_logprobs(body, sampled.ids, 0, number, prompt if echo else []),
                     "finish_reason": sampled.finish, "stop_reason": sampled.stop_reason,
-                    "token_ids": sampled.ids if ids else None, "prompt_logprobs": None,
+                    "token_ids": sampled.ids if ids else None,
+                    "prompt_logprobs": _prompt_logprobs(prompt) if echo and body.get("logprobs") is not None else None,
                     "prompt_token_ids": prompt if ids else None, "routed_experts": None,
                 })  # fmt: skip
         answer = {
@@ -157,6 +158,10 @@ class CompletionsWire:
 
     async def _end(self, send: Any, tail: bytes) -> None:
         raise NotImplementedError
+
+
+def _prompt_logprobs(prompt: list[int]) -> list[Any]:
+    return [None, *({str(token): {"logprob": -1.0, "rank": 1, "decoded_token": "x"}} for token in prompt[1:])]
 
 
 def dumps(value: Any) -> bytes:

@@ -151,10 +151,14 @@ def cut_at_stop(text: str, stop: Any) -> tuple[str, str, str | None]:
 
 
 class ChoiceStream:
-    """One choice of a stream: text in, vLLM's deltas out. None: the parser has nothing to say yet."""
+    """One choice of a stream: text in, vLLM's deltas out. None: the parser has nothing to say yet.
 
-    def __init__(self, *, reasoning: bool, tools: bool, call_id: str) -> None:
+    `parser`: the engine has a tool parser; `tools`: it looks for calls in this request.
+    """
+
+    def __init__(self, *, reasoning: bool, parser: bool, tools: bool, call_id: str) -> None:
         self._thinking: bool | None = None if reasoning else False
+        self._parser = parser
         self._tools = tools
         self._call_id = call_id
         self._raw = self._text = ""
@@ -166,7 +170,7 @@ class ChoiceStream:
         if self._thinking is not False:
             return self._think(delta)
         if not self._tools:
-            return {"content": delta}
+            return {"content": delta} if delta or not self._parser else None
         self._text += delta
         content, calls = self._content(), self._calls()
         if not content and not calls:

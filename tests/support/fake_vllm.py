@@ -88,8 +88,7 @@ class FakeEngine(CompletionsWire):
         elif where == ("GET", "/weight_info") and self.version is not None:
             await reply(send, 200, dumps({"weight_version": self.version}))
         else:
-            error = {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}
-            await reply(send, 404, dumps({"error": error}))
+            await reply(send, 404, dumps({"detail": "Not Found"}))
 
     def _card(self) -> dict[str, Any]:
         permission = {
@@ -280,7 +279,7 @@ class FakeEngine(CompletionsWire):
         sampled = [self._sample(body, script(body, index)) for index in range(n)]
         streams = [
             ChoiceStream(
-                reasoning=self.reasoning_parser, tools=self._uses_tools(body),
+                reasoning=self.reasoning_parser, parser=self.tools_parser, tools=self._uses_tools(body),
                 call_id=f"chatcmpl-tool-{body['_id']}-{index}",
             )
             for index in range(n)
@@ -332,8 +331,8 @@ class FakeEngine(CompletionsWire):
         """Return the choice of a chunk, None where vLLM sends none: the parser is silent and nobody wants the ids."""
         token, last, hidden = sampled.ids[position], position == len(sampled.ids) - 1, self._hides(body)
         delta = stream.feed(sampled.texts[position])
-        if delta is not None and hidden and "reasoning" in delta:
-            delta = None
+        if delta is not None and hidden:
+            delta = {**delta, "reasoning": None} if delta.get("content") or delta.get("tool_calls") else None
         ids = [token] if self._gives_ids(body) and not hidden else None
         logprobs = None if hidden else self._logprobs(body, [token], position, index)
         if delta is None and not last and ids is None and logprobs is None:

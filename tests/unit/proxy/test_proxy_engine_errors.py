@@ -37,7 +37,7 @@ def error(status: int, body: bytes, shape: Any = CHAT) -> dict[str, Any]:
         (400, vllm("bad", 400, param="tools"), ("bad", "invalid_request_error", "invalid_request", "tools")),
         (404, vllm("The model `m` does not exist. Valid aliases: n.", 404, "NotFoundError", "model"),
          ("The model `m` does not exist. Valid aliases: n.", "invalid_request_error", "model_not_found", "model")),
-        (404, vllm("Not Found", 404, "Not Found"), ("Not Found", "invalid_request_error", "not_found", None)),
+        (404, vllm("Gone", 404, "Not Found"), ("Gone", "invalid_request_error", "not_found", None)),
         (422, vllm("no image there", 422, "UnprocessableEntityError"),
          ("no image there", "invalid_request_error", "unprocessable_entity", None)),
         (429, vllm("slow down", 429, "Too Many Requests"), ("slow down", "requests", "rate_limit_exceeded", None)),
@@ -45,7 +45,7 @@ def error(status: int, body: bytes, shape: Any = CHAT) -> dict[str, Any]:
          ("EngineCore died", "server_error", "engine_error", None)),
         (503, vllm("retry", 503, "ServiceUnavailableError"), ("retry", "server_error", "service_unavailable", None)),
         (401, b'{"error":"Unauthorized"}', ("Unauthorized", "invalid_request_error", "invalid_api_key", None)),
-        (404, b'{"detail":"Not Found"}', ("Not Found", "invalid_request_error", "not_found", None)),
+        (404, b'{"detail":"Not here"}', ("Not here", "invalid_request_error", "not_found", None)),
         (422, b'{"detail":[{"loc":["body","messages"],"msg":"Field required","type":"missing"}]}',
          ("Field required", "invalid_request_error", "unprocessable_entity", "messages")),
         (400, b'{"object":"error","message":"old","type":"BadRequestError","param":null,"code":400}',
@@ -89,6 +89,23 @@ def test_an_overflow_has_the_code_that_clients_know(message: str) -> None:
     assert found["message"] == message + OVERFLOW_WORDS
     assert error(400, vllm(message, 400), COMPLETIONS)["param"] == "prompt"
     assert error(400, vllm(message, 400), EMBEDDINGS)["param"] == "input"
+
+
+def test_a_prompt_that_fills_the_context_is_an_overflow_too() -> None:
+    """vLLM names the tokens that are left. A client that itself asks for none has another problem."""
+    body = vllm("max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", 400, param="max_tokens")
+    for request in ({}, {"max_tokens": 16}, {"max_completion_tokens": None}):
+        told = json.loads(openai_error(400, body, CHAT, request))["error"]
+        assert (told["code"], told["param"]) == ("context_length_exceeded", "messages")
+    for request in ({"max_tokens": 0}, {"max_completion_tokens": 0}):
+        told = json.loads(openai_error(400, body, CHAT, request))["error"]
+        assert (told["code"], told["param"]) == ("invalid_request", "max_tokens")
+
+
+def test_an_endpoint_that_the_engine_does_not_have_is_named() -> None:
+    found = error(404, b'{"detail":"Not Found"}', EMBEDDINGS)
+    assert found["message"] == "the engine of this model does not answer /v1/embeddings"
+    assert found["code"] == "not_found"
 
 
 def test_too_many_output_tokens_are_no_overflow() -> None:

@@ -1,7 +1,7 @@
 """What the SDK sends a second time: joined to its first attempt, answered from it, or marked as a retry of it.
 
 The OpenAI SDKs repeat a request whose answer they did not get, with `x-stainless-retry-count` and no idempotency key. A
-retry is recognised by that count, the digest of its body, its run and role (without a run: the Authorization header).
+retry is recognised by that count, the digest of its body, its run, its role and its credentials.
 While its first attempt is still with the engine, the retry waits for that one's reply; if it was answered, the reply
 is sent again, byte for byte, with the same call id: one row. If it failed, the retry is a call of its own and
 `retry_of` names the first; so too where only the store knows of a first attempt, made through another process.
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from tracegrad.adapters.proxy.access import KEY_HEADERS
 from tracegrad.adapters.proxy.wire import STREAM_HEADERS, Hangup, Message, Reply, Request
 
 KEEP_S = 120.0
@@ -184,8 +185,10 @@ def retry_number(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 def key_of(request_hash: str, run_id: str | None, role: str | None, headers: Mapping[bytes, bytes]) -> Key:
-    """Return what a retry has in common with its first attempt. Credentials are kept as a digest only."""
-    if run_id is not None:
-        return request_hash, f"run {run_id}", role or ""
-    who = blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
-    return request_hash, f"key {who}", role or ""
+    """Return what a retry has in common with its first attempt.
+
+    The credentials are part of it (as a digest): nobody gets the answer to somebody else's request.
+    """
+    said = b"\n".join(headers.get(name, b"") for name in KEY_HEADERS)
+    who = blake2b(said, digest_size=16).hexdigest()
+    return request_hash, f"{run_id or ''}\n{role or ''}", who

@@ -156,9 +156,10 @@ def test_what_differs_is_no_retry(proxy: SimpleNamespace, engine_app: Any, other
     assert called(first) != called(second) and len(engine_app.requests) == 2
 
 
-def test_without_a_run_another_key_is_another_client(proxy: SimpleNamespace, engine_app: Any) -> None:
+@pytest.mark.parametrize("run_id", ["r", ""])
+def test_another_key_is_another_client(proxy: SimpleNamespace, engine_app: Any, run_id: str) -> None:
     for number, key in ((0, "a"), (1, "b")):
-        ask(proxy, number, "", headers={"authorization": f"Bearer {key}"})
+        ask(proxy, number, run_id, headers={"authorization": f"Bearer {key}"})
     assert len(engine_app.requests) == 2
 
 

@@ -188,6 +188,23 @@ def test_what_waits_is_written_when_the_proxy_stops(proxy: SimpleNamespace, stor
     assert [span.name for span in store.trace(TRACE).spans] == ["LangGraph", "writer"]
 
 
+def test_two_proxies_that_get_parts_of_one_trace_make_one_run_of_it(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, stack: Any
+) -> None:
+    one, other = start_proxy(), start_proxy()
+    ends = [{name: value for name, value in run.items() if name != "inputs"} for run in tree(call(one))]
+    assert post(one, form(tree(ended=False))) == 202
+    assert post(other, form(ends, "patch")) == 202
+    assert store.trace(TRACE).run.status == "closed"
+    stack.close()
+    (summary,) = store.list_runs()
+    trace = store.trace(summary.run.run_id)
+    assert [(span.name, span.input, span.output) for span in trace.spans] == [
+        ("LangGraph", {"q": "LangGraph"}, {"a": "LangGraph"}), ("writer", {"q": "writer"}, {"a": "writer"}),
+    ]  # fmt: skip
+    assert trace.calls[0].attribution.span is not None and trace.calls[0].attribution.span.name == "writer"
+
+
 def test_a_fact_that_comes_before_its_call_is_joined(
     start_proxy: Callable[..., SimpleNamespace], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,7 +200,7 @@ class Control:
     async def _put_spans(self, run_id: str, body: bytes) -> Any:
         asked = _read(body, _Spans)
         told = [Span(run_id=run_id, source=asked.source, **msgspec.structs.asdict(span)) for span in asked.spans]
-        await asyncio.to_thread(self._store.put_spans, told, self._config.project)
+        await self._visit(lambda: self._put_own_spans(run_id, told))
         return {"spans": len(told)}
 
     async def _add_rewards(self, body: bytes) -> Any:
@@ -253,6 +253,13 @@ class Control:
     def _check_task(self, task_id: str) -> None:
         if self._guarded and self._store.get_task(task_id).project != self._config.project:
             raise NotFound(f"no task {task_id!r} in project {self._config.project!r}")
+
+    def _put_own_spans(self, run_id: str, spans: list[Span]) -> None:
+        """Write spans; a run that they open is of the key's project."""
+        if self._guarded:
+            self._store.ensure_runs([run_id], self._config.project)
+            self._check_run(run_id)
+        self._store.put_spans(spans, self._config.project)
 
     def _put_own_groups(self, groups: list[Group]) -> None:
         for group in groups:

@@ -23,7 +23,6 @@ from tracegrad.adapters.proxy.langsmith_spans import TraceMemory, calls_named, e
 from tracegrad.adapters.proxy.langsmith_wire import (
     Posted,
     RunPart,
-    decoded,
     read_batch,
     read_multipart,
     read_run,
@@ -48,6 +47,7 @@ class _Trace:
     """
 
     trace_id: str
+    project: str
     since: float
     run_id: str | None = None
     told: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class LangSmith:
     def __init__(self, store: Store, project: str) -> None:
         self._store = store
         self._project = project
-        self._traces: OrderedDict[str, _Trace] = OrderedDict()
+        self._traces: OrderedDict[tuple[str, str], _Trace] = OrderedDict()
         self._one_at_a_time = asyncio.Lock()
         self.unread = 0
 
@@ -97,27 +97,32 @@ class LangSmith:
         if posted.unread:
             self.unread += posted.unread
             log.warning("%d parts of LangSmith runs could not be read and are left out", posted.unread)
-        said = attribute(request.headers, request.route).run_id
+        said = attribute(request.headers, request.route, request.key).run_id
+        project = self._project if request.key is None else request.key.project
         try:
             async with self._one_at_a_time:
-                await asyncio.to_thread(self.take, posted.parts, said)
+                await asyncio.to_thread(self.take, posted.parts, project, said)
         except TraceStoreError as error:
             raise from_store(error) from error
         return {}
 
     def _read(self, what: str, body: bytes, request: Request) -> Posted:
-        plain_body = decoded(body, request.headers.get(b"content-encoding", b"").decode("ascii", "replace") or None)
         if what == "runs/multipart":
-            return read_multipart(plain_body, request.headers.get(b"content-type", b""))
+            return read_multipart(body, request.headers.get(b"content-type", b""))
         if what == "runs/batch":
-            return read_batch(plain_body)
-        return read_run(plain_body, what.partition("/")[2] or None)
+            return read_batch(body)
+        return read_run(body, what.partition("/")[2] or None)
 
-    def take(self, parts: Sequence[RunPart], said_run: str | None = None) -> None:
-        """Take parts in; write those whose run is known. Not thread-safe. Raises TraceStoreError."""
+    def take(self, parts: Sequence[RunPart], project: str, said_run: str | None = None) -> None:
+        """Take parts in; write those whose run is known. Not thread-safe. Raises TraceStoreError.
+
+        A run of another project is not to be had, whoever names it: NotFound where the request itself did.
+        """
+        if said_run is not None and not self._may_have(said_run, project):
+            raise NotFound(f"no run {said_run!r} in project {project!r}")
         touched: dict[str, _Trace] = {}
         for part in parts:
-            trace = self._trace(part.trace_id)
+            trace = self._trace(part.trace_id, project)
             trace.memory.see(part)
             trace.waiting.append(part)
             touched[trace.trace_id] = trace
@@ -141,10 +146,10 @@ class LangSmith:
             for trace in traces:
                 await asyncio.to_thread(self._settle, trace, None, at_once=True)
 
-    def _trace(self, trace_id: str) -> _Trace:
-        trace = self._traces.get(trace_id)
+    def _trace(self, trace_id: str, project: str) -> _Trace:
+        trace = self._traces.get((project, trace_id))
         if trace is None:
-            trace = self._traces[trace_id] = _Trace(trace_id, time.monotonic())
+            trace = self._traces[project, trace_id] = _Trace(trace_id, project, time.monotonic())
             while len(self._traces) > MAX_TRACES:
                 _, oldest = self._traces.popitem(last=False)
                 self._settle(oldest, None, at_once=True)
@@ -167,16 +172,17 @@ class LangSmith:
             trace.waiting = parts + trace.waiting  # the client, told 503, sends them again: the same parts are no-ops
             raise
         root_ended = any(part.is_root and part.ended_at is not None for part in parts)
-        if root_ended and self._traces.get(trace.trace_id) is trace:
-            trace.since = time.monotonic()
-            self._traces.move_to_end(trace.trace_id, last=False)  # done: the first to be forgotten
+        key = (trace.project, trace.trace_id)
+        if root_ended and self._traces.get(key) is trace:
+            self._traces.move_to_end(key, last=False)  # done: the first to be forgotten
 
     def _ask_the_hook(self, trace: _Trace) -> None:
         """Look up in which runs spans of the trace are stored already."""
         ids = {lc_id for part in trace.waiting for lc_id in (part.run_id, part.trace_id, *part.ancestors)}
         spans = {span_id_of(lc_id): lc_id for lc_id in ids - trace.told.keys()}
         for span_id, run_id in self._store.runs_of_spans(list(spans)).items():
-            trace.told[spans[span_id]] = run_id
+            if self._may_have(run_id, trace.project):
+                trace.told[spans[span_id]] = run_id
         if trace.run_id is None and trace.told:
             trace.run_id = next(iter(trace.told.values()))
 
@@ -189,13 +195,23 @@ class LangSmith:
             except NotFound:
                 continue
             answered = True
-            if run_id is not None:
+            if run_id is not None and self._may_have(run_id, trace.project):
                 return run_id
         root_ended = any(part.is_root and part.ended_at is not None for part in trace.waiting)
         return own_run_id(trace.trace_id) if answered or root_ended or at_once else None
 
+    def _may_have(self, run_id: str, project: str) -> bool:
+        """Whether a run is of the project, or will be when it is opened."""
+        try:
+            return self._store.get_run(run_id).project == project
+        except NotFound:
+            return True
+
     def _write(self, trace: _Trace, parts: Sequence[RunPart]) -> None:
         """Write spans, then what is said of calls, then the end: a run that has ended may be leased at once."""
+        if trace.run_id is not None and not self._may_have(trace.run_id, trace.project):
+            log.warning("a LangSmith trace names the run %s of another project: left out", trace.run_id)
+            return
         if trace.own and all(part.is_root and part.run_type != "chain" for part in parts):
             return  # a model, or a tool, on its own: no workflow
         spans: list[Span] = []
@@ -205,15 +221,15 @@ class LangSmith:
             if (span := trace.memory.span(part, run_id)) is not None:
                 spans.append(span)
             facts += trace.memory.facts(part, run_id)
-        self._store.put_spans(spans, self._project)
-        self._store.attribute_late(facts, self._project)
+        self._store.put_spans(spans, trace.project)
+        self._store.attribute_late(facts, trace.project)
         for part in parts:
             if trace.own and part.is_root and part.ended_at is not None:
-                self._end(part)
+                self._end(trace, part)
 
-    def _end(self, root: RunPart) -> None:
-        run_id = own_run_id(root.trace_id)
-        self._store.ensure_runs([run_id], self._project)
+    def _end(self, trace: _Trace, root: RunPart) -> None:
+        run_id = own_run_id(trace.trace_id)
+        self._store.ensure_runs([run_id], trace.project)
         error = error_of(root)
         try:
             self._store.end_run(

@@ -1,14 +1,12 @@
-"""What a LangSmith client posts, from bytes to run parts: content encodings, multipart forms, JSON batches.
+"""What a LangSmith client posts, from bytes to run parts: multipart forms and JSON batches.
 
 Clients tell of a run in parts (its start, its end), each with an id, its trace and its place in it (`dotted_order`).
-Refuses an encoding it does not know, a body that decodes to more than `MAX_DECODED_BYTES` (a bomb), and what is not the
-form it says it is; a single part that cannot be read is left out and counted. Attachments and feedback are skipped.
-Pure. Source: langsmith-sdk `_internal/_operations.py` (part names) and `_compressed_traces.py`. Called by `langsmith`.
+Refuses what is not the form it says it is; a single part that cannot be read is left out and counted. Attachments and
+feedback are skipped. Bodies come unpacked (see `limits`). Pure. Source: langsmith-sdk `_internal/_operations.py` (part
+names). Called by `langsmith`.
 """
 
-import io
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,9 +15,8 @@ from uuid import UUID
 
 import msgspec
 
-from tracegrad.adapters.proxy.errors import BodyTooLarge, InvalidRequest
+from tracegrad.adapters.proxy.errors import InvalidRequest
 
-MAX_DECODED_BYTES = 128 * 1024 * 1024
 _FIELDS = ("inputs", "outputs", "extra", "error")
 _NAME = re.compile(rb'content-disposition:[^\r\n]*\bname="([^"]*)"', re.IGNORECASE)
 _BOUNDARY = re.compile(rb'boundary="?([^";,]+)"?', re.IGNORECASE)
@@ -64,53 +61,6 @@ def zstd_available() -> bool:
     except ImportError:
         return False
     return True
-
-
-def decoded(body: bytes, encoding: str | None, *, limit: int = MAX_DECODED_BYTES) -> bytes:
-    """Undo a content encoding: gzip, deflate, zstd, identity.
-
-    Raises:
-        InvalidRequest: an unknown encoding, or a body that is not what it says.
-        BodyTooLarge: it decodes to more than `limit` bytes; no more than that is ever decoded.
-    """
-    kind = (encoding or "identity").strip().lower()
-    try:
-        if kind == "identity":
-            made = body
-        elif kind in ("gzip", "deflate"):
-            made = _inflated(body, limit)
-        elif kind == "zstd" and zstd_available():
-            made = _zstd(body, limit)
-        else:
-            raise InvalidRequest(f"the content encoding {kind!r} is not known here; send gzip or none")
-    except (zlib.error, EOFError, ValueError) as error:
-        raise InvalidRequest(f"the body is not {kind}: {error}") from error
-    if len(made) > limit:
-        raise BodyTooLarge(f"the body decodes to more than {limit} bytes; send smaller batches")
-    return made
-
-
-def _inflated(body: bytes, limit: int) -> bytes:
-    """gzip (also several members), zlib, or raw deflate."""
-    made = bytearray()
-    rest = body
-    while rest and len(made) <= limit:
-        stream = zlib.decompressobj(47 if rest[:1] in (b"\x1f", b"\x78") else -15)
-        made += stream.decompress(rest, limit + 1 - len(made))
-        if not stream.eof and not stream.unconsumed_tail and len(made) <= limit:
-            raise EOFError("it is cut off")
-        rest = stream.unused_data
-    return bytes(made)
-
-
-def _zstd(body: bytes, limit: int) -> bytes:
-    import zstandard
-
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(body), read_across_frames=True) as reader:
-            return bytes(reader.read(limit + 1))
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
 
 
 def read_multipart(body: bytes, content_type: bytes) -> Posted:

@@ -89,10 +89,13 @@ class SamplingOverride(_Section, frozen=True, kw_only=True):
 
 
 class AccessConfig(_Section, frozen=True, kw_only=True):
-    """Who may talk to the proxy."""
+    """Who may talk to the proxy, and of what."""
 
     keys: Literal["auto", "on", "off"] | bool = "auto"
     """Whether requests need an API key; auto: unless the proxy listens on loopback. YAML reads a bare `on` as true."""
+    allow: tuple[Allowed, ...] = ()
+    """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),
+    `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
 
 
 class LimitsConfig(_Section, frozen=True, kw_only=True):
@@ -122,9 +125,6 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     hold_timeout_s: float = 600.0
     """How long a request waits for a publish or for an engine that is down, at most; less where its client says so."""
     access: AccessConfig = AccessConfig()
-    allow: tuple[Allowed, ...] = ()
-    """Fields that reach into the engine and are refused unless named here: `chat_template` (another prompt format),
-    `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
     limits: LimitsConfig = LimitsConfig()
 
 

@@ -88,8 +88,8 @@ class ModelEndpoint:
     async def __call__(self, shape: Shape, request: Request, reply: Reply) -> None:
         """Answer one request. Raises ProxyError where nothing has been dispatched."""
         received_at = time.time()
-        check_headers(request.headers, self.config.proxy.allow)
-        ask = read_ask(await request.body(), shape, allow=self.config.proxy.allow)
+        check_headers(request.headers, self.config.proxy.access.allow)
+        ask = read_ask(await request.body(), shape, allow=self.config.proxy.access.allow)
         check_counts(ask.body, self.config.proxy.limits)
         draft = await self._draft(ask, request, received_at)
         number = retry_number(request.headers)

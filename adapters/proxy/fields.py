@@ -2,7 +2,7 @@
 
 vLLM takes far more than OpenAI's fields. Some of them choose other weights, code or prompts than the operator
 configured, make the engine fetch URLs, read another request's cache, or pass other clients in the queue. Each is
-refused unless `proxy.allow` names its switch; what has no switch is never let through. Everything else passes,
+refused unless `proxy.access.allow` names its switch; what has no switch is never let through. Everything else passes,
 unknown fields too: `chat_template_kwargs` as well, because it only fills variables of the operator's own template
 (models switch thinking on and off by it), but not the `chat_template` that may hide in it.
 The prefix cache is salted per project, so that the time to the first token tells nobody what another project asked.
@@ -27,7 +27,7 @@ SWITCHES: Mapping[str, Allowed] = {
     "prompt_embeds": "embeds",
     "priority": "priority",
 }
-"""Field -> the word in `proxy.allow` that lets it through."""
+"""Field -> the word in `proxy.access.allow` that lets it through."""
 
 _HEADERS: Mapping[bytes, Allowed | None] = {b"x-vllm-priority": "priority", b"x-data-parallel-rank": None}
 _CARRIERS = ("vllm_xargs", "extra", "extra_args", "extra_body")
@@ -103,7 +103,7 @@ def _check_part(part: Mapping[str, Any], where: str, allow: Collection[Allowed])
 
 
 def _not_allowed(name: str, switch: Allowed | None, what: str = "the field") -> InvalidRequest:
-    remedy = "remove it" if switch is None else f"remove it, or let the operator set `proxy.allow: [{switch}]`"
+    remedy = "remove it" if switch is None else f"remove it, or let the operator set `proxy.access.allow: [{switch}]`"
     kind = what if what == "the field" else f"{what} in"
     return InvalidRequest(
         f"{kind} {name!r} is not allowed through this proxy; {remedy}", code="field_not_allowed", param=name

@@ -99,7 +99,7 @@ def test_nor_do_headers_that_say_the_same(
 
 
 def test_allowed_fields_pass_unchanged(start_proxy: Callable[..., SimpleNamespace], engine_app: Any) -> None:
-    proxy = start_proxy(proxy={"allow": ["priority", "media_urls"]})
+    proxy = start_proxy(proxy={"access": {"allow": ["priority", "media_urls"]}})
     body = {**ASK, "priority": 3, **with_part({"image_url": "https://example.com/x.png"})}
     assert proxy.client.post(PATHS[0], json=body, headers={"X-Vllm-Priority": "3"}).status_code == 200
     assert engine_app.requests[0]["priority"] == 3

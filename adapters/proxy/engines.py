@@ -166,20 +166,27 @@ class Pool:
             async with self._session.get(engine.url / "weight_info", timeout=_PROBE_TIMEOUT) as answer:
                 if answer.status != 200:
                     return "up", ""  # not in development mode: it does not tell
-                info = msgspec.json.decode(await answer.read(), type=_WeightInfo)
+                said = _version_in(await answer.read())
         except (aiohttp.ClientError, OSError) as error:
             return "down", f"cannot be reached ({said_by(error)}); is it running?"
-        except msgspec.MsgspecError as error:
-            return "behind", f"does not say which weights it serves: {error}"
-        if info.weight_version == str(wanted):
+        if said is None:
+            return "up", ""  # something else stands at that path
+        if said == str(wanted):
             engine.heard()
             return "up", ""
-        what = f"serves the weights {info.weight_version!r} while version {wanted} is live"
+        what = f"serves the weights {said!r} while version {wanted} is live"
         return "behind", f"{what}; it is loaded at the next publish, or when `tracegrad engine` restarts it"
 
 
 class _WeightInfo(msgspec.Struct):
     weight_version: str | None = None
+
+
+def _version_in(body: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(body, type=_WeightInfo).weight_version
+    except msgspec.MsgspecError:
+        return None
 
 
 def said_by(error: BaseException) -> str:

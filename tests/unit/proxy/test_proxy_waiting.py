@@ -292,6 +292,11 @@ def test_an_engine_restarted_unnoticed_is_asked_before_it_gets_a_call(
     assert [future.result(10).status_code for future in held] == [200] * 3
 
 
+@pytest.mark.parametrize("body", [b"", b"null", b"<html>", b"{}", b'{"weight_version":null}', b'{"weight_version":7}'])
+def test_an_engine_that_does_not_tell_its_version_is_believed(body: bytes) -> None:
+    assert engines._version_in(body) is None
+
+
 def test_a_stale_connection_is_no_failure(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine: Restartable
 ) -> None:

@@ -69,7 +69,7 @@ def test_some_fields_pass_under_no_configuration(body: dict[str, Any], param: st
 
 @pytest.mark.parametrize(("body", "param", "switch"), SWITCHED)
 def test_others_pass_where_the_operator_says_so(body: dict[str, Any], param: str, switch: Any) -> None:
-    with pytest.raises(InvalidRequest, match=rf"proxy\.allow: \[{switch}\]") as caught:
+    with pytest.raises(InvalidRequest, match=rf"proxy\.access\.allow: \[{switch}\]") as caught:
         check_body({**ASK, **body}, ())
     assert (caught.value.code, caught.value.param) == ("field_not_allowed", param)
     check_body({**ASK, **body}, (switch,))

@@ -281,3 +281,20 @@ def test_the_client_sends_the_key_of_the_environment(
     monkeypatch.setenv("TRACEGRAD_API_KEY", "tg-wrong")
     with pytest.raises(ProxyRefused, match="unknown or revoked"):
         ProxyClient(guarded.url).get_run(run.run_id)
+
+
+def test_a_retry_is_answered_from_nobody_elses_attempt(guarded: SimpleNamespace, store: Store, engine_app: Any) -> None:
+    """Equal bodies, and no Authorization to tell them apart: the key itself does."""
+    keys = [store.create_key(scopes=("call",), project=project)[0] for project in ("ours", "ours", "theirs")]
+    for path in (CHAT, "/run/same" + CHAT):
+        first = guarded.client.post(path, json=ASK, headers={"x-api-key": keys[0], "x-stainless-retry-count": "0"})
+        retries = [
+            guarded.client.post(path, json=ASK, headers={"x-api-key": key, "x-stainless-retry-count": "1"})
+            for key in keys
+        ]
+        call_ids = [answer.headers.get("x-tracegrad-call") for answer in retries]
+        assert call_ids[0] == first.headers["x-tracegrad-call"]  # a retry it is
+        if path == CHAT:
+            assert len(set(call_ids)) == 3
+        else:
+            assert retries[2].status_code == 403 and call_ids[2] is None

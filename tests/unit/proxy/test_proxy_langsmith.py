@@ -270,3 +270,10 @@ def test_many_traces_do_not_stay_in_memory(
         run["dotted_order"] = f"20261122T182117036547Z{run['id']}"
         assert post(proxy, form([run])) == 202
     assert len(proxy.app.langsmith._traces) == 3
+
+
+def test_what_a_tree_tells_is_redacted(start_proxy: Callable[..., SimpleNamespace], store: Store) -> None:
+    proxy = start_proxy(redact=[{"pattern": "writer", "with": "[name]"}])
+    assert post(proxy, form(tree(call(proxy)))) == 202
+    told = {span.span_id: (span.input, span.output) for span in store.trace(TRACE).spans}
+    assert ({"q": "[name]"}, {"a": "[name]"}) in told.values() and "writer" not in str(told)

@@ -19,6 +19,7 @@ from tracegrad.adapters.proxy.control import PREFIX, Control
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
+from tracegrad.adapters.proxy.first_worker import FirstWorker
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
@@ -63,6 +64,7 @@ class ProxyApp:
         worker = "0" if sockets is None else str(sockets.own)
         self.metrics = ProxyMetrics(config, proxy_id=self.proxy_id, worker=worker)
         self._sockets = sockets
+        self._first = FirstWorker(sockets) if sockets is not None and sockets.own != 0 else None
         self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
         self._outside = outside_apis(config, environ)
         self.hold = Hold(
@@ -79,8 +81,10 @@ class ProxyApp:
         """Speak ASGI 3: `lifespan` and `http`."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif scope["type"] == "http" and self._sockets is not None and self._sockets.is_private(scope):
+        elif scope["type"] == "http" and self._sockets is not None and self._sockets.asks_for_ours(scope):
             await Reply(send).whole(200, METRICS_HEADERS, self.metrics.render().encode())
+        elif scope["type"] == "http" and self._first is not None and self._first.takes(scope):
+            await self._first.pass_on(scope, receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
 

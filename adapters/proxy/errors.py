@@ -18,6 +18,7 @@ ProxyError
 ├── Held               503  held until the client's own deadline came near; it shall come back
 ├── EngineTimeout      504  the engine sent nothing for proxy.upstream_timeout_s
 ├── StoreDown          503  the store cannot be reached
+├── WorkerDown         503  the one of our workers that must answer this is being started again
 └── NotRecorded        503  the answer was sampled and could not be committed, so it is withheld (law 3)
 """
 
@@ -134,6 +135,12 @@ class StoreDown(ProxyError):
     """The trace store cannot be reached."""
 
     status, type, default_code = 503, "server_error", "store_unavailable"
+
+
+class WorkerDown(ProxyError):
+    """Another process of this proxy must answer, and does not."""
+
+    status, type, default_code = 503, "server_error", "worker_unavailable"
 
 
 class NotRecorded(ProxyError):

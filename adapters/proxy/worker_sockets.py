@@ -1,8 +1,8 @@
 """Where the processes of one `tracegrad proxy --workers N` find each other: a Unix socket each, in a folder of theirs.
 
-The folder belongs to the user who started them and to nobody else (mode 700); no port is opened. Whatever is asked
-there, a worker answers with its own numbers: nothing of the proxy can be reached on this way. Made by `workers`
-(the parent) and by each worker; asked by `metrics_page`, and by the parent for readiness.
+The folder belongs to the user who started them and to nobody else (mode 700); no port is opened. `/metrics` asked there
+is answered with that worker's own numbers; everything else is answered as on the port, keys included. Made by `workers`
+(the parent) and by each worker; asked by `metrics_page`, `first_worker`, and by the parent for readiness.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ class WorkerSockets:
         """Return the sockets of the other workers by their number."""
         return {str(worker): self.path(worker) for worker in range(self.count) if worker != self.own}
 
-    def is_private(self, scope: Mapping[str, Any]) -> bool:
-        """Whether a request came in over our own socket, not over the port."""
+    def asks_for_ours(self, scope: Mapping[str, Any]) -> bool:
+        """Whether another worker asks, over our own socket, for our numbers."""
         server = scope.get("server")
-        return server is not None and server[0] == str(self.path(self.own))
+        return server is not None and server[0] == str(self.path(self.own)) and scope["path"] == "/metrics"
 
     def bound(self) -> socket.socket:
         """Return our own socket, in place of one that a dead predecessor left; nobody is heard before it listens."""

@@ -80,10 +80,10 @@ def start_proxy(
             "models": {"main": {"checkpoint": "none", "engine": {"url": engine_url}}},
             "roles": {"*": "main"},
             "proxy": proxy,
-            **{k: v for k, v in overrides.items() if k != "store_object"},
+            **{k: v for k, v in overrides.items() if k not in ("store_object", "sockets")},
         }
         config = parse_config(raw)
-        app = ProxyApp(config, overrides.get("store_object", store))
+        app = ProxyApp(config, overrides.get("store_object", store), sockets=overrides.get("sockets"))
         server = stack.enter_context(fake.ServerThread(app))
         client = stack.enter_context(httpx.Client(base_url=server.url, timeout=20, verify=False))
         return SimpleNamespace(url=server.url, app=app, config=config, client=client, server=server)

@@ -6,9 +6,12 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import kill_load
 import pytest
 import zstandard
 
@@ -277,3 +280,31 @@ def test_what_a_tree_tells_is_redacted(start_proxy: Callable[..., SimpleNamespac
     assert post(proxy, form(tree(call(proxy)))) == 202
     told = {span.span_id: (span.input, span.output) for span in store.trace(TRACE).spans}
     assert ({"q": "[name]"}, {"a": "[name]"}) in told.values() and "writer" not in str(told)
+
+
+def test_the_parts_of_a_langsmith_trace_meet_whichever_worker_gets_them(
+    tmp_path: Path, engine_url: str, engine_app: Any, store_url: str, store: Store
+) -> None:
+    """Each part on a connection of its own: starts, then ends, as one process would get them."""
+    process, url = kill_load.start_proxy(kill_load.write_config(tmp_path, engine_url, store_url), "--workers", "2")
+    try:
+        for run in tree(ended=False):
+            assert httpx.post(f"{url}/langsmith/runs", json=run, timeout=20).status_code == 202
+        completion_id = httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=20).json()["id"]
+        for run in reversed(tree(completion_id)):
+            body = {name: value for name, value in run.items() if name != "id"}
+            answer = httpx.patch(f"{url}/langsmith/runs/{run['id']}", json=body, timeout=20)
+            assert (answer.status_code, answer.json()) == (202, {})
+        assert httpx.get(f"{url}/langsmith/info", timeout=20).status_code == 200
+        assert httpx.get(f"{url}/langsmith/elsewhere?a=b", timeout=20).status_code == 404
+        page = httpx.get(f"{url}/metrics", timeout=20).text
+        counted = [line for line in page.splitlines() if 'path="/langsmith/"' in line]
+        assert counted and all('worker="0"' in line for line in counted)
+    finally:
+        process.kill()
+    trace = store.trace(TRACE)
+    assert trace.run.status == "closed"
+    assert [(span.kind, span.name, span.output) for span in trace.spans] == [
+        ("graph", "LangGraph", {"a": "LangGraph"}), ("node", "writer", {"a": "writer"}),
+    ]  # fmt: skip
+    assert [call.completion_id for call in trace.calls] == [completion_id]

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from tracegrad.adapters.proxy.command import proxy as command
+from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
 from tracegrad.adapters.proxy.workers import listen, reserve
 from tracegrad.tracestore.store import Store
 
@@ -84,6 +85,16 @@ def test_two_workers_share_a_port_and_the_dead_come_back(
         process.kill()
     assert len(store.list_proxies()) == 1, "those that stop take their row away; the killed one's row expires"
     assert [len(store.trace(f"r{number}").calls) for number in range(2)] == [7, 6]
+
+
+def test_while_the_first_worker_is_away_langsmith_is_asked_to_send_again(
+    start_proxy: Callable[..., Any], tmp_path: Path
+) -> None:
+    proxy = start_proxy(sockets=WorkerSockets(tmp_path, own=1, count=2))
+    answer = proxy.client.post("/run/r/langsmith/runs/multipart", content=b"x")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "worker_unavailable"
+    assert proxy.client.post("/v1/chat/completions", json=HELLO).status_code == 200
 
 
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path, engine_url: str, store_url: str) -> None:

@@ -103,7 +103,7 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
     report.proxies = [row for row in rows if row.age_s < expires_s]
     report.dead_proxies = len(rows) - len(report.proxies)
     report.open_runs = store.open_runs(config.project)
-    for model in config.models:
+    for model in [name for name, each in config.models.items() if each.api is None]:
         state = _model(store, model)
         report.models.append(state)
         if (problem := _publish_problem(state, store, config)) is not None:
@@ -162,15 +162,14 @@ def _publish_problem(state: ModelState, store: Store, config: Config) -> str | N
 
 
 def _ask_engines(report: Report, config: Config, timeout_s: float) -> None:
-    for name, model in config.models.items():
-        url = model.engine.url
-        health, version = engine_state(url, timeout_s)
-        report.engines.append(EngineState(model=name, url=url, health=health, version=version))
+    """Ask every engine of ours. What an outside API does is not ours to watch, and asking may cost."""
+    engines = [(name, each.engine) for name, model in config.models.items() for each in model.each_engine()]
+    for name, engine in engines:
+        health, version = engine_state(engine.url, timeout_s)
+        report.engines.append(EngineState(model=name, url=engine.url, health=health, version=version))
         if health != "ok":
-            whose = (
-                "start it (it is external)" if model.engine.external else "start `tracegrad engine`, or read its log"
-            )
-            report.problems.append(f"engine of {name} at {url}: {health}; {whose}")
+            whose = "start it (it is external)" if engine.external else "start `tracegrad engine`, or read its log"
+            report.problems.append(f"engine of {name} at {engine.url}: {health}; {whose}")
 
 
 def engine_state(url: str, timeout_s: float) -> tuple[str, str | None]:

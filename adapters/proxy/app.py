@@ -121,7 +121,7 @@ class ProxyApp:
             gates[name].ready = pool.is_up
         self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
-        self.metrics.watch(self.hold.gates, self.committer)
+        self.metrics.watch(self.hold.gates, self.upstream.pools, self.committer)
         self.langsmith = langsmith.LangSmith(self.store, self.config.project)
         self.control = Control(self.config, self.store, purposes)
         self.dissents = Dissents(self.store)

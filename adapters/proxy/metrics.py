@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from tracegrad.adapters.proxy.engines import Pool
 from tracegrad.adapters.proxy.hold import Gate
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.group_commit import GroupCommitter
@@ -76,9 +77,9 @@ class ProxyMetrics:
             "tracegrad_commit_seconds", "From the end of a call to its durable record.", _COMMIT_S
         ).labels(worker)
 
-    def watch(self, gates: Mapping[str, Gate], committer: GroupCommitter) -> None:
+    def watch(self, gates: Mapping[str, Gate], pools: Mapping[str, Pool], committer: GroupCommitter) -> None:
         """Read these from now on, whenever the numbers are asked for."""
-        self._registry.register(_Gauges(self, gates, committer))
+        self._registry.register(_Gauges(self, gates, pools, committer))
 
     def recorded(self, call: Call, commit_s: float) -> None:
         """Count a call that is durable. From any thread."""
@@ -124,9 +125,16 @@ class ProxyMetrics:
 class _Gauges(Collector):
     """What is read at the moment of asking."""
 
-    def __init__(self, metrics: ProxyMetrics, gates: Mapping[str, Gate], committer: GroupCommitter) -> None:
+    def __init__(
+        self,
+        metrics: ProxyMetrics,
+        gates: Mapping[str, Gate],
+        pools: Mapping[str, Pool],
+        committer: GroupCommitter,
+    ) -> None:
         self._metrics = metrics
         self._gates = gates
+        self._pools = pools
         self._committer = committer
 
     def describe(self) -> Iterable[Metric]:
@@ -142,15 +150,21 @@ class _Gauges(Collector):
         flying = GaugeMetricFamily("tracegrad_calls_in_flight", "Calls with the engine.", labels=per_model)
         holding = GaugeMetricFamily("tracegrad_model_holding", "1 while a publish holds new calls.", labels=per_model)
         live = GaugeMetricFamily("tracegrad_live_version", "The policy version that is live.", labels=per_model)
+        waiting = GaugeMetricFamily("tracegrad_calls_waiting", "Calls that wait to be dispatched.", labels=per_model)
         for model, gate in self._gates.items():
+            waiting.add_metric((worker, model), len(gate.line))
             flying.add_metric((worker, model), gate.in_flight)
             holding.add_metric((worker, model), float(gate.holding))
             if gate.live_version is not None:
                 live.add_metric((worker, model), gate.live_version)
+        up = GaugeMetricFamily("tracegrad_engine_up", "1 where calls go to it.", labels=(*per_model, "engine"))
+        for model, pool in self._pools.items():
+            for engine in pool.engines:
+                up.add_metric((worker, model, str(engine.url)), float(engine.state == "up"))
         backlog = GaugeMetricFamily(
             "tracegrad_commit_backlog", "Calls that were submitted and are not durable yet.", labels=("worker",)
         )
         backlog.add_metric((worker,), self._committer.backlog)
         commits = CounterMetricFamily("tracegrad_store_commits", "Transactions of recorded calls.", labels=("worker",))
         commits.add_metric((worker,), self._committer.commits)
-        return (info, flying, holding, live, backlog, commits)
+        return (info, flying, holding, waiting, live, up, backlog, commits)

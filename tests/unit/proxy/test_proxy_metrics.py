@@ -48,7 +48,7 @@ def call_count(page: str, **changed: str) -> float | None:
     return value(page, "tracegrad_calls_total", **{**labels, **changed})
 
 
-def test_calls_are_counted_by_how_they_ended(proxy: SimpleNamespace, engine_app: Any) -> None:
+def test_calls_are_counted_by_how_they_ended(proxy: SimpleNamespace, engine_app: Any, engine_url: str) -> None:
     for _ in range(2):
         assert proxy.client.post("/run/r/role/a/v1/chat/completions", json=HELLO).status_code == 200
     proxy.client.post("/v1/chat/completions", json={**HELLO, "stream": True}).read()
@@ -71,6 +71,8 @@ def test_calls_are_counted_by_how_they_ended(proxy: SimpleNamespace, engine_app:
     assert value(page, "tracegrad_commit_backlog") == 0
     assert value(page, "tracegrad_calls_in_flight", model="main") == 0
     assert value(page, "tracegrad_model_holding", model="main") == 0
+    assert value(page, "tracegrad_calls_waiting", model="main") == 0
+    assert value(page, "tracegrad_engine_up", model="main", engine=engine_url) == 1
     assert value(page, "tracegrad_runs_open") == 1
     assert value(page, "tracegrad_store_up") == 1
     assert value(page, "tracegrad_worker_up") == 1

@@ -80,6 +80,20 @@ def test_nothing_is_there(tmp_path: Path, ask: Any) -> None:
     assert "problem: engine of main" in text and "not readable" in text
 
 
+def test_each_replica_is_asked_and_an_outside_api_is_not(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any
+) -> None:
+    away = f"http://127.0.0.1:{free_port()}"
+    store.register_proxy("proxy_1", engine.url)
+    api = {"api": {"url": "https://api.invalid/v1", "key_env": "KEY", "model": "m"}, "trained": False}
+    main = {"checkpoint": "none", "engine": {"url": engine.url}, "replicas": [away]}
+    _, found, _ = ask(models={"main": main, "judge": api}, roles={"judge": "judge", "*": "main"})
+    assert [(one["url"], one["health"] == "ok") for one in found["engines"]] == [(engine.url, True), (away, False)]
+    assert [one["model"] for one in found["models"]] == ["main"]
+    (problem,) = found["problems"]
+    assert problem.startswith(f"engine of main at {away}: does not answer")
+
+
 def test_a_store_of_another_schema(store: Store, ask: Any) -> None:
     sql(store, "UPDATE alembic_version SET version_num = '0000'")
     (problem,) = ask()[1]["problems"]

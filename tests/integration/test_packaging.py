@@ -70,6 +70,7 @@ def test_the_unit_tier_passes_on_the_wheel_in_a_clean_environment(wheel: Path, t
         "-m",
         "pytest",
         "tests/unit",
+        "tests/wire",
         "-q",
         "-n",
         "3",

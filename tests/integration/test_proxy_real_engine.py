@@ -86,7 +86,7 @@ def levelled(body: bytes) -> bytes:
 def compare(through: bytes, direct: bytes, *, stream: bool) -> None:
     """Byte for byte; a stream by what it says, since a busy engine cuts it differently each time.
 
-    Byte for byte it is compared in the unit tier, where the engine is the fake one.
+    Byte for byte it is compared in the wire tier, where the engine is the fake one.
     """
     if not stream:
         assert levelled(through) == levelled(direct)

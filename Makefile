@@ -25,8 +25,8 @@ test: test-unit test-wire test-integration ## unit tier, wire tier, then the int
 test-unit: $(STAMP) ## unit tier, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 3 --dist worksteal
 
-test-wire: $(STAMP) ## proxy, hook and LangSmith over real HTTP, against the fake engine; about a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wire -q -n 3 --dist worksteal
+test-wire: $(STAMP) ## proxy, hook and LangSmith over real HTTP, against the fake engine; a minute and a half
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wire -m "not long" -q -n 3 --dist worksteal
 
 test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes
 	$(BIN)/python -m pytest tests/integration -m "not long" --durations=15

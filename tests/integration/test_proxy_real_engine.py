@@ -78,6 +78,10 @@ FLAGS = {
 CALL_ID = re.compile(rb'"chatcmpl-tool-[0-9a-f]*"')
 
 
+CALLER = {"x-request-id": "same", "x-tracegrad-run": "compared", "x-tracegrad-role": "solver"}
+"""A stream of nobody names its call in its fingerprint, so that a LangSmith tree can be joined with it."""
+
+
 def levelled(body: bytes) -> bytes:
     """Without what no two answers share: the time, and the ids of tool calls."""
     return CALL_ID.sub(b'"call"', re.sub(rb'"created":\d+', b'"created":0', body))
@@ -123,10 +127,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_the_client_gets_the_bytes_of_the_direct_answer(both: SimpleNamespace, what: str, stream: bool) -> None:
     messages = [{"role": "user", "content": "max of 3 and 5"}]
     body = {"model": both.name, "messages": messages, "max_tokens": 8, "temperature": 0, "stream": stream}
-    answers = [
-        client.post(CHAT, json={**body, **ASKED[what]}, headers={"x-request-id": "same"})
-        for client in (both.proxy, both.engine)
-    ]
+    answers = [client.post(CHAT, json={**body, **ASKED[what]}, headers=CALLER) for client in (both.proxy, both.engine)]
     assert answers[0].status_code == answers[1].status_code
     if answers[1].status_code != 200:
         told, said = (answer.json()["error"] for answer in answers)

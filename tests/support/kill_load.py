@@ -1,6 +1,6 @@
 """Load on a proxy that is killed: clients that note every answer they finished reading, and the comparison after.
 
-Used by the wire tier (2 moments) and the integration tier (10 moments, and 10 of one of two proxies; 50 in
+Used by the wire tier (2 and 10 moments, and 10 of one of two proxies; 50 in
 `make test-long`).
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tracegrad.adapters.fingerprint import fingerprint_of
@@ -134,10 +134,14 @@ def test_the_fingerprint_is_of_system_prompt_and_tool_names() -> None:
 
 
 _KEYS = st.sampled_from(["messages", "tools", "role", "content", "function", "name", "text", "system"])
-_JSON = st.recursive(st.none() | st.booleans() | st.text(max_size=3), lambda v: st.lists(v) | st.dictionaries(_KEYS, v))
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.text(max_size=3),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(_KEYS, v, max_size=4),
+    max_leaves=12,
+)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # slow where others work too
 @given(st.dictionaries(_KEYS, _JSON))
 def test_no_request_breaks_the_fingerprint(body: dict[str, Any]) -> None:
     found = fingerprint_of(body)

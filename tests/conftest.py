@@ -63,6 +63,12 @@ def new_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
+def start_engine() -> Callable[[Path, Path], EngineProcess]:
+    """A function that starts a real vLLM on (model folder, log file); whoever calls it stops it."""
+    return start_tiny
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """Folder of the warmed-up tiny model, untied, cached between sessions."""
     return tiny.tiny_model()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Double, Table, bindparam, select
+from sqlalchemy import Connection, Double, Table, bindparam, case, select
 
 from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
@@ -229,7 +229,7 @@ def _refuse_other_content(connection: Connection, call: Call) -> None:
         (choices, rows.choices),
         (choice_payloads, rows.choice_payloads),
     ):
-        columns = [table.c[name] for name in (wanted[0] if wanted else {"call_id": None})]
+        columns = [_as_it_came(table.c[name]) for name in (wanted[0] if wanted else {"call_id": None})]
         stored = connection.execute(select(*columns).where(table.c.call_id == call.call_id)).all()
         if sorted(_canonical(table, row._mapping) for row in stored) != sorted(
             _canonical(table, row) for row in wanted
@@ -237,6 +237,18 @@ def _refuse_other_content(connection: Connection, call: Call) -> None:
             raise Conflict(
                 f"call {call.call_id!r} is stored with other content ({table.name}): give each call its own id"
             )
+
+
+def _as_it_came(column: Any) -> Any:
+    """What a call took over from a later fact (see `attributions`) is not what it was appended with."""
+    taken_by = _TAKEN_BY.get(column.name) if column.table is calls else None
+    return column if taken_by is None else case((taken_by.is_(None), column)).label(column.name)
+
+
+_TAKEN_BY = {
+    **dict.fromkeys(("run_id", "run_source", "span_id"), calls.c.placed_by),
+    **dict.fromkeys(("role", "role_source"), calls.c.role_by),
+}
 
 
 def _canonical(table: Table, row: Any) -> list[str]:

@@ -89,6 +89,7 @@ class AttributionContract:
         by_completion = LateAttribution(source="langsmith", completion_id="chatcmpl-d", run_id="r", role="known")
         store.attribute_late([by_call, by_completion], "p")
         store.attribute_late([by_call])
+        store.append_calls([make_call("c", None, role=None), make_call("d", None, role="known")])
         first, second = store.trace("r").calls
         span = Span(span_id="s", run_id="r", name="node")
         assert first.attribution == Attribution(

@@ -63,7 +63,11 @@ def make_call(
         "call_id": call_id,
         "completion_id": f"chatcmpl-{call_id}",
         "attribution": Attribution(
-            run_id=run_id, run_source="header", role=role, role_source="header" if role else None, span=span
+            run_id=run_id,
+            run_source="header" if run_id else None,
+            role=role,
+            role_source="header" if role else None,
+            span=span,
         ),
         "model": model,
         "requested_model": "gpt-4o",

@@ -84,11 +84,10 @@ class Reply:
 
     async def repeat(self, message: Message) -> None:
         """Send a message of another reply; its status only where none has left."""
-        if message["type"] == "http.response.start":
-            if self.started:
-                return
-            self.started = True
-        await self._send(message)
+        if message["type"] != "http.response.start":
+            await self._send(message)
+        elif not self.started:
+            await self.start(message["status"], message["headers"])
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a complete answer with its length."""

@@ -97,6 +97,16 @@ def test_a_retry_of_an_answered_call_gets_the_same_bytes(
     assert (len(engine_app.requests), len(calls_of(store))) == (1, 1)
 
 
+def test_a_reply_that_is_sent_again_counts_with_its_status(proxy: SimpleNamespace) -> None:
+    for number in (0, 1):
+        assert ask(proxy, number).status_code == 200
+    page = proxy.client.get("/metrics").text
+    answers = [line for line in page.splitlines() if line.startswith("tracegrad_http_answers_total{")]
+    assert [line.split("{")[1] for line in answers if "chat" in line] == [
+        'code="200",path="/v1/chat/completions",worker="0"} 2.0'
+    ]
+
+
 def test_a_joined_stream_is_kept_alive(
     proxy: SimpleNamespace,
     engine_app: Any,

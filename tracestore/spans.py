@@ -54,9 +54,9 @@ class Spans(Noun):
 
 def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:
     """Write parts of spans whose runs exist and are locked, in the order given."""
-    for part in parts:
-        row = {name: getattr(part, name) for name in _FIELDS}
-        run_hot(connection, _upsert_for(connection.dialect.name), [row])
+    if parts:
+        rows = [{name: getattr(part, name) for name in _FIELDS} for part in parts]
+        run_hot(connection, _upsert_for(connection.dialect.name), rows)
 
 
 def spans_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[Span]]:

@@ -65,10 +65,10 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
         return EXIT_ERROR
     from tracegrad.tracestore.store import open_store
     from tracegrad.trainer.crash_points import CrashPoints
+    from tracegrad.trainer.engine_client import engine_clients
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
-    from tracegrad.trainer.startup import engine_clients
     from tracegrad.trainer.workers import RayWorkers
 
     stop = Event()

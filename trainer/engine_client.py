@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from tracegrad.tracestore.config import Config
 from tracegrad.trainer.engine_errors import EngineRefused, EngineUnreachable
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
@@ -236,3 +237,8 @@ class EngineClient:
             text = text[:500]
         hint = f"; {DEV_MODE_HINT}" if status == 404 and not path.startswith("/v1/") else ""
         return f"the engine at {self.url} answered {path} with {status}: {text}{hint}"
+
+
+def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
+    """Return a client for each engine of a model: what is published goes to all of them."""
+    return tuple(EngineClient(each.engine.url, name) for each in config.models[name].each_engine())

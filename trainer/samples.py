@@ -135,15 +135,12 @@ def build_batch(
         _check_run(trace)
         run_id = trace.run.run_id
         counted = counted_rewards(trace, reward_weights)
-        superseded = {call.retry_of for call in trace.calls}
         if trace.run.status == "closed":
             rewards[run_id] = counted
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
                 reason = exclusion(trace, call, choice, model=model, role_model=role_model, rewards=counted)
-                if reason is None and call.call_id in superseded:
-                    reason = SUPERSEDED
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -207,6 +204,7 @@ def exclusion(
         or _bad_tokens(call, choice)
         or _not_a_sample_of_the_policy(call, choice)
         or (None if any(reaches(r, role=role, call_id=call.call_id) for r in rewards) else NO_REWARD)
+        or (SUPERSEDED if any(other.retry_of == call.call_id for other in trace.calls) else None)
     )
 
 

@@ -89,11 +89,6 @@ def wait_for_engines(
         check(client, model)
 
 
-def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
-    """Return a client for each engine of a model: what is published goes to all of them."""
-    return tuple(EngineClient(each.engine.url, name) for each in config.models[name].each_engine())
-
-
 def first_publish(
     publisher: Publisher, workers: Trains, config: Config, version: PolicyVersion, folder: Path
 ) -> PublishReport | None:

@@ -22,7 +22,7 @@ from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.records import PolicyVersion, Publish
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_client import engine_clients
 from tracegrad.trainer.errors import TrainerError
 from tracegrad.trainer.publish import Publisher
 
@@ -92,11 +92,10 @@ def roll_back(store: Store, config: Config, version_id: int) -> list[int]:
     live = store.live_version(version.model)
     if live is not None and live.version_id == version_id:
         raise Conflict(f"version {version_id} is live already")
-    engines = [EngineClient(each.engine.url, version.model) for each in config.models[version.model].each_engine()]
     publisher = Publisher(
         store,
         version.model,
-        engines,
+        engine_clients(config, version.model),
         config.trainer.publish,
         heartbeat_expires_s=config.proxy.heartbeat_expires_s,
     )

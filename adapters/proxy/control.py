@@ -9,23 +9,23 @@ Called by `app`; calls the store in a worker thread.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
+from tracegrad.adapters.proxy.attribution import SpanHeader
 from tracegrad.adapters.proxy.errors import InvalidRequest, from_store
 from tracegrad.adapters.proxy.purposes import Purposes
 from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import NotFound, TraceStoreError
 from tracegrad.tracestore.ids import new_id
-from tracegrad.tracestore.records import ApiKey, Call, Group, Purpose, Reward, Run, Span, SpanKind, Task
+from tracegrad.tracestore.records import ApiKey, Call, Group, Purpose, Reward, Run, RunTrace, Span, Task
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 
 PREFIX = "/tracegrad/v1/"
 Handler = Callable[[bytes], Awaitable[Any]]
-_T = TypeVar("_T")
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,14 +82,7 @@ class _Rewards(_Body, frozen=True, kw_only=True):
     rewards: list[_Reward]
 
 
-class _Span(_Body, frozen=True, kw_only=True):
-    span_id: str
-    name: str
-    kind: SpanKind = "node"
-    parent_span_id: str | None = None
-    namespace: str | None = None
-    superstep: int | None = None
-    triggers: tuple[str, ...] = ()
+class _Span(SpanHeader, frozen=True, kw_only=True):
     input: Any = None
     output: Any = None
     error: str | None = None
@@ -160,11 +153,11 @@ class Control:
 
     async def _put_groups(self, body: bytes) -> Any:
         groups = [Group(**msgspec.structs.asdict(group)) for group in _read(body, _Groups).groups]
-        await self._visit(lambda: self._put_own_groups(groups))
+        await asyncio.to_thread(self._put_own_groups, groups)
         return {"groups": [group.group_id for group in groups]}
 
     async def _group_runs(self, group_id: str) -> Any:
-        return {"runs": await self._visit(lambda: self._own_group_runs(group_id))}
+        return {"runs": await asyncio.to_thread(self._own_group_runs, group_id)}
 
     async def _open_run(self, body: bytes) -> Any:
         asked = _read(body, _Run)
@@ -177,20 +170,16 @@ class Control:
             member=asked.member,
             opened_at=time.time(),
         )
-        stored = await self._visit(lambda: self._open_own_run(run))
+        stored = await asyncio.to_thread(self._open_own_run, run)
         self._purposes.learn(stored)
         return stored
 
     async def _end_run(self, run_id: str, body: bytes) -> Any:
         end = _read(body or b"{}", _End)
-        await self._visit(lambda: self._check_run(run_id))
-        return await asyncio.to_thread(
-            self._store.end_run, run_id, status=end.status, ended_by=end.ended_by, error=end.error
-        )
+        return await asyncio.to_thread(self._end_own_run, run_id, end)
 
     async def _show_run(self, run_id: str) -> Any:
-        await self._visit(lambda: self._check_run(run_id))
-        trace = await asyncio.to_thread(self._store.trace, run_id)
+        trace = await asyncio.to_thread(self._own_trace, run_id)
         return {
             "run": trace.run,
             "calls_summary": [_summary(call) for call in trace.calls],
@@ -200,7 +189,7 @@ class Control:
     async def _put_spans(self, run_id: str, body: bytes) -> Any:
         asked = _read(body, _Spans)
         told = [Span(run_id=run_id, source=asked.source, **msgspec.structs.asdict(span)) for span in asked.spans]
-        await self._visit(lambda: self._put_own_spans(run_id, told))
+        await asyncio.to_thread(self._put_own_spans, run_id, told)
         return {"spans": len(told)}
 
     async def _add_rewards(self, body: bytes) -> Any:
@@ -242,9 +231,6 @@ class Control:
             created_at=time.time(),
         )
 
-    async def _visit(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.to_thread(work)
-
     def _check_run(self, run_id: str) -> None:
         """Raise NotFound where the run is not the key's to see."""
         if self._guarded and self._store.get_run(run_id).project != self._config.project:
@@ -253,6 +239,14 @@ class Control:
     def _check_task(self, task_id: str) -> None:
         if self._guarded and self._store.get_task(task_id).project != self._config.project:
             raise NotFound(f"no task {task_id!r} in project {self._config.project!r}")
+
+    def _end_own_run(self, run_id: str, end: _End) -> Run:
+        self._check_run(run_id)
+        return self._store.end_run(run_id, status=end.status, ended_by=end.ended_by, error=end.error)
+
+    def _own_trace(self, run_id: str) -> RunTrace:
+        self._check_run(run_id)
+        return self._store.trace(run_id)
 
     def _put_own_spans(self, run_id: str, spans: list[Span]) -> None:
         """Write spans; a run that they open is of the key's project."""

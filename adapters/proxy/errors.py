@@ -141,6 +141,7 @@ class WorkerDown(ProxyError):
     """Another process of this proxy must answer, and does not."""
 
     status, type, default_code = 503, "server_error", "worker_unavailable"
+    default_retry_after_s = 1
 
 
 class NotRecorded(ProxyError):

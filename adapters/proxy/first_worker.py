@@ -19,7 +19,6 @@ from tracegrad.adapters.proxy.wire import ClientGone, Receive, Reply, Scope, Sen
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
 
 TIMEOUT_S = 60.0
-RETRY_AFTER = (b"retry-after", b"1")
 
 
 class FirstWorker:
@@ -61,7 +60,7 @@ class FirstWorker:
             return
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             down = WorkerDown(f"worker 0, which takes LangSmith's posts, does not answer ({error}); send it again")
-            await reply.error(down, (RETRY_AFTER,))
+            await reply.error(down)
 
 
 async def _body(receive: Receive) -> AsyncIterator[bytes]:

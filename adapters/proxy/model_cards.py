@@ -5,13 +5,12 @@ whose engines is up has a card of ours, which says what is wrong; so has one of 
 misses) an id that no engine lists; an error of an engine is passed on. Called by `app`.
 """
 
-import difflib
-
 import msgspec
 
 from tracegrad.adapters.proxy.endpoints import CHAT
 from tracegrad.adapters.proxy.engine_errors import openai_error
 from tracegrad.adapters.proxy.errors import EngineUnreachable, UnknownModel
+from tracegrad.adapters.proxy.routing import near_misses
 from tracegrad.adapters.proxy.upstream import NotSent, Upstream
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, Reply
 from tracegrad.tracestore.config import Config
@@ -86,6 +85,4 @@ def _pick(wanted: str, cards: list[msgspec.Raw]) -> msgspec.Raw:
     by_id = {msgspec.json.decode(card, type=_Card).id: card for card in cards}
     if wanted in by_id:
         return by_id[wanted]
-    close = difflib.get_close_matches(wanted, list(by_id), n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(by_id) or 'none'}"
-    raise UnknownModel(f"the model {wanted!r} does not exist; {hint}", param="model")
+    raise UnknownModel(f"the model {wanted!r} does not exist; {near_misses(wanted, by_id)}", param="model")

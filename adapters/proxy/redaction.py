@@ -99,21 +99,20 @@ class RedactingStore(Store):
 
     def __init__(self, inner: Store, redactor: Redactor) -> None:
         super().__init__(inner._db)
-        self._inner = inner
         self._redactor = redactor
 
     def append_calls(self, calls: Sequence[Call]) -> None:
         """As `Calls.append_calls`. The committer's thread does the masking, not the event loop."""
-        self._inner.append_calls([self._redactor.call(call) for call in calls])
+        super().append_calls([self._redactor.call(call) for call in calls])
 
     def put_spans(self, spans: Sequence[Span], project: str = "default") -> None:
         """As `Spans.put_spans`."""
-        self._inner.put_spans([self._redactor.span(span) for span in spans], project)
+        super().put_spans([self._redactor.span(span) for span in spans], project)
 
     def end_run(self, run_id: str, *, status: RunStatus, ended_by: EndedBy, error: str | None = None) -> Run:
         """As `Runs.end_run`."""
         masked = None if error is None else self._redactor.text(error)
-        return self._inner.end_run(run_id, status=status, ended_by=ended_by, error=masked)
+        return super().end_run(run_id, status=status, ended_by=ended_by, error=masked)
 
 
 def _without_ids(request: Json) -> Json:

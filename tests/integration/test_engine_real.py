@@ -21,6 +21,7 @@ import msgspec
 import pytest
 import tiny_model as tiny
 import yaml
+from versions import add_version
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig, PublishConfig
 from tracegrad.tracestore.records import PolicyVersion
@@ -53,18 +54,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store = open_store(f"sqlite:///{tmp_path}/store.db")
     yield store
     store.close()
-
-
-def add(store: Store, path: Path, step: int = 0) -> PolicyVersion:
-    return store.add_version(
-        model="tiny",
-        kind="step" if step else "initial",
-        parent_id=None,
-        checkpoint_path=str(path),
-        checkpoint_hash=path.name,
-        step=step,
-        job_id=None,
-    )
 
 
 def as_version(version_id: int, path: Path) -> PolicyVersion:
@@ -222,7 +211,7 @@ def test_publish_with_canary_then_a_step_then_equal_weights(
     base, client = engine.model_path, engine.process.client
     publisher = Publisher(store, "tiny", [client], PublishConfig(probe_bound=PARITY))
     drawn = sampled(client)
-    first = add(store, base)
+    first = add_version(store, base)
 
     def make_perturbed(probe: ProbeSet) -> Perturbed:
         path = tiny.perturbed(base, tmp_path / "canary", seed=9, scale=0.05)
@@ -234,13 +223,13 @@ def test_publish_with_canary_then_a_step_then_equal_weights(
     report = canary(publisher, first.version_id, probe_of(drawn, base, None), make_perturbed)
     assert report.canary is not None
     assert report.canary.verdict == "new"
-    step = add(store, other_weights["untied"], 1)
+    step = add_version(store, other_weights["untied"], 1)
     report = publisher.publish(step.version_id, probe_of(drawn, other_weights["untied"], base))
     assert report.probe is not None
     assert (report.probe.verdict, report.probe.mean_abs_new < PARITY) == ("new", True)
     assert client.version() == str(step.version_id)
     print(f"publish: {report.as_json()}")
-    again = add(store, other_weights["untied"], 2)
+    again = add_version(store, other_weights["untied"], 2)
     same = publisher.publish(again.version_id, probe_of(drawn, other_weights["untied"], other_weights["untied"]))
     assert same.probe is not None
     assert same.probe.verdict == "unresolved"
@@ -252,12 +241,12 @@ def test_a_stock_reload_of_a_tied_head_is_caught_as_stale(
     client = EngineClient(tied_engine.client.url, "tiny")
     client.reload(str(tied_tiny_model))
     drawn = sampled(client)
-    first = add(store, tied_tiny_model)
+    first = add_version(store, tied_tiny_model)
     publisher = Publisher(store, "tiny", [client], PublishConfig())
     publisher.publish(first.version_id, probe_of(drawn, tied_tiny_model, None))
     # a step as small as a real one: well inside the bound, so that only the missing share gives it away
     small = tiny.perturbed(tied_tiny_model, tmp_path / "small", seed=3, scale=0.001)
-    step = add(store, small, 1)
+    step = add_version(store, small, 1)
     publisher.engines = (StockClient(client.url, "tiny"),)
     with pytest.raises(PublishFailed, match="stale") as caught:
         publisher.publish(step.version_id, probe_of(drawn, small, tied_tiny_model))
@@ -280,7 +269,7 @@ def test_rollback_brings_back_what_the_engine_served_before(
     engine.reset()
     client, paths = engine.process.client, (engine.model_path, other_weights["untied"])
     publisher = Publisher(store, "tiny", [client], PublishConfig(probe_bound=PARITY))
-    first, second = (add(store, path, step).version_id for step, path in enumerate(paths))
+    first, second = (add_version(store, path, step).version_id for step, path in enumerate(paths))
     for version in (first, second):
         publisher.publish(version)
     before = sampled(client, 4)

@@ -11,11 +11,12 @@ import fake_vllm
 import httpx
 import pytest
 import tiny_model as tiny
+from versions import add_version
 
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.tracestore.config import PublishConfig, parse_config
 from tracegrad.tracestore.records import Call
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import open_store
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.probe import mean_abs
@@ -25,18 +26,6 @@ pytestmark = pytest.mark.engine
 WORKERS = 8
 CALLS = 12
 """Of each worker, each a run of its own. The publish begins when a third of all are answered."""
-
-
-def add(store: Store, path: Path, step: int) -> int:
-    return store.add_version(
-        model="tiny",
-        kind="step" if step else "initial",
-        parent_id=None,
-        checkpoint_path=str(path),
-        checkpoint_hash=path.name,
-        step=step,
-        job_id=None,
-    ).version_id
 
 
 def answered(url: str) -> int:
@@ -80,7 +69,10 @@ def test_two_engines_serve_one_model_and_change_weights_together(
         config = parse_config(
             {"store": store.url, "models": {"tiny": served}, "roles": {"*": "tiny"}, "trainer": {"model": "tiny"}}
         )
-        weights = {add(store, tiny_model, 0): tiny_model, add(store, other, 1): other}
+        weights = {
+            add_version(store, tiny_model).version_id: tiny_model,
+            add_version(store, other, 1).version_id: other,
+        }
         old, new = sorted(weights)
         publisher = Publisher(store, "tiny", [EngineClient(url, "tiny") for url in urls], PublishConfig())
         publisher.publish(old)

@@ -22,7 +22,16 @@ from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.errors import NotFound, TraceStoreError
-from tracegrad.tracestore.records import AttributionConflict, Call, Purpose, Reward, RunStatus, RunSummary, RunTrace
+from tracegrad.tracestore.records import (
+    Attribution,
+    AttributionConflict,
+    Call,
+    Purpose,
+    Reward,
+    RunStatus,
+    RunSummary,
+    RunTrace,
+)
 from tracegrad.tracestore.store import Store, open_store
 
 _SHORT = 160
@@ -168,6 +177,7 @@ def _print_call(console: Console, number: int, call: Call, longest: int | None) 
     table.add_row("tokens", f"{prompt} prompt, {sampled} sampled, {seconds:.2f} s")
     table.add_row("version", _passage(call))
     table.add_row("sampling", escape(_sampling(call)))
+    table.add_row("said by", escape(_sources(who)))
     if who.span is not None:
         step = "" if who.span.superstep is None else f", superstep {who.span.superstep}"
         table.add_row("span", escape(f"{who.span.name}{step}"))
@@ -202,6 +212,12 @@ def _rewards_table(rewards: tuple[Reward, ...]) -> Table:
         cells = (reward.name, f"{reward.value:.6g}", target, reward.source, ", ".join(reward.late_for))
         table.add_row(*map(escape, cells))
     return table
+
+
+def _sources(who: Attribution) -> str:
+    """Who says which run and which role the call is of."""
+    said = (("run", who.run_source), ("role", who.role_source))
+    return ", ".join(f"{what}: {source}" for what, source in said if source is not None) or "nobody"
 
 
 def _passage(call: Call) -> str:

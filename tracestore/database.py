@@ -23,7 +23,14 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, StoreUnavailable, TraceStoreError
+from tracegrad.tracestore.errors import (
+    ConfigError,
+    Conflict,
+    InvalidRecord,
+    SchemaMismatch,
+    StoreUnavailable,
+    TraceStoreError,
+)
 
 BUSY_TIMEOUT_S = 30.0
 _WRITES = "tracegrad_writes"
@@ -65,6 +72,28 @@ class Database:
         """
         with self._turn, _translated(self.url), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def restructure(self) -> Iterator[Connection]:
+        """As `write`, for migrations: SQLite rebuilds a table by dropping it, which foreign keys would forbid.
+
+        They are checked, all of them, before the transaction is committed.
+        """
+        if not self.is_sqlite:
+            with self.write() as connection:
+                yield connection
+            return
+        with self._turn, _translated(self.url), self._writer.connect() as connection:
+            driver: Any = connection.connection.driver_connection  # within a transaction the pragma does nothing
+            driver.execute("PRAGMA foreign_keys=OFF")
+            try:
+                with connection.begin():
+                    yield connection
+                    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+                    if broken is not None:
+                        raise SchemaMismatch(f"{self.url.database} has rows of {broken[0]} without their {broken[2]}")
+            finally:
+                driver.execute("PRAGMA foreign_keys=ON")
 
     def close(self) -> None:
         """Give the connections back."""

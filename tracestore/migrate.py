@@ -37,7 +37,7 @@ def prepare(database: Database, *, create: bool) -> None:
         return
     if not create:
         raise SchemaMismatch(f"the store is at revision {found}, this code needs {HEAD}: open it once with create=True")
-    with database.write() as connection:
+    with database.restructure() as connection:
         _upgrade(connection)
 
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0002"
+HEAD = "0003"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -214,7 +214,7 @@ calls = Table(
     ForeignKeyConstraint(["version_completed", "model"], ["policy_versions.version_id", "policy_versions.model"]),
     _one_of("status", "complete", "aborted", "failed"),
     _one_of("run_source", "header", "path", "key", "hook", "langsmith", "inferred"),
-    _one_of("role_source", "header", "path", "key", "hook", "langsmith", "inferred"),
+    _one_of("role_source", "header", "path", "key", "hook", "langsmith", "rule", "inferred"),
     CheckConstraint("span_id IS NULL OR run_id IS NOT NULL", name="span_has_run"),
     Index(None, "run_id", "model"),
     Index(None, "completion_id"),
@@ -236,7 +236,7 @@ attributions = Table(
     _time("created_at"),
     UniqueConstraint("source", "call_id"),
     UniqueConstraint("source", "completion_id"),
-    _one_of("source", "header", "path", "key", "hook", "langsmith", "inferred"),
+    _one_of("source", "header", "path", "key", "hook", "langsmith", "rule", "inferred"),
     CheckConstraint("call_id IS NOT NULL OR completion_id IS NOT NULL", name="names_a_call"),
     Index(None, "run_id"),
     sqlite_autoincrement=True,

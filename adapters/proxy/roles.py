@@ -1,8 +1,7 @@
 """Who calls, once everything is heard: the claims of a request, the role rules, and what was learned from others.
 
-A rule gives a role where header, path and key give none; it comes before the hook, whose names it may replace. It is
-stored with the source of the weakest thing it looked at: `inferred` (the requested model, the fingerprint), `hook`
-(agent, node), else `header`. With `infer_roles`, a call that nobody gives a role gets the one with which its
+A rule gives a role where header, path and key give none; it comes before the hook, whose names it may replace, and is
+a source of its own. With `infer_roles`, a call that nobody gives a role gets the one with which its
 fingerprint was seen before in this project, if there was exactly one: by this process, since it started. Refuses (400)
 what `attribution` refuses. Called by `chat`.
 """
@@ -16,7 +15,7 @@ from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.proxy.attribution import Claim, SpanHeader, read_claims, read_span, settle
 from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config, RoleRule
-from tracegrad.tracestore.records import Attribution, RoleSource
+from tracegrad.tracestore.records import Attribution
 
 CAPACITY = 8192
 
@@ -68,8 +67,7 @@ class Roles:
         """Put the first rule that holds before what the hook says of the role, which it replaces."""
         for rule in self._rules:
             if _holds(rule, evidence):
-                ruled = Claim(source=_source_of(rule), role=rule.role)
-                return [ruled, *(replace(claim, role=None) for claim in claims)]
+                return [Claim(source="rule", role=rule.role), *(replace(claim, role=None) for claim in claims)]
         return claims
 
     def _learn(self, project: str, fingerprint: str, role: str) -> None:
@@ -113,9 +111,3 @@ def _holds(rule: RoleRule, seen: _Evidence) -> bool:
         and rule.fingerprint in (None, seen.fingerprint)
         and all(seen.headers.get(name.lower().encode()) == value.encode() for name, value in rule.header.items())
     )
-
-
-def _source_of(rule: RoleRule) -> RoleSource:
-    if rule.model is not None or rule.fingerprint is not None:
-        return "inferred"
-    return "hook" if rule.agent is not None or rule.node is not None else "header"

@@ -49,7 +49,8 @@ def url(tmp_path: Path) -> str:
     store = open_store(where)
     store.put_tasks([Task(task_id="t", input={})])
     store.open_run(Run(run_id="run_a", purpose="train", task_id="t", opened_at=1.0))
-    store.append_calls([call(1), call(2, quarantine="length mismatch")])
+    ruled = replace(call(2).attribution, role_source="rule")
+    store.append_calls([call(1), call(2, quarantine="length mismatch", attribution=ruled)])
     store.add_rewards([Reward(reward_id="r", run_id="run_a", name="f1", value=0.25, source="test")])
     store.end_run("run_a", status="closed", ended_by="explicit")
     store.open_run(Run(run_id="run_b", opened_at=2.0))
@@ -80,11 +81,13 @@ def test_a_run_is_shown_by_its_own_or_a_calls_id(url: str) -> None:
     assert "Paris [bold]" in shown
     assert "stop, greedy" in shown
     assert "length mismatch" in shown
+    assert shown.index("run: hook, role: hook") < shown.index("run: hook, role: rule")
     assert "plan, superstep 2" in shown
     assert "x" * 300 not in shown
     assert "x" * 100 in invoke("show", "run_a", "--store", url, "--full").stdout
     trace = json.loads(invoke("show", "run_a", "--store", url, "--json").stdout)
     assert trace["calls"][0]["choices"][0]["token_ids"] == [4, 5]
+    assert [call["attribution"]["role_source"] for call in trace["calls"]] == ["hook", "rule"]
     assert trace["rewards"][0]["value"] == 0.25
     assert trace["fingerprints"] == {"call_1": None, "call_2": None}  # neither a system prompt nor tools
 

@@ -14,10 +14,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
 import tracegrad.tracestore.migrate
-from tracegrad.tracestore.errors import ConfigError, SchemaMismatch, StoreUnavailable
+from tracegrad.tracestore.errors import ConfigError, InvalidRecord, SchemaMismatch, StoreUnavailable
+from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import open_store
-from tracegrad.tracestore.testing.rows import make_call
+from tracegrad.tracestore.testing.rows import make_call, sql
 
 
 def url_of(path: Path) -> str:
@@ -58,7 +59,7 @@ def ddl(path: Path) -> dict[str, list[str]]:
     """Each object's DDL as its comma-separated parts, sorted: CHECKs and defaults included, order left aside."""
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    parts = {name: sorted(part.strip() for part in _at_outer_commas(sql)) for name, sql in rows}
+    parts = {name: sorted(part.strip() for part in _at_outer_commas(sql.replace('"', ""))) for name, sql in rows}
     return {name: found for name, found in parts.items() if name != "alembic_version"}
 
 
@@ -77,56 +78,104 @@ def _at_outer_commas(sql: str) -> Iterator[str]:
     yield part
 
 
-def test_a_store_of_the_first_revision_is_migrated_with_its_data(tmp_path: Path) -> None:
-    """Its calls are in the project of their run, its leases know no late attribution, and it is written to again."""
+FIRST = (
+    "INSERT INTO runs (run_id, project, purpose, status, opened_at, active_at) "
+    "VALUES ('r', 'p', 'live', 'open', 1.0, 1.0)",
+    "INSERT INTO spans (run_id, span_id, name, kind, triggers) VALUES ('r', 's', 'node', 'node', '[\"t\"]')",
+    "INSERT INTO calls (call_id, run_id, run_source, role, role_source, span_id, model, requested_model,"
+    " status, received_at, dispatched_at, completed_at, stream)"
+    " VALUES ('c', 'r', 'hook', 'a', 'hook', 's', 'm', 'gpt', 'complete', 1.0, 2.0, 3.0, false)",
+    "INSERT INTO call_payloads (call_id, request, requested, effective) VALUES ('c', '{}', '{}', '{}')",
+    "INSERT INTO rewards (reward_id, run_id, call_id, name, value, source, created_at)"
+    " VALUES ('w', 'r', 'c', 'f1', 0.5, 'test', 1.0)",
+)
+"""Rows as the first revision has them: a call, and rows that name it by a foreign key."""
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def first_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store of the first revision."""
+    url = url_of(tmp_path / "store.db")
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    to_revision(url, "0001")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for statement in FIRST:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+    return url
+
+
+def to_revision(url: str, revision: str) -> None:
     from alembic import command
 
-    path = tmp_path / "store.db"
-    engine = create_engine(url_of(path))
+    engine = create_engine(url)
     with engine.begin() as connection:
         config = Config()
         config.set_main_option("script_location", script().dir)
         config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        known = [found.revision for found in script().walk_revisions()]
+        now = MigrationContext.configure(connection).get_current_revision()
+        back = now is not None and (revision == "base" or known.index(revision) > known.index(now))
+        (command.downgrade if back else command.upgrade)(config, revision)
     engine.dispose()
-    with sqlite3.connect(path) as connection:
-        connection.execute(
-            "INSERT INTO runs (run_id, project, purpose, status, opened_at, active_at) "
-            "VALUES ('r', 'p', 'live', 'open', 1.0, 1.0)"
-        )
-        connection.execute(
-            "INSERT INTO spans (run_id, span_id, name, kind, triggers) VALUES ('r', 's', 'node', 'node', '[\"t\"]')"
-        )
-        connection.execute(
-            "INSERT INTO calls (call_id, run_id, run_source, role, role_source, span_id, model, requested_model,"
-            " status, received_at, dispatched_at, completed_at, stream)"
-            " VALUES ('c', 'r', 'hook', 'a', 'hook', 's', 'm', 'gpt', 'complete', 1.0, 2.0, 3.0, 0)"
-        )
-        connection.execute(
-            "INSERT INTO call_payloads (call_id, n_prompt, prompt_ids, request, requested, effective)"
-            " VALUES ('c', 1, x'05000000', '{}', '{}', '{}')"
-        )
-    store = open_store(url_of(path))
+
+
+def test_a_store_of_the_first_revision_is_migrated_with_its_data(first_store: str) -> None:
+    """Its calls are in the project of their run, its leases know no late attribution, and it is written to again."""
+    store = open_store(first_store)
     trace = store.trace("r")
-    assert (trace.calls[0].project, trace.calls[0].endpoint, trace.calls[0].prompt_ids) == ("p", "chat", (5,))
+    assert (trace.calls[0].project, trace.calls[0].endpoint, trace.calls[0].prompt_ids) == ("p", "chat", None)
     assert trace.calls[0].attribution.span is trace.spans[0]
     assert trace.spans[0].triggers == ("t",)
-    store.append_calls([make_call("new", "r")])
+    assert [reward.call_id for reward in trace.rewards] == ["c"]
+    ruled = Attribution(run_id="r", run_source="hook", role="b", role_source="rule")
+    store.append_calls([make_call("new", "r", attribution=ruled)])
     assert [call.call_id for call in store.trace("r").calls] == ["c", "new"]
+    with pytest.raises(InvalidRecord):  # the constraints of a table that was rebuilt are in force
+        sql(store, "DELETE FROM calls WHERE call_id = 'c'")
+    with pytest.raises(InvalidRecord):
+        sql(store, "UPDATE calls SET role_source = 'nobody'")
     store.close()
 
 
-def test_every_revision_can_be_taken_back(migrated: Path) -> None:
-    from alembic import command
+def test_what_a_rule_decided_is_called_inferred_by_the_revision_before(first_store: str) -> None:
+    store = open_store(first_store)
+    store.append_calls([make_call("ruled", None, attribution=Attribution(role="b", role_source="rule"))])
+    store.attribute_late([LateAttribution(source="rule", call_id="c", role="b")])
+    store.close()
+    to_revision(first_store, "0002")
+    store = open_store(first_store)  # and up again
+    assert store.attribution_conflicts() == []
+    engine = create_engine(first_store)
+    with engine.connect() as connection:
+        said = connection.exec_driver_sql("SELECT role_source FROM calls WHERE call_id = 'ruled'").scalar()
+    engine.dispose()
+    assert said == "inferred"
+    store.close()
 
-    engine = create_engine(url_of(migrated))
-    with engine.begin() as connection:
-        config = Config()
-        config.set_main_option("script_location", script().dir)
-        config.attributes["connection"] = connection
-        command.downgrade(config, "base")
+
+def test_every_revision_can_be_taken_back(first_store: str) -> None:
+    open_store(first_store).close()
+    to_revision(first_store, "base")
+    engine = create_engine(first_store)
     assert inspect(engine).get_table_names() == ["alembic_version"]
     engine.dispose()
+
+
+def test_the_copies_of_a_migration_leave_no_dangling_row(tmp_path: Path) -> None:
+    """A row that names no call, as a program without foreign keys can write it, stops the migration whole."""
+    path = tmp_path / "store.db"
+    to_revision(url_of(path), "0002")
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO call_payloads (call_id, request, requested, effective) VALUES ('x', '{}', '{}', '{}')"
+        )
+    before = ddl(path)
+    with pytest.raises(SchemaMismatch, match="call_payloads without their calls"):
+        open_store(url_of(path))
+    assert ddl(path) == before
 
 
 def test_opening_again_changes_nothing(migrated: Path) -> None:

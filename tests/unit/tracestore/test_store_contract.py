@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import URL, create_engine, event, text
+from sqlalchemy import event
 
-from tracegrad.tracestore.database import parse_url
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.contract import StoreContract
 from tracegrad.tracestore.testing.rows import Clock
@@ -31,26 +30,9 @@ class TestSqlite(StoreContract):
 
 if POSTGRES:
 
-    @pytest.fixture(scope="module")
-    def database() -> Iterator[URL]:
-        """A database per test process: several workers may share the server."""
-        server = create_engine(parse_url(str(POSTGRES)), isolation_level="AUTOCOMMIT")
-        name = f"tracegrad_{os.getpid()}"
-        with server.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        yield server.url.set(database=name)
-        with server.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-        server.dispose()
-
     class TestPostgres(StoreContract):
         @pytest.fixture
-        def store(self, database: URL, clock: Clock) -> Iterator[Store]:
-            engine = create_engine(database)
-            with engine.begin() as connection:
-                connection.execute(text("DROP SCHEMA public CASCADE"))
-                connection.execute(text("CREATE SCHEMA public"))
-            engine.dispose()
-            store = open_store(database.render_as_string(hide_password=False), clock=clock)
+        def store(self, postgres_url: str, clock: Clock) -> Iterator[Store]:
+            store = open_store(postgres_url, clock=clock)
             yield store
             store.close()

@@ -64,15 +64,15 @@ RULES = [
 @pytest.mark.parametrize(
     ("headers", "body", "expected"),
     [
-        (hooked("agent_7"), chat(model="fast"), ("by_both", "inferred")),
-        (hooked("agent_7"), chat(model="slow"), ("by_agent", "hook")),
-        (hooked("agent_8", SPAN), chat(), ("by_node", "hook")),
+        (hooked("agent_7"), chat(model="fast"), ("by_both", "rule")),
+        (hooked("agent_7"), chat(model="slow"), ("by_agent", "rule")),
+        (hooked("agent_8", SPAN), chat(), ("by_node", "rule")),
         (hooked("agent_8"), chat(), ("agent_8", "hook")),
-        ({"x-team": "blue", "x-app": "shop"}, chat(), ("by_header", "header")),
+        ({"x-team": "blue", "x-app": "shop"}, chat(), ("by_header", "rule")),
         ({"x-team": "blue"}, chat(), (None, None)),
         ({"x-team": "Blue", "x-app": "shop"}, chat(), (None, None)),
-        ({}, chat(model="writer-alias"), ("by_model", "inferred")),
-        ({}, chat("You plan.", "search"), ("by_fingerprint", "inferred")),
+        ({}, chat(model="writer-alias"), ("by_model", "rule")),
+        ({}, chat("You plan.", "search"), ("by_fingerprint", "rule")),
         ({"x-tracegrad-role": "said"}, chat(model="writer-alias"), ("said", "header")),
     ],
 )

@@ -173,7 +173,7 @@ def _rows(batch: Sequence[Call]) -> _Rows:
 
 
 def _call_row(call: Call) -> dict[str, Any]:
-    who, when = call.attribution, call.timing
+    who, when, origin = call.attribution, call.timing, call.continues
     return {
         "call_id": call.call_id,
         "completion_id": call.completion_id,
@@ -198,6 +198,10 @@ def _call_row(call: Call) -> dict[str, Any]:
         "project": call.project,
         "request_hash": call.request_hash,
         "retry_of": call.retry_of,
+        "continues": None if origin is None else origin.call_id,
+        "continues_choice": None if origin is None else origin.choice,
+        "drift": None if origin is None else origin.drift,
+        "token_in": None if origin is None else origin.token_in,
     }
 
 

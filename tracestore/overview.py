@@ -8,8 +8,8 @@ from sqlalchemy import func, select
 
 from tracegrad.tracestore.migrate import revision
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import OpenRuns, ProxyRow
-from tracegrad.tracestore.schema import proxies, runs
+from tracegrad.tracestore.records import DriftCount, OpenRuns, ProxyRow
+from tracegrad.tracestore.schema import calls, proxies, runs
 
 
 class Overview(Noun):
@@ -42,3 +42,18 @@ class Overview(Noun):
         with self._db.read() as connection:
             count, quietest = connection.execute(chosen).one()
             return OpenRuns(count=int(count), quietest_at=quietest)
+
+    def drift_counts(self, project: str) -> list[DriftCount]:
+        """Return, by model and cause, how many calls of a project went on from an earlier call of their run."""
+        by = (calls.c.model, calls.c.drift, calls.c.token_in)
+        chosen = (
+            select(*by, func.count())
+            .where(calls.c.project == project, calls.c.continues.is_not(None))
+            .group_by(*by)
+            .order_by(*by)
+        )
+        with self._db.read() as connection:
+            return [
+                DriftCount(model=model, drift=drift, token_in=bool(token_in), calls=int(count))
+                for model, drift, token_in, count in connection.execute(chosen)
+            ]

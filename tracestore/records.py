@@ -20,6 +20,7 @@ VersionKind = Literal["initial", "step", "canary"]
 LeaseState = Literal["held", "acknowledged", "released", "expired"]
 Endpoint = Literal["chat", "completions", "embeddings"]
 SpanKind = Literal["node", "tool", "graph"]
+Drift = Literal["template", "retokenised", "edited", "unexplained"]
 KeyScope = Literal["call", "reward", "read", "train", "admin"]
 KEY_SCOPES: tuple[KeyScope, ...] = ("call", "reward", "read", "train", "admin")
 
@@ -161,6 +162,23 @@ class AttributionConflict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Continues:
+    """The earlier call of its run that a call goes on from: its messages are that call's, its answer, and more.
+
+    `drift` says why the prompt as the engine renders it does not begin with the ids of that call's prompt and answer
+    (None: it does): "retokenised" (the same text, other ids), "template" (the chat template, or the wire before it,
+    left out or rewrote what was sampled: thoughts, white space, the form of a tool call), "edited" (the app changed
+    what it sent or was sent; `choice` is None where no answer is left), "unexplained" (the engine could not say).
+    `token_in`: the prompt was built from those ids nevertheless.
+    """
+
+    call_id: str
+    choice: int | None
+    drift: Drift | None = None
+    token_in: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """One request to a model with its choices: the unit that is committed before the reply ends (law 3).
 
@@ -193,6 +211,18 @@ class Call:
     request_hash: str | None = None
     retry_of: str | None = None
     project: str = "default"
+    continues: Continues | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlierCall:
+    """A complete chat call, as much of it as the next call of its run may go on from. `choices` have no logprobs."""
+
+    call_id: str
+    role: str | None
+    request: Json
+    prompt_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -388,6 +418,16 @@ class ProxyRow:
     url: str
     registered_at: float
     age_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftCount:
+    """How many calls went on from an earlier one with this cause of drift (None: without), by way of their prompt."""
+
+    model: str
+    drift: Drift | None
+    token_in: bool
+    calls: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0003"
+HEAD = "0004"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -209,6 +209,10 @@ calls = Table(
     _word("retry_of", null=True),
     Column("placed_by", BigInteger),
     Column("role_by", BigInteger),
+    _word("continues", null=True),
+    _number("continues_choice", null=True),
+    _word("drift", null=True),
+    Column("token_in", Boolean(create_constraint=False)),
     ForeignKeyConstraint(["run_id", "span_id"], ["spans.run_id", "spans.span_id"]),
     ForeignKeyConstraint(["version_dispatched", "model"], ["policy_versions.version_id", "policy_versions.model"]),
     ForeignKeyConstraint(["version_completed", "model"], ["policy_versions.version_id", "policy_versions.model"]),
@@ -222,6 +226,9 @@ calls = Table(
     Index(None, "retry_of"),
     sqlite_autoincrement=True,
 )
+_goes_on = calls.c.continues.is_not(None)
+Index(None, calls.c.project, calls.c.model, calls.c.drift, sqlite_where=_goes_on, postgresql_where=_goes_on)
+"""Only of calls that go on from another: who does not count drift does not pay for it."""
 
 attributions = Table(
     "attributions",

@@ -12,6 +12,7 @@ from tracegrad.tracestore import migrate
 from tracegrad.tracestore.attributions import Attributions
 from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
+from tracegrad.tracestore.continued import Continued
 from tracegrad.tracestore.database import Database
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.keys import Keys
@@ -36,6 +37,7 @@ class Store(
     Calls,
     Attributions,
     Traces,
+    Continued,
     Rewards,
     Jobs,
     Leases,

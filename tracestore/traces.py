@@ -13,7 +13,18 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, tru
 from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Lease, Reward, Run, RunTrace, Span
+from tracegrad.tracestore.records import (
+    Attribution,
+    Call,
+    CallTiming,
+    Choice,
+    Continues,
+    Lease,
+    Reward,
+    Run,
+    RunTrace,
+    Span,
+)
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import run_of
 from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs
@@ -174,4 +185,17 @@ def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...], *, knows_rol
         request_hash=row[column.request_hash],
         retry_of=row[column.retry_of],
         project=row[column.project],
+        continues=_continues(row),
+    )
+
+
+def _continues(row: Any) -> Continues | None:
+    column = calls.c
+    if row[column.continues] is None:
+        return None
+    return Continues(
+        call_id=row[column.continues],
+        choice=row[column.continues_choice],
+        drift=row[column.drift],
+        token_in=row[column.token_in],
     )

@@ -4,6 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
+from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
@@ -16,6 +17,7 @@ from tracegrad.tracestore.testing.traces import CallContract, RewardContract, Ta
 class StoreContract(
     TaskContract,
     CallContract,
+    ContinuedContract,
     RewardContract,
     SpanContract,
     AttributionContract,

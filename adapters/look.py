@@ -6,7 +6,7 @@ shortened in tables and whole in JSON.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +26,8 @@ from tracegrad.tracestore.records import (
     Attribution,
     AttributionConflict,
     Call,
+    Continues,
+    Drift,
     Purpose,
     Reward,
     RunStatus,
@@ -160,15 +162,16 @@ def print_trace(
         console.print(
             escape(f"conflict: the {conflict.field} of {conflict.call_id} is {kept}, not {said}"), style="red"
         )
-    for number, call in enumerate(trace.calls, start=1):
-        _print_call(console, number, call, longest)
+    numbers = {call.call_id: number for number, call in enumerate(trace.calls, start=1)}
+    for call in trace.calls:
+        _print_call(console, numbers, call, longest)
     if trace.rewards:
         console.print(_rewards_table(trace.rewards))
 
 
-def _print_call(console: Console, number: int, call: Call, longest: int | None) -> None:
+def _print_call(console: Console, numbers: Mapping[str, int], call: Call, longest: int | None) -> None:
     who = call.attribution
-    title = f"call {number}  {who.role or '(no role)'} → {call.model}  [{call.status}]"
+    title = f"call {numbers[call.call_id]}  {who.role or '(no role)'} → {call.model}  [{call.status}]"
     table = Table(show_header=False, title=escape(title), title_justify="left")
     table.add_row("id", escape(call.call_id))
     sampled = " + ".join(str(len(choice.token_ids)) for choice in call.choices) or "0"
@@ -178,6 +181,8 @@ def _print_call(console: Console, number: int, call: Call, longest: int | None) 
     table.add_row("version", _passage(call))
     table.add_row("sampling", escape(_sampling(call)))
     table.add_row("said by", escape(_sources(who)))
+    if call.continues is not None:
+        table.add_row("goes on from", escape(_origin(call.continues, numbers)))
     if who.span is not None:
         step = "" if who.span.superstep is None else f", superstep {who.span.superstep}"
         table.add_row("span", escape(f"{who.span.name}{step}"))
@@ -218,6 +223,24 @@ def _sources(who: Attribution) -> str:
     """Who says which run and which role the call is of."""
     said = (("run", who.run_source), ("role", who.role_source))
     return ", ".join(f"{what}: {source}" for what, source in said if source is not None) or "nobody"
+
+
+_DRIFTS: Mapping[Drift, str] = {
+    "template": "the template writes what was sampled in another way",
+    "retokenised": "the same text has other ids",
+    "edited": "the app changed the history",
+    "unexplained": "other ids than were sampled; the engine could not say why",
+}
+
+
+def _origin(continues: Continues, numbers: Mapping[str, int]) -> str:
+    """The earlier call, and whether the prompt begins with what was sampled there."""
+    number = numbers.get(continues.call_id)
+    earlier = continues.call_id if number is None else f"call {number}"
+    if continues.drift is None:
+        return f"{earlier}, exactly as sampled"
+    used = ", but the prompt was built from the sampled ids (token-in)" if continues.token_in else ""
+    return f"{earlier}; {continues.drift}: {_DRIFTS[continues.drift]}{used}"
 
 
 def _passage(call: Call) -> str:

@@ -5,6 +5,7 @@ Needs no proxy. Refuses to create a store that is not there (that is one of the 
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -75,6 +76,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("model", f"{state.model}: {live}{step}{going_on}"))
     if report.open_runs is not None:
         rows.append(("runs", f"{report.open_runs.count} open"))
+    if report.drift:
+        rows.append(("prompts", _drift(report)))
     if report.trainer is not None:
         trainer = report.trainer
         step = (
@@ -90,6 +93,16 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _drift(report: Report) -> str:
+    """Of the calls that go on from an earlier one: how many prompts were as sampled, and why the others were not."""
+    causes: Counter[str] = Counter()
+    for one in report.drift:
+        causes[one.drift or "as sampled"] += one.calls
+    built = sum(one.calls for one in report.drift if one.token_in)
+    told = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+    return f"{causes.total()} calls go on from an earlier one: {told}; {built} built from sampled ids (token-in)"
 
 
 def _ago(seconds: float) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import SchemaMismatch, TraceStoreError
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import Backlog, OpenRuns, ProxyRow, Publish
+from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow, Publish
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
 
@@ -68,6 +68,7 @@ class Report:
     dead_proxies: int = 0
     models: list[ModelState] = field(default_factory=list)
     open_runs: OpenRuns | None = None
+    drift: list[DriftCount] = field(default_factory=list)
     trainer: TrainerState | None = None
     proxy_health: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
@@ -103,6 +104,7 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
     report.proxies = [row for row in rows if row.age_s < expires_s]
     report.dead_proxies = len(rows) - len(report.proxies)
     report.open_runs = store.open_runs(config.project)
+    report.drift = store.drift_counts(config.project)
     for model in [name for name, each in config.models.items() if each.api is None]:
         state = _model(store, model)
         report.models.append(state)
@@ -227,6 +229,8 @@ def _ask_proxy(report: Report, config: Config, timeout_s: float) -> None:
                 f"proxy {report.proxies[0].proxy_id} cannot use the engine of {name}, which answers from here: "
                 f"{model.get('engine')}; check the network between them"
             )
+        if (lacking := model.get("token_in")) is not None:
+            report.problems.append(f"token-in is configured and off for {name}: {lacking}")
 
 
 def _look_at_trainer(report: Report, config: Config) -> None:

@@ -237,6 +237,9 @@ class Config(_Section, frozen=True, kw_only=True):
     """In order: the first that holds gives the role."""
     infer_roles: bool = False
     """Whether a call that nobody gives a role gets the only one its fingerprint was seen with; it is trained then."""
+    token_in: tuple[str, ...] = ()
+    """Projects (or `*`) whose prompts go on from the token ids that were really sampled: an earlier prompt and answer
+    of the run are given to the engine as they were, not as the chat template writes them anew."""
     redact: tuple[Redaction, ...] = ()
     """In order, in everything that people or models said."""
     proxy: ProxyConfig = ProxyConfig()

@@ -24,12 +24,12 @@ class Continued(Noun):
         """Return the complete chat calls of a run to `model` in the order of their commits, and a mark.
 
         Hand the mark in as `after` and only what was committed since is looked at; the payloads of `known` calls are
-        not read. Calls without prompt ids are left out: nothing can be built on them.
+        not read. Calls in quarantine or without prompt ids are left out: nothing can be built on them.
         """
         found = (
             select(calls.c.call_id, calls.c.seq)
             .where(calls.c.run_id == run_id, calls.c.model == model, calls.c.seq > after)
-            .where(calls.c.endpoint == "chat", calls.c.status == "complete")
+            .where(calls.c.endpoint == "chat", calls.c.status == "complete", calls.c.quarantine.is_(None))
             .order_by(calls.c.seq)
         )
         with self._db.read() as connection:

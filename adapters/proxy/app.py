@@ -15,6 +15,7 @@ from tracegrad.adapters.proxy import langsmith, model_cards
 from tracegrad.adapters.proxy.access import Access, keys_wanted
 from tracegrad.adapters.proxy.attribution import Route, split_path
 from tracegrad.adapters.proxy.chat import ModelEndpoint
+from tracegrad.adapters.proxy.continuing import Continuing
 from tracegrad.adapters.proxy.control import PREFIX, Control
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import SHAPES
@@ -125,6 +126,7 @@ class ProxyApp:
         self.langsmith = langsmith.LangSmith(self.store, self.config.project)
         self.control = Control(self.config, self.store, purposes)
         self.dissents = Dissents(self.store)
+        self.continuing = Continuing(self.store, self.upstream, self.config.token_in)
         self.answer = ModelEndpoint(
             self.config,
             self.store,
@@ -134,6 +136,7 @@ class ProxyApp:
             purposes=purposes,
             metrics=self.metrics,
             dissents=self.dissents,
+            continuing=self.continuing,
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
         self._joining = asyncio.create_task(self._join_late_facts(), name="tracegrad-late-facts")
@@ -230,6 +233,8 @@ class ProxyApp:
                 "waiting": len(gate.line),
                 "in_flight": gate.in_flight,
             }
+            if (lacking := self.continuing.rendering.missing.get(name)) is not None:
+                models[name]["token_in"] = lacking
         store = "ok" if self.hold.fresh else "unreachable"
         well = store == "ok" and all(model["engine"] == "ok" for model in models.values())
         report = {"status": "ok" if well else "unwell", "proxy_id": self.proxy_id, "store": store, "models": models}

@@ -155,6 +155,15 @@ def upstream_body(
     return _encode(fields)
 
 
+def with_prompt_ids(body: bytes, ids: list[int]) -> bytes:
+    """Return an upstream body whose messages vLLM does not render: `ids` are the prompt, the parsers stay.
+
+    vLLM 0.32 reads them where disaggregated serving puts what its prefill stage has rendered. No client can send this
+    field (`fields.NEVER`), so `body` has none.
+    """
+    return body[:-1] + b',"kv_transfer_params":' + _encode({"prompt_token_ids": ids}) + b"}"
+
+
 class Stripper:
     """Turns the engine's answer into the one the client asked for. One per call: it remembers the stream's usage.
 

@@ -19,6 +19,7 @@ import msgspec
 
 from tracegrad.adapters.proxy.attribution import dissent, without_ours
 from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, read_ask, upstream_body
+from tracegrad.adapters.proxy.continuing import Continuing
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
@@ -72,6 +73,7 @@ class ModelEndpoint:
         purposes: Purposes,
         metrics: ProxyMetrics,
         dissents: Dissents,
+        continuing: Continuing,
     ) -> None:
         self.config = config
         self.store = store
@@ -84,6 +86,7 @@ class ModelEndpoint:
         self._strict_tools = {name for name, model in config.models.items() if constrains_tools(model.engine.args)}
         self.roles = Roles(config)
         self.dissents = dissents
+        self.continuing = continuing
 
     async def __call__(self, shape: Shape, request: Request, reply: Reply) -> None:
         """Answer one request. Raises ProxyError where nothing has been dispatched."""
@@ -210,6 +213,7 @@ class _Exchange:
             effective=sampling.effective,
             salt=salt_of(draft.project, ask.body.get("cache_salt")) if ours else None,
         )
+        self._past = endpoint.continuing.past(draft, self._body)
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
         self._arrived = time.monotonic()
@@ -287,11 +291,7 @@ class _Exchange:
         answer: EngineAnswer | None = None
         try:
             with hangup.cancels():
-                headers = without_ours(self._request.raw_headers)
-                run_id = self._draft.attribution.run_id
-                answer = await self._endpoint.upstream.post(
-                    self._draft.model, self._shape.path, self._body, headers, run_id=run_id
-                )
+                answer = await self._dispatch()
                 if answer.status != 200:
                     body = await answer.read()
                 elif answer.is_stream:
@@ -313,8 +313,29 @@ class _Exchange:
                 self._submit(ticket, ticket.gate.live_version, "aborted", "the proxy was shut down")
             raise
         finally:
+            if self._past is not None:
+                self._past.drop()
             if answer is not None:
                 answer.release()
+
+    async def _dispatch(self) -> EngineAnswer:
+        """Send the request; once more as the client wrote it where the engine refuses a prompt of ids."""
+        if self._past is None:
+            return await self._post(self._body)
+        try:
+            answer = await self._post(await self._past.body())
+        except TraceStoreError as error:
+            raise from_store(error) from error
+        plain = self._past.refused() if answer.status == 400 else None
+        if plain is None:
+            return answer
+        answer.release()
+        return await self._post(plain)
+
+    async def _post(self, body: bytes) -> EngineAnswer:
+        headers = without_ours(self._request.raw_headers)
+        run_id = self._draft.attribution.run_id
+        return await self._endpoint.upstream.post(self._draft.model, self._shape.path, body, headers, run_id=run_id)
 
     async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
         """The engine has said everything: commit, then let the client have the end."""
@@ -404,6 +425,8 @@ class _Exchange:
         self._progress.completed_at = time.time()
         try:
             version = await self._endpoint.hold.version_after(ticket)
+            if self._past is not None and status == "complete":
+                self._progress.continues = await self._past.settle(self._transcript.prompt_ids)
             commit = asyncio.wrap_future(self._submit(ticket, version, status, error))
             if answer is not None:
                 await answer.drain()  # the stream's last bytes arrive while the store commits
@@ -430,6 +453,7 @@ class _Exchange:
         self._endpoint.hold.leave(ticket)
         self.submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
+        self._endpoint.continuing.remember(call)
         commit = self._endpoint.committer.submit(call)
         self._endpoint.dissents.follow(commit, self._draft.dissent, self._draft.project)
         return commit

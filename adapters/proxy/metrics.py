@@ -41,6 +41,13 @@ class ProxyMetrics:
             ("worker", "model", "role", "endpoint", "status", "quarantine"),
             registry=registry,
         )
+        self._continued = Counter(
+            "tracegrad_calls_continued",
+            "Calls that go on from an earlier one of their run, by why their prompt, as the engine renders it, is not "
+            "what was sampled (drift; empty: it is), and whether it was built from those ids (token_in).",
+            ("worker", "model", "drift", "token_in"),
+            registry=registry,
+        )
         self._unrecorded = Counter(
             "tracegrad_calls_not_recorded",
             "Calls that could not be committed: their answers were withheld.",
@@ -86,6 +93,9 @@ class ProxyMetrics:
         worker, model, role = self.worker, self._model(call.model), self._role(call.attribution.role)
         reason = self._reason(call.quarantine)
         self._calls.labels(worker, model, role, call.endpoint, call.status, reason).inc()
+        if call.continues is not None:
+            used = str(call.continues.token_in).lower()
+            self._continued.labels(worker, model, call.continues.drift or "", used).inc()
         timing = call.timing
         if timing.first_token_at is not None:
             self._first.labels(worker, model, role).observe(timing.first_token_at - timing.received_at)

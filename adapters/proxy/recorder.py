@@ -21,6 +21,7 @@ from tracegrad.tracestore.records import (
     CallStatus,
     CallTiming,
     Choice,
+    Continues,
     Endpoint,
     Json,
     LateAttribution,
@@ -246,6 +247,7 @@ class Progress:
     completed_at: float = 0.0
     version_dispatched: int | None = None
     version_completed: int | None = None
+    continues: Continues | None = None
     swapped: bool = False
     """A swap began while the call was with the engine, without our acknowledgement."""
 
@@ -288,6 +290,7 @@ def compose(
         request_hash=draft.request_hash,
         retry_of=draft.retry_of,
         project=draft.project,
+        continues=progress.continues,
     )
 
 

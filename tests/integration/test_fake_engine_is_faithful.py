@@ -208,3 +208,22 @@ def test_the_request_id_header_becomes_the_completion_id(real: httpx.Client, fak
     for client in (real, fake.client):
         answer = client.post("/v1/chat/completions", json={**ASK, "model": name}, headers={"x-request-id": "abc"})
         assert answer.json()["id"] == "chatcmpl-abc"
+
+
+def test_rendering_and_ids_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace, name: str) -> None:
+    """A render gives the ids of the same request's prompt; ids that are given instead are the prompt."""
+    asked = {**ASK, "model": name, "return_token_ids": True, "logprobs": True}
+    rendered = ask_both(real, fake, asked, f"{CHAT}/render")
+    truth, ours = ([(key, shape(value)) for key, value in one.json().items()] for one in rendered)
+    assert [key for key, _ in ours] == [key for key, _ in truth if key in dict(ours)]
+    for client, answer in zip((real, fake.client), rendered, strict=True):
+        ids = answer.json()["token_ids"]
+        assert client.post(CHAT, json=asked).json()["prompt_token_ids"] == ids
+        other = [*ids, ids[-1], ids[-2]]
+        for stream in (False, True):
+            body = {**asked, "stream": stream, "kv_transfer_params": {"prompt_token_ids": other}}
+            assert json.dumps(other, separators=(",", ":")) in client.post(CHAT, json=body).text
+        ended = client.post(f"{CHAT}/render", json={**asked, "add_generation_prompt": False}).json()["token_ids"]
+        assert ids[: len(ended)] == ended and len(ended) < len(ids)
+        text = client.post("/detokenize", json={"model": name, "tokens": ids})
+        assert list(text.json()) == ["prompt"] and "3 5" in text.json()["prompt"]

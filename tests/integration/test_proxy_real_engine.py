@@ -8,6 +8,7 @@ tiny model makes them.
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,20 @@ def compare(through: bytes, direct: bytes, *, stream: bool) -> None:
 @pytest.fixture(scope="module")
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The engine, a proxy in front of it, and its store."""
+    with in_front(request, tmp_path_factory) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def token_in(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    with in_front(request, tmp_path_factory, token_in=["*"]) as served:
+        yield served
+
+
+@contextmanager
+def in_front(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, **settings: Any
+) -> Iterator[SimpleNamespace]:
     url = os.environ.get("TRACEGRAD_ENGINE_URL") or request.getfixturevalue("engine").url
     folder: Path = tmp_path_factory.mktemp("proxy")
     name = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
@@ -110,6 +125,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "models": {name: {"checkpoint": "none", "engine": {"url": url}}},
             "roles": {"*": name},
             "trainer": {"model": name},
+            **settings,
         }
     )
     store = open_store(config.store)
@@ -249,3 +265,30 @@ def test_the_record_is_what_the_engine_says_it_sampled(both: SimpleNamespace, st
         assert list(choice.token_ids) == said["token_ids"]
         assert choice.message["content"] == said["message"]["content"]
         assert choice.logprobs == pytest.approx([t["logprob"] for t in said["logprobs"]["content"]], abs=1e-2)
+
+
+def test_a_prompt_goes_on_from_what_was_sampled(token_in: SimpleNamespace) -> None:
+    """Bytes that are no text come back as other bytes; the engine is given the ones it sampled, and parses as ever."""
+    name, no_text = token_in.name, {"allowed_token_ids": list(range(140, 200)), "temperature": 1.0, "seed": 7}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "3 5"}]
+
+    def ask(**extra: Any) -> dict[str, Any]:
+        body = {"model": name, "messages": messages, "tools": [TOOL], "max_tokens": 6, **extra}
+        answer = token_in.proxy.post(CHAT, json=body, headers={"x-tracegrad-run": "r", "x-tracegrad-role": "a"})
+        assert answer.status_code == 200, answer.text
+        message: dict[str, Any] = answer.json()["choices"][0]["message"]
+        return message
+
+    messages.append({"role": "assistant", "content": ask(**no_text)["content"]})
+    messages.append({"role": "user", "content": "7 1"})
+    called = ask(**CALL, tool_choice="required", parallel_tool_calls=False)
+    assert called["tool_calls"][0]["function"]["name"] == "pick"
+    *_, first, second = token_in.store.trace("r").calls
+    rendered = token_in.engine.post(f"{CHAT}/render", json={"model": name, "messages": messages}).json()["token_ids"]
+    sampled = [*first.prompt_ids, *first.choices[0].token_ids]
+    assert list(second.prompt_ids)[: len(sampled)] == sampled
+    assert rendered[: len(sampled)] != sampled
+    assert (second.continues.call_id, second.continues.token_in) == (first.call_id, True)
+    assert (second.continues.drift, second.quarantine) == ("template", None)
+    tail = [258, *rendered[len(rendered) - rendered[::-1].index(257, rendered[::-1].index(257) + 1) - 1 :]]
+    assert list(second.prompt_ids)[len(sampled) :] == tail, "the turn is ended, the rest is as rendered"

@@ -15,6 +15,8 @@ from typing import Any
 FINGERPRINT = "vllm-0.32.0-fake"
 EOS = 2
 FIRST_BYTE = 3
+PAIRS, BASE = 1_000, 512
+"""Where the ids of two bytes in one begin."""
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
 
@@ -24,6 +26,8 @@ def encode_text(text: str) -> list[int]:
 
 
 def token_text(token: int) -> str:
+    if token >= PAIRS:
+        return "".join(map(token_text, divmod(token - PAIRS, BASE)))
     return "" if token == EOS else bytes([token - FIRST_BYTE]).decode(errors="replace")
 
 
@@ -46,7 +50,8 @@ class Sampled:
 
     @property
     def text(self) -> str:
-        return bytes(i - FIRST_BYTE for i in self.ids[: self.n_visible]).decode(errors="replace")
+        pairs = (divmod(i - PAIRS, BASE) if i >= PAIRS else (i,) for i in self.ids[: self.n_visible])
+        return bytes(i - FIRST_BYTE for pair in pairs for i in pair).decode(errors="replace")
 
 
 def sample(text: str, body: dict[str, Any]) -> Sampled:

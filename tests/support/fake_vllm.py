@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 import uvicorn.server
 from fake_completions import CompletionsWire, dumps, reply
+from fake_rendering import RenderingWire
 from fake_sampling import (
     EOS,
     FINGERPRINT,
@@ -28,7 +29,6 @@ from fake_sampling import (
     Sampled,
     encode_text,
     logprob_of,
-    message_text,
     sample,
     script,
     split_calls,
@@ -39,10 +39,11 @@ from fake_sampling import (
 __all__ = ["EOS", "FINGERPRINT", "FIRST_BYTE", "FakeEngine", "ServerThread", "encode_text", "logprob_of"]
 
 
-class FakeEngine(CompletionsWire):
+class FakeEngine(CompletionsWire, RenderingWire):
     """The ASGI application. Attributes are knobs for tests; `requests` are the bodies it was sent."""
 
     def __init__(self, name: str = "fake", *, token_delay_s: float = 0.0) -> None:
+        RenderingWire.__init__(self)
         self.name = name
         self.token_delay_s = token_delay_s
         self.max_model_len = 2048
@@ -84,12 +85,24 @@ class FakeEngine(CompletionsWire):
             await reply(send, 200, b"", b"text/plain")
         elif where == ("GET", "/v1/models"):
             await reply(send, 200, dumps({"object": "list", "data": [self._card()]}))
-        elif where in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")):
+        elif where[0] == "POST" and where[1] in self._paths():
             await self._answer(scope, receive, send)
         elif where == ("GET", "/weight_info") and self.version is not None:
             await reply(send, 200, dumps({"weight_version": self.version}))
         else:
             await reply(send, 404, dumps({"detail": "Not Found"}))
+
+    def _paths(self) -> dict[str, Any]:
+        """What is answered at each path: the prefix of its ids, how, and how in a stream."""
+        paths: dict[str, Any] = {
+            "/v1/chat/completions": ("chatcmpl", self._plain, self._stream),
+            "/v1/completions": ("cmpl", self._plain_completion, self._stream_completion),
+            "/v1/embeddings": ("embd", self._embeddings, self._embeddings),
+            "/detokenize": ("tools", self._detokenize, self._detokenize),
+        }
+        if self.renders:
+            paths["/v1/chat/completions/render"] = ("tools", self._render, self._render)
+        return paths
 
     def _card(self) -> dict[str, Any]:
         permission = {
@@ -111,13 +124,10 @@ class FakeEngine(CompletionsWire):
                 break
         body = json.loads(raw)
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
-        self.requests.append(dict(body))
-        self.headers.append(headers)
-        prefix, plain, stream = {
-            "/v1/chat/completions": ("chatcmpl", self._plain, self._stream),
-            "/v1/completions": ("cmpl", self._plain_completion, self._stream_completion),
-            "/v1/embeddings": ("embd", self._embeddings, self._embeddings),
-        }[scope["path"]]
+        prefix, plain, stream = self._paths()[scope["path"]]
+        if prefix != "tools":
+            self.requests.append(dict(body))
+            self.headers.append(headers)
         body["_id"] = f"{prefix}-{headers['x-request-id']}" if "x-request-id" in headers else _completion_id(prefix)
         if self.raw_error is not None:
             await reply(send, *self.raw_error)
@@ -178,11 +188,8 @@ class FakeEngine(CompletionsWire):
             refusal = 400, text, bad, "input_tokens"
         return refusal
 
-    def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
-        return [1, *encode_text("".join(f"<{m['role']}>{message_text(m)}" for m in body["messages"]))]
-
     def _sample(self, body: dict[str, Any], text: str) -> Sampled:
-        return sample(text if self.answer_text is None else self.answer_text, body)
+        return self._as_sampled(sample(text if self.answer_text is None else self.answer_text, body))
 
     def _uses_tools(self, body: dict[str, Any]) -> bool:
         return bool(self.tools_parser and body.get("tools") and body.get("tool_choice") != "none")

@@ -32,18 +32,19 @@ class ContinuedContract:
         """Of a project, by model; calls that continue nothing do not count."""
         plain, exact = None, Continues(call_id="x", choice=0)
         rewritten = Continues(call_id="x", choice=0, drift="template")
-        for number, (origin, changed) in enumerate(
+        for number, (origin, model, project) in enumerate(
             [
-                (plain, {}),
-                (exact, {}),
-                (rewritten, {}),
-                (replace(rewritten, token_in=True), {}),
-                (rewritten, {}),
-                (exact, {"model": "other"}),
-                (exact, {"project": "elsewhere"}),
+                (plain, "main", "default"),
+                (exact, "main", "default"),
+                (rewritten, "main", "default"),
+                (replace(rewritten, token_in=True), "main", "default"),
+                (rewritten, "main", "default"),
+                (exact, "other", "default"),
+                (exact, "main", "elsewhere"),
             ]
         ):
-            store.append_calls([make_call(f"c{number}", f"r{number}", continues=origin, **changed)])
+            call = make_call(f"c{number}", f"r{number}", continues=origin, model=model, project=project)
+            store.append_calls([call])
         counted = {(one.model, one.drift, one.token_in): one.calls for one in store.drift_counts("default")}
         assert counted == {
             ("main", None, False): 1,
@@ -63,6 +64,7 @@ class ContinuedContract:
                 make_call("text", "r", endpoint="completions"),
                 make_call("left", "r", status="aborted"),
                 make_call("unknown-prompt", "r", prompt_ids=None),
+                make_call("doubtful", "r", quarantine="usage mismatch"),
                 make_call("b", "r"),
             ]
         )

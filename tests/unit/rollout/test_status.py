@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from click.testing import CliRunner
 from ports import free_port
 
 from tracegrad.adapters.status import status
-from tracegrad.tracestore.records import Run
+from tracegrad.tracestore.records import Continues, Run
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.tracestore.testing.rows import JOB, Clock, live_version, ready_group, sql, train
+from tracegrad.tracestore.testing.rows import JOB, Clock, live_version, make_call, ready_group, sql, train
 
 
 @pytest.fixture
@@ -67,6 +68,18 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     assert found["trainer"]["step"] is None
     assert "everything is up" in text and "version 1 is live (step 3)" in text and "1 open" in text
     assert "job main: no step yet; 0 groups ready" in text
+    assert found["drift"] == [] and "go on from" not in text
+
+
+def test_drift_is_told_by_its_cause(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:
+    store.register_proxy("proxy_1", engine.url)
+    rewritten = Continues(call_id="c", choice=0, drift="template")
+    for number, origin in enumerate((None, rewritten, rewritten, replace(rewritten, token_in=True))):
+        store.append_calls([make_call(f"c{number}", "r", continues=origin)])
+    store.append_calls([make_call("exact", "r", continues=replace(rewritten, drift=None))])
+    _, found, text = ask()
+    assert sum(one["calls"] for one in found["drift"]) == 4
+    assert "4 calls go on from an earlier one: 3 template, 1 as sampled; 1 built from sampled ids (token-in)" in text
 
 
 def test_nothing_is_there(tmp_path: Path, ask: Any) -> None:

@@ -46,7 +46,7 @@ def test_every_choice_is_stored_with_its_ids_and_logprobs(
     assert answer.headers["x-tracegrad-call"] == call.call_id
     assert call.completion_id is not None and call.completion_id in answer.text
     assert (call.status, call.quarantine, call.stream, call.error) == ("complete", None, stream, None)
-    assert call.prompt_ids == (1, *fake.encode_text("<user>hello"))
+    assert call.prompt_ids == tuple(fake.FakeEngine().render(ASK))
     assert [choice.index for choice in call.choices] == list(range(n))
     for choice in call.choices:
         ids = (*fake.encode_text(f"{choice.index}: hello"), fake.EOS)

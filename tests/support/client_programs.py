@@ -13,12 +13,12 @@ import other_clients
 from fake_sampling import Sampled, message_text
 from fake_vllm import FakeEngine
 
-from tracegrad.tracestore.records import RunTrace
+from tracegrad.tracestore.records import Call, RunTrace
 from tracegrad.tracestore.store import Store
 
 
 class MoodyEngine(FakeEngine):
-    """The fake engine; the last message chooses the fault: "fails" and "dies" (in mid-stream), "busy" (each other time).
+    """The fake engine; the last message chooses its fault: "fails", "dies" (in mid-stream), "busy" (every other time).
 
     After a tool has answered, it says what the tool said.
     """
@@ -70,3 +70,18 @@ def finished(command: list[str], *, timeout_s: float = 120, cwd: Path | None = N
     done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def retried(trace: RunTrace, expected: set[str]) -> None:
+    """Exactly these were sent again, and name their first attempt, which failed."""
+    calls = {call.call_id: call for call in trace.calls}
+    again = [call for call in trace.calls if call.retry_of is not None]
+    assert {words(call) for call in again} == expected and len(again) == len(expected)
+    for call in again:
+        first = calls[str(call.retry_of)]
+        assert (call.status, first.status, words(first)) == ("complete", "failed", words(call))
+
+
+def words(call: Call) -> str:
+    """Return the first message of a call, "" where it has none."""
+    return str(call.request["messages"][0]["content"]) if "messages" in call.request else ""

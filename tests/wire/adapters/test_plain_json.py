@@ -49,6 +49,27 @@ def test_messages_keep_what_they_say() -> None:
     assert plain(json.loads(json.dumps(messages_to_dict([said])[0]["data"]))) == plain(said), "as LangSmith posts it"
 
 
+def test_messages_as_javascript_posts_them() -> None:
+    def posted(name: str, **kwargs: Any) -> dict[str, Any]:
+        more = {"additional_kwargs": {}, "response_metadata": {}, "id": "m1"}
+        return {
+            "lc": 1,
+            "type": "constructor",
+            "id": ["langchain_core", "messages", name],
+            "kwargs": {**more, **kwargs},
+        }
+
+    call = {"name": "f", "args": {"x": 1}, "id": "c", "type": "tool_call"}
+    assert plain(posted("AIMessageChunk", content="", tool_calls=[call], invalid_tool_calls=[])) == {
+        "type": "ai", "content": "", "tool_calls": [call],
+    }  # fmt: skip
+    assert plain([posted("ToolMessage", content="no", tool_call_id="c", status="success")]) == [
+        {"type": "tool", "content": "no", "tool_call_id": "c"}
+    ]
+    other = {"lc": 1, "type": "constructor", "id": ["langchain", "Prompt"], "kwargs": {"content": "x"}}
+    assert plain(other) == other
+
+
 def test_objects_become_their_fields_or_their_repr() -> None:
     assert plain(Point(1, {2})) == {"x": 1, "y": [2]}
     assert plain(Model(name="n", inner=[Point(1, 2)])) == {"name": "n", "inner": [{"x": 1, "y": 2}]}

@@ -8,11 +8,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import other_clients
 import pytest
-from client_programs import Served, finished, under_tracegrad
+from client_programs import Served, finished, retried, under_tracegrad, words
 
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.records import RunTrace
@@ -111,17 +110,3 @@ def check_graph(trace: RunTrace, town: str) -> None:
     (tool,) = [span for span in trace.spans if span.kind == "tool"]
     assert (tool.name, tool.input, tool.output) == ("weather", {"city": "x"}, "rain in x")
     assert named[str(tool.parent_span_id)] == "tools"
-
-
-def retried(trace: RunTrace, expected: set[str]) -> None:
-    """Exactly these were sent again, and name their first attempt, which failed."""
-    calls = {call.call_id: call for call in trace.calls}
-    again = [call for call in trace.calls if call.retry_of is not None]
-    assert {words(call) for call in again} == expected and len(again) == len(expected)
-    for call in again:
-        first = calls[str(call.retry_of)]
-        assert (call.status, first.status, words(first)) == ("complete", "failed", words(call))
-
-
-def words(call: Any) -> str:
-    return str(call.request["messages"][0]["content"]) if "messages" in call.request else ""

@@ -6,6 +6,7 @@ Called by tests/wire/clients; the software that the programs use is in `other_cl
 import copy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import other_clients
 from fake_sampling import Sampled, message_text
 from fake_vllm import FakeEngine
 
+from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.records import Call, RunTrace
 from tracegrad.tracestore.store import Store
 
@@ -70,6 +72,27 @@ def finished(command: list[str], *, timeout_s: float = 120, cwd: Path | None = N
     done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def check_graph(trace: RunTrace, town: str) -> None:
+    """Check the run of `clients/graph_app.py` for one question: its calls and no others, roles, edges, the tool."""
+    assert (trace.run.status, trace.run.ended_by, trace.run.error) == ("closed", "hook", None)
+    told = [(call.attribution.role, call.attribution.span and call.attribution.span.name) for call in trace.calls]
+    assert Counter(told) == {
+        ("planner", "planner"): 1, ("researcher", "model"): 2, ("writer", "writer"): 1, ("checker", "checker"): 2,
+        ("careful", "careful"): 4,
+    }  # fmt: skip
+    assert {(call.attribution.run_source, call.attribution.role_source) for call in trace.calls} == {("hook", "hook")}
+    assert all(town in str(call.request["messages"]) for call in trace.calls)
+    retried(trace, {f"busy {town}"})
+    named = {span.span_id: span.name for span in trace.spans}
+    assert {(named[edge.source], named[edge.target]) for edge in edges(trace.spans)} == {
+        ("planner", "researcher"), ("researcher", "writer"), ("researcher", "checker"), ("writer", "careful"),
+        ("checker", "careful"), ("model", "tools"), ("tools", "model"),
+    }  # fmt: skip
+    (tool,) = [span for span in trace.spans if span.kind == "tool"]
+    assert (tool.name, tool.input, tool.output) == ("weather", {"city": "x"}, "rain in x")
+    assert named[str(tool.parent_span_id)] == "tools"
 
 
 def retried(trace: RunTrace, expected: set[str]) -> None:

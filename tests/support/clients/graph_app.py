@@ -39,6 +39,8 @@ agent = create_agent(model, tools=[weather], name="researcher")
 
 
 def planner(state: State) -> State:
+    if state["question"] == "Nowhere":
+        raise LookupError("there is no such town")
     return {"plan": str(model.invoke(f"plan {state['question']}").content)}
 
 

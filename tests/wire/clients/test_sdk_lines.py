@@ -11,10 +11,7 @@ from collections.abc import Callable
 
 import other_clients
 import pytest
-from client_programs import Served, finished, retried, under_tracegrad, words
-
-from tracegrad.tracestore.edges import edges
-from tracegrad.tracestore.records import RunTrace
+from client_programs import Served, check_graph, finished, retried, under_tracegrad, words
 
 LINES: dict[str, tuple[Callable[[], str], str]] = {
     "2.": (other_clients.python, "httpx"),
@@ -89,24 +86,3 @@ def test_a_graph_on_it(served: Served, line: str) -> None:
         ]
         check_graph(traces[town], town)
     assert served.store.attribution_conflicts() == []
-
-
-def check_graph(trace: RunTrace, town: str) -> None:
-    """All calls of one question, and no others, with the roles and nodes that made them; edges; the tool."""
-    assert (trace.run.status, trace.run.ended_by, trace.run.error) == ("closed", "hook", None)
-    told = [(call.attribution.role, call.attribution.span and call.attribution.span.name) for call in trace.calls]
-    assert Counter(told) == {
-        ("planner", "planner"): 1, ("researcher", "model"): 2, ("writer", "writer"): 1, ("checker", "checker"): 2,
-        ("careful", "careful"): 4,
-    }  # fmt: skip
-    assert {(call.attribution.run_source, call.attribution.role_source) for call in trace.calls} == {("hook", "hook")}
-    assert all(town in str(call.request["messages"]) for call in trace.calls)
-    retried(trace, {f"busy {town}"})
-    named = {span.span_id: span.name for span in trace.spans}
-    assert {(named[edge.source], named[edge.target]) for edge in edges(trace.spans)} == {
-        ("planner", "researcher"), ("researcher", "writer"), ("researcher", "checker"), ("writer", "careful"),
-        ("checker", "careful"), ("model", "tools"), ("tools", "model"),
-    }  # fmt: skip
-    (tool,) = [span for span in trace.spans if span.kind == "tool"]
-    assert (tool.name, tool.input, tool.output) == ("weather", {"city": "x"}, "rain in x")
-    assert named[str(tool.parent_span_id)] == "tools"

@@ -3,6 +3,7 @@
 Called by tests/wire/clients; the software that the programs use is in `other_clients`.
 """
 
+import asyncio
 import copy
 import subprocess
 import sys
@@ -20,27 +21,36 @@ from tracegrad.tracestore.store import Store
 
 
 class MoodyEngine(FakeEngine):
-    """The fake engine; the last message chooses its fault: "fails", "dies" (in mid-stream), "busy" (every other time).
+    """The fake engine; the last message chooses how it behaves. After a tool has answered, it says what the tool said.
 
-    After a tool has answered, it says what the tool said.
+    In mid-stream it "fails" or "dies", or takes "long"; every other time it is "busy" (503) or "slow" (10 s).
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.was_busy: set[str] = set()
+        self.was_unwell: set[str] = set()
+
+    def _is_unwell(self, said: str) -> bool:
+        self.was_unwell ^= {said}
+        return said in self.was_unwell
+
+    async def _plain(self, body: dict[str, Any], send: Any) -> None:
+        said = message_text(body["messages"][-1])
+        if "slow" in said and self._is_unwell(said):
+            await asyncio.sleep(10)
+        await super()._plain(body, send)
 
     async def _stream(self, body: dict[str, Any], send: Any) -> None:
         one = copy.copy(self)
         said = message_text(body["messages"][-1])
         one.fault = "error_event" if "fails" in said else "drop" if "dies" in said else None
+        one.token_delay_s = 0.05 if "long" in said else 0.0
         await FakeEngine._stream(one, body, send)
 
     def _refusal(self, body: dict[str, Any], prefix: str) -> tuple[int, str, str, str | None] | None:
         said = message_text(body["messages"][-1]) if "messages" in body else ""
-        if "busy" in said:
-            self.was_busy ^= {said}
-            if said in self.was_busy:
-                return 503, "the engine is overloaded", "ServiceUnavailableError", None
+        if "busy" in said and self._is_unwell(said):
+            return 503, "the engine is overloaded", "ServiceUnavailableError", None
         return super()._refusal(body, prefix)
 
     def _sample(self, body: dict[str, Any], text: str) -> Sampled:
@@ -96,13 +106,14 @@ def check_graph(trace: RunTrace, town: str) -> None:
 
 
 def retried(trace: RunTrace, expected: set[str]) -> None:
-    """Exactly these were sent again, and name their first attempt, which failed."""
+    """Exactly these were sent again, and name their first attempt, which failed or was given up."""
     calls = {call.call_id: call for call in trace.calls}
     again = [call for call in trace.calls if call.retry_of is not None]
     assert {words(call) for call in again} == expected and len(again) == len(expected)
     for call in again:
         first = calls[str(call.retry_of)]
-        assert (call.status, first.status, words(first)) == ("complete", "failed", words(call))
+        given_up = "aborted" if words(call) == "slow" else "failed"
+        assert (call.status, first.status, words(first)) == ("complete", given_up, words(call))
 
 
 def words(call: Call) -> str:

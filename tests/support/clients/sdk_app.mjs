@@ -33,8 +33,21 @@ async function errorOf(text, stream) {
   return ["no error", false, null, came];
 }
 
+// The reader leaves in mid-stream.
+async function stopped() {
+  for await (const chunk of await create("a long answer that nobody reads", { stream: true })) {
+    if (chunk.choices[0].delta.content) return chunk.choices[0].delta.content;
+  }
+}
+
+// The SDK itself gives up, and asks again.
+const impatient = async () =>
+  (await client.chat.completions.create(say("slow"), { timeout: 1_000, maxRetries: 1 })).choices[0].message.content;
+
 const retried = await client.chat.completions.create(say("busy")).withResponse();
 const found = {
+  stopped: await stopped(),
+  impatient: await impatient(),
   plain: await plain("plain"),
   stream: await streamed("stream"),
   several: await plain("several", { n: 2, temperature: 0.5 }),

@@ -72,6 +72,18 @@ def raw() -> list[Any]:
     return [answer.retries_taken, answer.headers["x-tracegrad-call"][:5], answer.parse().choices[0].message.content]
 
 
+def stopped() -> str:
+    """The reader leaves in mid-stream."""
+    with client.chat.completions.create(**said("a long answer that nobody reads"), stream=True) as stream:
+        return next(chunk.choices[0].delta.content for chunk in stream if chunk.choices[0].delta.content)
+
+
+def impatient() -> Any:
+    """The SDK itself gives up, and asks again."""
+    patience = client.with_options(timeout=1.0, max_retries=1)
+    return patience.chat.completions.create(**said("slow")).choices[0].message.content
+
+
 async def asynchronous() -> dict[str, Any]:
     async with openai.AsyncOpenAI(timeout=30) as one:
 
@@ -95,6 +107,8 @@ def main() -> None:
     found = {
         "version": openai.__version__,
         "http": [name for name in ("httpx", "httpx2") if name in sys.modules],
+        "stopped": stopped(),
+        "impatient": impatient(),
         "plain": plain("plain"),
         "stream": streamed("stream"),
         "several": plain("several", n=2, temperature=0.5),

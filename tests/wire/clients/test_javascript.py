@@ -12,6 +12,8 @@ from tracegrad.tracestore.edges import edges
 
 TOWNS = ("Oslo", "Rome", "Bonn")
 ANSWERS = {
+    "stopped": "0",
+    "impatient": "0: slow",
     "plain": ["0: plain"],
     "stream": ["0: stream"],
     "several": ["0: several", "1: several"],
@@ -48,9 +50,9 @@ def test_the_sdk_by_path(served: Served, node: list[str], tmp_path: Path) -> Non
     for call in trace.calls:
         told = call.attribution
         assert (told.run_source, told.role, told.role_source) == ("path", "solo", "path")
-    assert Counter(call.status for call in trace.calls) == {"complete": 12, "failed": 5}
+    assert Counter(call.status for call in trace.calls) == {"complete": 13, "failed": 5, "aborted": 2}
     assert {call.quarantine for call in trace.calls if call.status == "complete"} == {None}
-    retried(trace, {"busy"})
+    retried(trace, {"busy", "slow"})
     equal = [call for call in trace.calls if words(call) == "equal"]
     assert len({call.call_id for call in equal}) == 3 and {call.retry_of for call in equal} == {None}
 

@@ -20,6 +20,8 @@ LINES: dict[str, tuple[Callable[[], str], str]] = {
 SDK_APP, GRAPH_APP = (str(other_clients.CLIENTS / name) for name in ("sdk_app.py", "graph_app.py"))
 
 ANSWERS = {
+    "stopped": "0",
+    "impatient": "0: slow",
     "plain": ["0: plain"],
     "stream": ["0: stream"],
     "several": ["0: several", "1: several"],
@@ -62,9 +64,9 @@ def test_the_sdk_itself(served: Served, line: str, how: str) -> None:
     for call in trace.calls:
         told = call.attribution
         assert (told.run_source, told.role, told.role_source) == (source, "solo", source)
-    assert Counter(call.status for call in trace.calls) == {"complete": 17, "failed": 6}
+    assert Counter(call.status for call in trace.calls) == {"complete": 18, "failed": 6, "aborted": 2}
     assert {call.quarantine for call in trace.calls if call.status == "complete"} == {None}
-    retried(trace, {"busy", "busy async"})
+    retried(trace, {"busy", "busy async", "slow"})
     equal = [call for call in trace.calls if words(call) == "equal"]
     assert len({call.call_id for call in equal}) == 3 and {call.retry_of for call in equal} == {None}
 

@@ -2,8 +2,9 @@
 
 The program is not changed: OPENAI_* name the proxy, TRACEGRAD_* say how to attribute, and PYTHONPATH puts
 `inject/sitecustomize.py` in front, which attaches each Python process that CMD starts. Refuses to start CMD when
-nobody answers at the proxy's address. A Python that ignores PYTHONPATH (`-I`, `-E`) or site (`-S`) reaches the proxy
-without being attributed. Signals are passed on, and CMD's exit code is ours (128 + n when signal n ended it).
+nobody answers at the proxy's address. What no hook reaches (Node, curl, a Python that ignores PYTHONPATH with `-I` or
+`-E`, or site with `-S`) is named by the URL alone, where `--one-run` or `--role` say something. Signals are passed on,
+and CMD's exit code is ours (128 + n when signal n ended it).
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import click
 
@@ -53,7 +54,7 @@ def run(  # noqa: PLR0917 - click passes them by name
     tracegrad run -- python app.py
 
     Each outermost LangGraph invocation of the program is a run of its own. Calls outside of any graph are recorded
-    without a run, unless --one-run is given.
+    without a run, unless --one-run is given. So are those of programs that are not in Python.
     """
     client = ProxyClient(proxy_root(proxy, config_path, os.environ))
     _check(client)
@@ -94,11 +95,16 @@ def environment(
 ) -> dict[str, str]:
     """Return `environ` pointed at the proxy `root`, with the hook injected into every Python that inherits it.
 
+    A run or role for the whole program stands in the path of the base URL, for those that inherit no hook.
     OPENAI_API_KEY is kept if set (the hook adds the proxy's key), else it is the proxy's key, if there is one. Where
     the environment names an HTTP proxy (HTTP_PROXY), ours is exempted from it.
     """
     new = dict(environ)
-    new |= {"OPENAI_BASE_URL": f"{root}/v1", "OPENAI_API_BASE": f"{root}/v1", ENV_PROXY: root, ENV_PURPOSE: purpose}
+    named = "".join(
+        f"/{what}/{quote(name, safe='')}" for what, name in (("run", run_id), ("role", role)) if name is not None
+    )
+    url = f"{root}{named}/v1"
+    new |= {"OPENAI_BASE_URL": url, "OPENAI_API_BASE": url, ENV_PROXY: root, ENV_PURPOSE: purpose}
     new.setdefault("OPENAI_API_KEY", key_named(environ) or "tracegrad")
     for name, value in ((ENV_RUN, run_id), (ENV_ROLE, role)):
         new.pop(name, None)

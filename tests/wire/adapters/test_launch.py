@@ -93,7 +93,8 @@ def test_one_run_spans_the_program(proxy: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = proxy.only_run()
     assert (run["status"], run["ended_by"]) == ("closed", "explicit")
-    assert [(call.run_id, call.role) for call in proxy.calls] == [(run["run_id"], "solo")] * 2
+    assert [call.path for call in proxy.calls] == [f"/run/{run['run_id']}/role/solo/v1/chat/completions"] * 2
+    assert [(call.run_id, call.role) for call in proxy.calls] == [(None, None)] * 2, "the path says it"
 
 
 def test_in_one_run_graphs_open_none_of_their_own(proxy: Any) -> None:
@@ -220,6 +221,8 @@ def test_the_environment_points_at_the_proxy_and_keeps_what_was_set() -> None:
     assert bare["PYTHONPATH"] == str(INJECT) and not {"TRACEGRAD_RUN", "TRACEGRAD_ROLE", "NO_PROXY"} & set(bare)
     given = {"OPENAI_API_KEY": "k", "PYTHONPATH": f"{INJECT}{os.pathsep}/x", "TRACEGRAD_RUN": "old"}
     full = environment(given | {"HTTP_PROXY": "http://p", "NO_PROXY": "a"}, root, run_id="r", role="planner")
+    assert full["OPENAI_BASE_URL"] == full["OPENAI_API_BASE"] == root + "/run/r/role/planner/v1"
+    assert environment({}, root, role="a/b c")["OPENAI_BASE_URL"] == root + "/role/a%2Fb%20c/v1"
     assert (full["OPENAI_API_KEY"], full["TRACEGRAD_RUN"], full["TRACEGRAD_ROLE"]) == ("k", "r", "planner")
     assert full["PYTHONPATH"] == f"{INJECT}{os.pathsep}/x"
     assert full["NO_PROXY"] == full["no_proxy"] == "a,127.0.0.1"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import other_clients
 import pytest
-from client_programs import Served, finished, retried, words
+from client_programs import Served, finished, retried, under_tracegrad, words
 
 from tracegrad.tracestore.edges import edges
 
@@ -67,13 +67,20 @@ def states(printed: str) -> None:
     ]  # fmt: skip
 
 
-def test_a_graph_by_path(served: Served, node: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["path", "one run"])
+def test_a_graph_by_path(served: Served, node: list[str], tmp_path: Path, how: str) -> None:
     """A program's environment names one base URL, so all that it does is one run and one role."""
-    url = f"{served.root}/run/js-graph/role/solo/v1"
-    states(finished([*node, "graph_app.mjs", *TOWNS], cwd=tmp_path, OPENAI_BASE_URL=url, OPENAI_API_KEY="x"))
-    calls = served.trace("js-graph").calls
-    assert Counter(call.status for call in calls) == {"complete": 15, "failed": 3}
-    assert {(call.attribution.run_source, call.attribution.role) for call in calls} == {("path", "solo")}
+    command = [*node, "graph_app.mjs", *TOWNS]
+    if how == "path":
+        url = f"{served.root}/run/js-graph/role/solo/v1"
+        states(finished(command, cwd=tmp_path, OPENAI_BASE_URL=url, OPENAI_API_KEY="x"))
+        trace = served.trace("js-graph")
+    else:
+        states(finished(under_tracegrad(served, "--one-run", "--role", "solo", "--", *command), cwd=tmp_path))
+        (trace,) = served.newest(1)
+        assert (trace.run.status, trace.run.ended_by) == ("closed", "explicit")
+    assert Counter(call.status for call in trace.calls) == {"complete": 15, "failed": 3}
+    assert {(call.attribution.run_source, call.attribution.role) for call in trace.calls} == {("path", "solo")}
 
 
 def test_a_graph_by_langsmith(served: Served, node: list[str], tmp_path: Path) -> None:

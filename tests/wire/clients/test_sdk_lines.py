@@ -60,10 +60,9 @@ def test_the_sdk_itself(served: Served, line: str, how: str) -> None:
     assert said == ANSWERS
     trace = served.trace(run_id)
     assert trace.run.status == ("open" if how == "path" else "closed")
-    source = "path" if how == "path" else "hook"
     for call in trace.calls:
         told = call.attribution
-        assert (told.run_source, told.role, told.role_source) == (source, "solo", source)
+        assert (told.run_source, told.role, told.role_source) == ("path", "solo", "path")
     assert Counter(call.status for call in trace.calls) == {"complete": 18, "failed": 6, "aborted": 2}
     assert {call.quarantine for call in trace.calls if call.status == "complete"} == {None}
     retried(trace, {"busy", "busy async", "slow"})

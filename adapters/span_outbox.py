@@ -7,6 +7,7 @@ which is known when the run ends: until then a part with an error waits. Called 
 
 import atexit
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,20 +32,26 @@ _Key = tuple[str, str]
 
 
 class SpanOutbox:
-    """What was told of spans and has not been posted. Thread-safe; survives a fork without its thread."""
+    """What was told of spans and has not been posted. Thread-safe; a fork begins with an empty one."""
 
     def __init__(self, client_of: Callable[[str], ProxyClient] | None = None) -> None:
         self._client_of = client_of or (lambda root: ProxyClient(root, timeout_s=_TIMEOUT_S))
         self._clients: dict[str, ProxyClient] = {}
         self._given_up: dict[str, float] = {}
+        self.dropped = 0
+        self._begin()
+        atexit.register(self.flush)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        """Start empty. In a forked child: what waits is the parent's to post, whose thread may hold the locks."""
         self._waiting: dict[_Key, dict[str, Part]] = {}
         self._count = 0
         self._lock = threading.Lock()
         self._posting = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self.dropped = 0
-        atexit.register(self.flush)
 
     def put(self, root: str, run_id: str, part: Part, *, soon: bool = False) -> None:
         """Keep a part of a span of a run for the proxy at `root`; `soon` posts it without the usual pause."""

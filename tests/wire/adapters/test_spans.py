@@ -3,6 +3,9 @@
 import asyncio
 import logging
 import operator
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable
@@ -316,3 +319,26 @@ def test_the_outbox_is_bounded_merges_parts_and_says_once_what_it_lost(
         assert outbox.dropped == 3 + number
     assert time.monotonic() - before < 0.5, "a proxy that is away is not asked again at once"
     assert len([record for record in caplog.records if record.name == "tracegrad.spans"]) <= 1
+
+
+def test_a_fork_while_spans_are_posted_goes_on_by_itself(proxy: Any) -> None:
+    """As a server does that forks its workers: the thread that held the locks is not in the child."""
+    code = f"""
+        import os, signal
+        from tracegrad.adapters.span_outbox import SpanOutbox
+        outbox, part = SpanOutbox(), {{"span_id": "s", "name": "n", "kind": "node"}}
+        with outbox._posting:
+            outbox.put({proxy.root!r}, "parent", part)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(15)
+                outbox.put({proxy.root!r}, "child", part)
+                outbox.flush()
+                os._exit(0)
+        print(os.waitpid(child, 0)[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert set(proxy.spans) == {"parent", "child"}
+    assert sum(path.endswith("/spans") for path in proxy.log) == 2, "each posts its own"

@@ -67,18 +67,12 @@ def states(printed: str) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["path", "one run"])
-def test_a_graph_by_path(served: Served, node: list[str], tmp_path: Path, how: str) -> None:
+def test_a_graph_in_one_run(served: Served, node: list[str], tmp_path: Path) -> None:
     """A program's environment names one base URL, so all that it does is one run and one role."""
-    command = [*node, "graph_app.mjs", *TOWNS]
-    if how == "path":
-        url = f"{served.root}/run/js-graph/role/solo/v1"
-        states(finished(command, cwd=tmp_path, OPENAI_BASE_URL=url, OPENAI_API_KEY="x"))
-        trace = served.trace("js-graph")
-    else:
-        states(finished(under_tracegrad(served, "--one-run", "--role", "solo", "--", *command), cwd=tmp_path))
-        (trace,) = served.newest(1)
-        assert (trace.run.status, trace.run.ended_by) == ("closed", "explicit")
+    command = under_tracegrad(served, "--one-run", "--role", "solo", "--", *node, "graph_app.mjs", *TOWNS)
+    states(finished(command, cwd=tmp_path))
+    (trace,) = served.newest(1)
+    assert (trace.run.status, trace.run.ended_by) == ("closed", "explicit")
     assert Counter(call.status for call in trace.calls) == {"complete": 15, "failed": 3}
     assert {(call.attribution.run_source, call.attribution.role) for call in trace.calls} == {("path", "solo")}
 

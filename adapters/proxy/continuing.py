@@ -13,8 +13,8 @@ is compared only where ids differ. Not looked at are calls whose run is told lat
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -37,21 +37,22 @@ from tracegrad.adapters.proxy.upstream import NotSent, Upstream
 from tracegrad.tracestore.records import Call, Continues, Drift, EarlierCall
 from tracegrad.tracestore.store import Store
 
-CAPACITY_TOKENS = 1_500_000
+CAPACITY_TOKENS = 1_000_000
 """Of prompts and answers kept in memory, about 40 bytes each; what is forgotten is read from the store again."""
 _ENTRY_TOKENS = 50
-"""What an entry costs beside its tokens."""
+"""What a call costs beside its tokens."""
 EVERY_PROJECT = "*"
 _Raw = dict[str, msgspec.Raw]
+_RunKey = tuple[str, str]
 
 
 @dataclass(slots=True)
 class _Run:
-    """What is known of a run and a model. `mark`: how far the store was read."""
+    """What is known of a run and a model. `mark`: how far the store was read; `forgotten`: how many calls were."""
 
-    calls: list[EarlierCall] = field(default_factory=list)
+    calls: dict[str, EarlierCall] = field(default_factory=dict)
     mark: int = 0
-    n_tokens: int = 0
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class Continuing:
         self.rendering = Rendering(upstream)
         self._store = store
         self._token_in = frozenset(token_in)
-        self._runs: OrderedDict[tuple[str, str], _Run] = OrderedDict()
+        self._runs: dict[_RunKey, _Run] = {}
+        self._kept: deque[tuple[_RunKey, str, int]] = deque()
         self._n_tokens = 0
 
     def past(self, draft: Draft, body: bytes) -> "Past | None":
@@ -96,39 +98,48 @@ class Continuing:
         self._keep(run_id, call.model, [kept])
 
     async def earlier(self, run_id: str, model: str) -> list[EarlierCall]:
-        """Return what this process does not know of a run yet, from the store. Raises TraceStoreError."""
-        run = self._runs.get((run_id, model)) or _Run()
-        known = {call.call_id for call in run.calls}
-        found, mark = await asyncio.to_thread(self._store.earlier_calls, run_id, model, after=run.mark, known=known)
+        """Return what is known of a run, once more from the store. Raises TraceStoreError."""
+        run = self._runs.setdefault((run_id, model), _Run())
+        known, forgotten = dict(run.calls), run.forgotten
+        found, mark = await asyncio.to_thread(
+            self._store.earlier_calls, run_id, model, after=run.mark, known=known.keys()
+        )
+        if run.forgotten == forgotten:
+            run.mark = mark
         self._keep(run_id, model, found)
-        self._runs[run_id, model].mark = mark
-        return self._runs[run_id, model].calls
+        return [*known.values(), *found]
 
     def remembered(self, run_id: str, model: str) -> list[EarlierCall]:
         """Return what this process knows of a run."""
         run = self._runs.get((run_id, model))
-        return [] if run is None else run.calls
+        return [] if run is None else list(run.calls.values())
 
     def wanted(self, project: str, model: str) -> bool:
         """Whether prompts of a project are to be built from sampled ids, and the engines can take them."""
         opted_in = EVERY_PROJECT in self._token_in or project in self._token_in
         return opted_in and model not in self.rendering.missing
 
-    def _keep(self, run_id: str, model: str, calls: list[EarlierCall]) -> None:
-        run = self._runs.get((run_id, model))
-        if run is None:
-            run = self._runs[run_id, model] = _Run(n_tokens=_ENTRY_TOKENS)
-            self._n_tokens += _ENTRY_TOKENS
-        self._runs.move_to_end((run_id, model))
-        known = {call.call_id for call in run.calls}
+    def _keep(self, run_id: str, model: str, calls: Iterable[EarlierCall]) -> None:
+        key = (run_id, model)
+        run = self._runs.setdefault(key, _Run())
         for call in calls:
-            if call.call_id not in known:
-                n_tokens = len(call.prompt_ids) + sum(len(choice.token_ids) for choice in call.choices)
-                run.calls.append(call)
-                run.n_tokens += n_tokens
-                self._n_tokens += n_tokens
-        while self._n_tokens > CAPACITY_TOKENS and len(self._runs) > 1:
-            self._n_tokens -= self._runs.popitem(last=False)[1].n_tokens
+            if call.call_id not in run.calls:
+                cost = _ENTRY_TOKENS + len(call.prompt_ids) + sum(len(choice.token_ids) for choice in call.choices)
+                run.calls[call.call_id] = call
+                self._kept.append((key, call.call_id, cost))
+                self._n_tokens += cost
+        while self._n_tokens > CAPACITY_TOKENS:
+            self._forget(*self._kept.popleft())
+        if not run.calls:
+            self._runs.pop(key, None)
+
+    def _forget(self, key: _RunKey, call_id: str, cost: int) -> None:
+        run = self._runs[key]
+        del run.calls[call_id]
+        run.mark, run.forgotten = 0, run.forgotten + 1  # the store is asked for it again
+        self._n_tokens -= cost
+        if not run.calls:
+            del self._runs[key]
 
 
 class Past:

@@ -150,6 +150,26 @@ def test_the_past_is_found_through_another_process(
     assert c.continues == Continues(call_id=b.call_id, choice=0)
 
 
+def test_memory_is_bounded_within_a_run_too(
+    proxy: SimpleNamespace, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is forgotten is read again where it is needed."""
+    monkeypatch.setattr(continuing, "CAPACITY_TOKENS", 500)
+    chat = Chat(proxy)
+    chat.say(user("one"))
+    for number in range(20):
+        Chat(proxy).say(user(f"something else {number}"))
+    kept = proxy.app.continuing
+    assert kept._n_tokens <= 500
+    assert {call_id for run in kept._runs.values() for call_id in run.calls} == {one[1] for one in kept._kept}
+    chat.say(user("two"))
+    first, *_, last = calls_of(store)
+    assert last.continues == Continues(call_id=first.call_id, choice=0)
+    monkeypatch.setattr(continuing, "CAPACITY_TOKENS", 0)
+    Chat(proxy).say(user("the end"))
+    assert (kept._n_tokens, kept._runs, len(kept._kept)) == (0, {}, 0)
+
+
 # -- the causes of drift
 
 

@@ -117,7 +117,7 @@ class AsyncioClient:
 
 
 class Process:
-    """A child that prints its URL; its CPU time and peak memory are read from /proc."""
+    """A child that prints its URL; CPU time and peak memory, its own children's included, are read from /proc."""
 
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -127,13 +127,20 @@ class Process:
 
     def cpu_s(self) -> float:
         """Return user + system seconds so far, all threads."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        stats = (Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in self._pids())
+        return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
     def peak_rss_mb(self) -> float:
         """Return the peak resident memory."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        statuses = (Path(f"/proc/{pid}/status").read_text() for pid in self._pids())
+        return sum(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 1024
+
+    def _pids(self) -> list[int]:
+        pids = [self._process.pid]
+        for pid in pids:  # grows while it is walked: children of children follow
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pids += map(int, (task / "children").read_text().split())
+        return pids
 
     def stop(self) -> None:
         """Ask it to end, and wait."""
@@ -141,14 +148,18 @@ class Process:
         self._process.wait(20)
 
 
-def measure(client: Any, upstream: Process, proxy: Process, *, connections: int, rounds: int, seconds: float) -> Any:
-    """Alternate direct and proxied rounds; return (direct, proxied)."""
-    direct, proxied = [], []
+def measure(
+    client: Any, upstream: Process, proxies: list[Process], *, connections: int, rounds: int, seconds: float
+) -> Any:
+    """Alternate direct and proxied rounds; return direct rounds, and those of each proxy."""
+    direct: list[Round] = []
+    proxied: list[list[Round]] = [[] for _ in proxies]
     for _ in range(rounds):
         direct.append(client.load(upstream.url, connections, seconds))
-        before = proxy.cpu_s()
-        seen = client.load(proxy.url, connections, seconds)
-        proxied.append(Round(seen.p50_ms, seen.calls, seen.seconds, proxy.cpu_s() - before))
+        for proxy, seen_before in zip(proxies, proxied, strict=True):
+            before = proxy.cpu_s()
+            seen = client.load(proxy.url, connections, seconds)
+            seen_before.append(Round(seen.p50_ms, seen.calls, seen.seconds, proxy.cpu_s() - before))
     return direct, proxied
 
 
@@ -189,6 +200,14 @@ def check_one(proxy: Process, store_url: str) -> None:
         raise RuntimeError(f"the benchmark's call is not recorded as it should be: {call.quarantine} {call.error}")
 
 
+def start_proxy(folder: Path, config: dict[str, Any], workers: int) -> Process:
+    """Start a proxy of so many worker processes on a free port."""
+    path = folder / f"proxy-{workers}.yaml"
+    path.write_text(json.dumps({**config, "proxy": {"workers": workers}}))
+    module = "tracegrad.adapters.proxy.command"
+    return Process([sys.executable, "-m", module, "--config", str(path), "--port", "0", "--json"])
+
+
 def run(rounds: int, seconds: float) -> dict[str, Any]:
     """Measure everything and return the report."""
     OUT.mkdir(parents=True, exist_ok=True)
@@ -197,21 +216,22 @@ def run(rounds: int, seconds: float) -> dict[str, Any]:
         store_url = f"sqlite:///{folder / 'store.db'}"
         client = WrkClient(folder) if shutil.which("wrk") else AsyncioClient()
         upstream = Process([sys.executable, str(HERE / "proxy_upstream.py")])
-        config = folder / "proxy.yaml"
         models = {"main": {"checkpoint": "none", "engine": {"url": upstream.url}}}
-        config.write_text(json.dumps({"store": store_url, "models": models, "roles": {"*": "main"}}))
-        module = "tracegrad.adapters.proxy.command"
-        proxy = Process([sys.executable, "-m", module, "--config", str(config), "--port", "0", "--json"])
+        config = {"store": store_url, "models": models, "roles": {"*": "main"}}
+        one, two = (start_proxy(folder, config, workers) for workers in (1, 2))
         try:
-            check_one(proxy, store_url)
-            client.load(proxy.url, 4, 1)  # warm up
-            alone = measure(client, upstream, proxy, connections=1, rounds=rounds, seconds=seconds)
-            crowd = measure(client, upstream, proxy, connections=16, rounds=rounds, seconds=seconds)
-            peak = proxy.peak_rss_mb()
+            check_one(one, store_url)
+            for proxy in (one, two):
+                client.load(proxy.url, 4, 1)  # warm up
+            alone, (by_one,) = measure(client, upstream, [one], connections=1, rounds=rounds, seconds=seconds)
+            crowd, (many_by_one, many_by_two) = measure(
+                client, upstream, [one, two], connections=16, rounds=rounds, seconds=seconds
+            )
+            peak = one.peak_rss_mb()
         finally:
-            proxy.stop()
-            upstream.stop()
-        answered = sum(r.calls for r in (*alone[1], *crowd[1]))
+            for process in (one, two, upstream):
+                process.stop()
+        answered = sum(r.calls for r in (*by_one, *many_by_one, *many_by_two))
         stored = check_store(store_url, answered)
     return {
         "client": client.name,
@@ -221,8 +241,9 @@ def run(rounds: int, seconds: float) -> dict[str, Any]:
         "seconds_per_round": seconds,
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "at_1": summarise(*alone),
-        "at_16": summarise(*crowd),
+        "at_1": summarise(alone, by_one),
+        "at_16": summarise(crowd, many_by_one),
+        "at_16_two_workers": summarise(crowd, many_by_two),
         "proxy_peak_rss_mb": peak,
         "calls_answered": answered,
         "calls_stored": stored,
@@ -232,7 +253,7 @@ def run(rounds: int, seconds: float) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table."""
     title = f"proxy against direct: {report['request_bytes']} B in, {report['answer_bytes']} B out, {report['client']}"
-    table = Table("", "1 concurrent", "16 concurrent", title=title)
+    table = Table("", "1 concurrent", "16 concurrent", "16, two workers", title=title)
     for key, label in (
         ("direct_p50_ms", "direct p50 (ms)"),
         ("proxy_p50_ms", "proxy p50, durable (ms)"),
@@ -241,7 +262,7 @@ def show(report: dict[str, Any]) -> None:
         ("proxy_requests_per_s", "proxy requests/s"),
         ("proxy_cpu_ms_per_call", "proxy CPU per call (ms)"),
     ):
-        table.add_row(label, f"{report['at_1'][key]:.2f}", f"{report['at_16'][key]:.2f}")
+        table.add_row(label, *(f"{report[when][key]:.2f}" for when in ("at_1", "at_16", "at_16_two_workers")))
     console = Console()
     console.print(table)
     added, peak = report["at_1"]["added_p50_ms"], report["proxy_peak_rss_mb"]

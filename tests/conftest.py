@@ -37,21 +37,21 @@ class ServedTiny:
         self.process.client.set_version("default")
 
 
-def tiny_config(path: Path, *, port: int, log: Path) -> ModelConfig:
+def tiny_config(path: Path, *arguments: str, port: int, log: Path) -> ModelConfig:
     """Configuration of an engine for the tiny model: fp32, 512 tokens, one thread, tool calls parsed."""
     config = EngineConfig(
         url=f"http://127.0.0.1:{port}",
         dtype="float32",
         max_model_len=512,
         start_timeout_s=240,
-        args=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        args=("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *arguments),
         log=str(log),
     )
     return ModelConfig(checkpoint=str(path), engine=config)
 
 
-def start_tiny(path: Path, log: Path) -> EngineProcess:
-    process = EngineProcess("tiny", tiny_config(path, port=free_port(), log=log), say=print)
+def start_tiny(path: Path, log: Path, *arguments: str) -> EngineProcess:
+    process = EngineProcess("tiny", tiny_config(path, *arguments, port=free_port(), log=log), say=print)
     process.start()
     return process
 
@@ -63,8 +63,8 @@ def new_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def start_engine() -> Callable[[Path, Path], EngineProcess]:
-    """A function that starts a real vLLM on (model folder, log file); whoever calls it stops it."""
+def start_engine() -> Callable[..., EngineProcess]:
+    """A function that starts a real vLLM on (model folder, log file, *arguments); whoever calls it stops it."""
     return start_tiny
 
 

@@ -32,7 +32,7 @@ from tracegrad.adapters.proxy.lineage import (
     splice_point,
 )
 from tracegrad.adapters.proxy.recorder import Draft
-from tracegrad.adapters.proxy.rendering import Rendering
+from tracegrad.adapters.proxy.rendering import Rendered, Rendering
 from tracegrad.adapters.proxy.upstream import NotSent, Upstream
 from tracegrad.tracestore.records import Call, Continues, Drift, EarlierCall
 from tracegrad.tracestore.store import Store
@@ -226,21 +226,19 @@ class Past:
         """Build the prompt; None where the rendered one is as sampled, or where it cannot be done with certainty."""
         rendering, model = self._continuing.rendering, self._draft.model
         rendered = await rendering.prompt(model, self._body, self._run_id)
-        if rendered is None or origin.choice is None or begins_with(rendered, origin.sampled):
+        if rendered is None or origin.choice is None or begins_with(rendered.token_ids, origin.sampled):
             return None
         end = await rendering.end_of_turn(model, self._run_id)
         sampled = None if end is None else ended(origin.sampled, origin.choice, end)
-        if end is None or sampled is None or (rest := splice_point(rendered, sampled, end)) is None:
+        if end is None or sampled is None or (rest := splice_point(rendered.token_ids, sampled, end)) is None:
             return None
-        at = difference(rendered, sampled)
-        ours, theirs = await asyncio.gather(self._text(sampled[at:]), self._text(rendered[at:rest]))
-        if ours is None:
+        at, ids = difference(rendered.token_ids, sampled), rendered.token_ids
+        ours, theirs = await asyncio.gather(self._text(sampled[at:]), self._text(ids[at:rest]))
+        same_text = ours is not None and ours == theirs
+        if ours is None or not (same_text or await self._ends_there(origin, ids, rest, end)):
             return None
-        if ours == theirs:
-            return _Plan(sampled + rendered[rest:], "retokenised")
-        if await self._ends_there(origin, rendered, rest, end):
-            return _Plan(sampled + rendered[rest:], "template")
-        return None
+        plan = _Plan(sampled + ids[rest:], "retokenised" if same_text else "template")
+        return plan if await self._parses_as(rendered, plan) else None
 
     async def _ends_there(self, origin: Origin, rendered: list[int], rest: int, end: int) -> bool:
         """Whether the history up to the answer, rendered alone, has as many turns and goes on as the whole does."""
@@ -248,11 +246,25 @@ class Past:
         history = self._draft.body["messages"][: origin.n_messages]
         fields["messages"] = msgspec.Raw(msgspec.json.encode(history))
         fields["add_generation_prompt"] = msgspec.Raw(b"false")
-        alone = await self._continuing.rendering.prompt(self._draft.model, msgspec.json.encode(fields), self._run_id)
-        if alone is None or alone.count(end) != rendered[:rest].count(end):
+        body = msgspec.json.encode(fields)
+        alone = await self._continuing.rendering.prompt(self._draft.model, body, self._run_id)
+        if alone is None or alone.token_ids.count(end) != rendered[:rest].count(end):
             return False
-        tail = alone[len(alone) - alone[::-1].index(end) :]
+        ids = alone.token_ids
+        tail = ids[len(ids) - ids[::-1].index(end) :]
         return rendered[rest : rest + len(tail)] == tail
+
+    async def _parses_as(self, rendered: Rendered, plan: _Plan) -> bool:
+        """Whether the engine would parse an answer to our prompt as one to the rendered prompt.
+
+        Some parsers of thoughts (vLLM 0.32: DeepSeek R1's and those like it) look for the end of a thought anywhere in
+        the prompt, find that of an earlier answer, and take the next thoughts for content.
+        """
+        if rendered.reasoning_ended is None:
+            return True
+        body = with_prompt_ids(self._body, plan.ids)
+        ours = await self._continuing.rendering.prompt(self._draft.model, body, self._run_id)
+        return ours is not None and ours.reasoning_ended == rendered.reasoning_ended
 
     async def _text(self, ids: list[int]) -> str | None:
         try:

@@ -20,15 +20,21 @@ RENDER_PATH, DETOKENIZE_PATH = "v1/chat/completions/render", "detokenize"
 _HEADERS = ((b"content-type", b"application/json"),)
 
 
-class _Rendered(msgspec.Struct):
+class Rendered(msgspec.Struct):
+    """A prompt. `reasoning_ended`: whether the engine's parser takes what follows it for no thought.
+
+    None where the engine has no such parser.
+    """
+
     token_ids: list[int]
+    reasoning_ended: bool | None = None
 
 
 class _Text(msgspec.Struct):
     prompt: str
 
 
-_decode_prompt = msgspec.json.Decoder(_Rendered).decode
+_decode_prompt = msgspec.json.Decoder(Rendered).decode
 _decode_text = msgspec.json.Decoder(_Text).decode
 
 
@@ -46,8 +52,8 @@ class Rendering:
             self.missing[model] = what
             log.warning("token-in is off for model %s: %s; its prompts are rendered from text", model, what)
 
-    async def prompt(self, model: str, body: bytes, run_id: str | None) -> list[int] | None:
-        """Return the prompt ids of a chat request, None where the engine gives none (it may refuse the request too).
+    async def prompt(self, model: str, body: bytes, run_id: str | None) -> Rendered | None:
+        """Return the prompt of a chat request, None where the engine gives none (it may refuse the request too).
 
         Raises:
             NotSent: as `Upstream.post`.
@@ -58,7 +64,7 @@ class Rendering:
         if status != 200:
             return None
         try:
-            return _decode_prompt(answer).token_ids
+            return _decode_prompt(answer)
         except msgspec.MsgspecError as error:
             self.lacks(model, f"its engine answers /{RENDER_PATH} in another form ({error})")
             return None
@@ -73,8 +79,8 @@ class Rendering:
             for answer in ("b", "c"):
                 messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
                 asked = {"model": model, "messages": messages, "add_generation_prompt": False}
-                rendered.append(await self.prompt(model, msgspec.json.encode(asked), run_id) or [])
-            tail = common_tail(*rendered)
+                rendered.append(await self.prompt(model, msgspec.json.encode(asked), run_id))
+            tail = common_tail(*(one.token_ids if one is not None else [] for one in rendered))
             if not tail:
                 return None
             self._ends[model] = tail[0]

@@ -9,7 +9,19 @@ import json
 from typing import Any
 
 from fake_completions import dumps, reply
-from fake_sampling import BASE, CLOSE, EOS, OPEN, PAIRS, Sampled, encode_text, message_text, token_text
+from fake_sampling import (
+    BASE,
+    CLOSE,
+    EOS,
+    FIRST_BYTE,
+    OPEN,
+    PAIRS,
+    THOUGHT,
+    Sampled,
+    encode_text,
+    message_text,
+    token_text,
+)
 
 BOS = 1
 
@@ -24,6 +36,9 @@ class RenderingWire:
         """Prompts that come as ids are used."""
         self.samples_pairs = False
         """The first two bytes of an answer are sampled as one token, which the tokenizer never makes of text."""
+        self.reasoning_parser = False
+        self.reads_prompts = False
+        """The parser of thoughts looks into the prompt, and takes no thoughts for any where it finds the end of one."""
         self.trims = False
         """The template trims answers."""
 
@@ -58,10 +73,16 @@ class RenderingWire:
             [PAIRS + BASE * first + second, *rest], texts, sampled.finish, sampled.stop_reason, sampled.n_visible - 1
         )
 
+    def _thoughts_are_over(self, prompt: list[int]) -> bool:
+        """What some parsers believe where they find the end of a thought in the prompt, whoever's it is."""
+        return self.reads_prompts and THOUGHT in "".join(token_text(token) for token in prompt if token >= FIRST_BYTE)
+
     async def _render(self, body: dict[str, Any], send: Any) -> None:
+        ids = self._prompt_ids(body)
         answer = {
-            "request_id": body["_id"], "token_ids": self.render(body), "token_offsets": None, "features": None,
+            "request_id": body["_id"], "token_ids": ids, "token_offsets": None, "features": None,
             "content_parts": None, "sampling_params": {}, "model": body["model"],
+            "reasoning_ended": self._thoughts_are_over(ids) if self.reasoning_parser else None,
         }  # fmt: skip
         await reply(send, 200, dumps(answer))
 

@@ -57,7 +57,6 @@ class FakeEngine(CompletionsWire, RenderingWire):
         """If set, every request is answered with this status, body and content type."""
         self.tools_parser = True
         """Started with --enable-auto-tool-choice --tool-call-parser hermes."""
-        self.reasoning_parser = False
         self.answer_text: str | None = None
         self.plain_bytes: bytes | None = None
         """If set, sent as the plain answer whatever was asked (benchmarks)."""
@@ -194,6 +193,9 @@ class FakeEngine(CompletionsWire, RenderingWire):
     def _uses_tools(self, body: dict[str, Any]) -> bool:
         return bool(self.tools_parser and body.get("tools") and body.get("tool_choice") != "none")
 
+    def _parses_thoughts(self, body: dict[str, Any]) -> bool:
+        return self.reasoning_parser and not self._thoughts_are_over(self._prompt_ids(body))
+
     def _finish(self, body: dict[str, Any], sampled: Sampled, called: bool) -> str:
         """A call that was forced by name ends like any text."""
         named = isinstance(body.get("tool_choice"), dict)
@@ -201,7 +203,7 @@ class FakeEngine(CompletionsWire, RenderingWire):
 
     def _message(self, body: dict[str, Any], sampled: Sampled, index: int) -> tuple[dict[str, Any], bool]:
         """Return the assistant message, parsed, and whether it holds calls."""
-        reasoning, rest = split_reasoning(sampled.text) if self.reasoning_parser else (None, sampled.text)
+        reasoning, rest = split_reasoning(sampled.text) if self._parses_thoughts(body) else (None, sampled.text)
         content, calls = split_calls(rest) if self._uses_tools(body) else (rest, [])
         if body.get("parallel_tool_calls") is False:
             calls = calls[:1]
@@ -287,7 +289,7 @@ class FakeEngine(CompletionsWire, RenderingWire):
         sampled = [self._sample(body, script(body, index)) for index in range(n)]
         streams = [
             ChoiceStream(
-                reasoning=self.reasoning_parser, parser=self.tools_parser, tools=self._uses_tools(body),
+                reasoning=self._parses_thoughts(body), parser=self.tools_parser, tools=self._uses_tools(body),
                 call_id=f"chatcmpl-tool-{body['_id']}-{index}",
             )
             for index in range(n)

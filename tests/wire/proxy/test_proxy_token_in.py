@@ -280,6 +280,21 @@ def test_what_a_template_would_rewrite_stays(
     assert "kv_transfer_params" not in second.request and answer.json()["prompt_token_ids"] is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reads_prompts", [False, True])
+def test_a_parser_that_would_be_misled_gets_the_rendered_prompt(
+    token_in: SimpleNamespace, store: Store, engine_app: Any, stream: bool, reads_prompts: bool
+) -> None:
+    """Thoughts that stay in the prompt must not make content of the next ones."""
+    engine_app.reasoning_parser, engine_app.reads_prompts = True, reads_prompts
+    chat = Chat(token_in)
+    chat.say(user("think"))
+    chat.say(user("think again"), stream=stream)
+    first, second = calls_of(store)
+    assert second.continues == Continues(call_id=first.call_id, choice=0, drift="template", token_in=not reads_prompts)
+    assert second.choices[0].message["reasoning"] == "because" and "reasoning" in second.choices[0].flags
+
+
 def test_an_answer_that_was_cut_short_goes_on(token_in: SimpleNamespace, store: Store, engine_app: Any) -> None:
     """The template ends its turn, so it is ended in the ids as well."""
     engine_app.samples_pairs = True

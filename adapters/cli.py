@@ -22,7 +22,7 @@ HELPS = {
     "eval": "Score a graph over a task file, as its users get it: no sampling override, never trained on.",
     "status": "Say what is up, what is live, what waits, and what is wrong (then with exit status 1).",
     "runs": "List the newest runs.",
-    "show": "Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well.",
+    "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
     "keys": "Make, list and revoke API keys of the proxy.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",

@@ -1,4 +1,4 @@
-"""`tracegrad runs` and `tracegrad show RUN`: what is in the store, for people, or as JSON with --json.
+"""`tracegrad runs` and `tracegrad show RUN | CALL`: what is in the store, for people, or as JSON with --json.
 
 Reads the store itself, so it needs no proxy. Refuses to create a store that is not there. Prompts and answers are
 shortened in tables and whole in JSON.
@@ -21,7 +21,7 @@ from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.edges import edges
-from tracegrad.tracestore.errors import NotFound, TraceStoreError
+from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.records import (
     Attribution,
     AttributionConflict,
@@ -79,7 +79,7 @@ def runs(
 
 
 @click.command()
-@click.argument("run_id", metavar="RUN")
+@click.argument("named", metavar="RUN|CALL")
 @click.option(
     "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
 )
@@ -87,15 +87,22 @@ def runs(
 @click.option("--full", is_flag=True, help="Do not shorten texts.")
 @click.option("--mermaid", "as_mermaid", is_flag=True, help="The graph of the run, for a Mermaid renderer.")
 @click.option("--json", "as_json", is_flag=True, help="The whole trace with its edges, token ids included.")
-def show(
-    *, run_id: str, config_path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool
-) -> None:
-    """Show one run: its calls, tokens, rewards and versions. RUN may be a call's or a completion's id as well."""
+def show(*, named: str, config_path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool) -> None:
+    """Show one run, or one call: what ran inside what, tokens, rewards and versions.
+
+    A call has a run or none, and is named by its own id or by that of its completion.
+    """
+    longest = None if full else _SHORT
     store = _open(config_path, url)
     try:
-        trace = store.trace(_owning_run(store, run_id))
+        if not _is_run(store, named):
+            if as_mermaid:
+                raise click.ClickException(f"{named} is no run, and only a run has a graph")
+            _show_call(store, store.find_call(named)[0], as_json=as_json, longest=longest)
+            return
+        trace = store.trace(named)
         conflicts = store.attribution_conflicts(trace.run.run_id)
-    except NotFound as error:
+    except (NotFound, Conflict) as error:
         raise click.ClickException(f"{error}; `tracegrad runs` lists what there is") from error
     finally:
         store.close()
@@ -109,7 +116,27 @@ def show(
     elif as_mermaid:
         click.echo(mermaid(trace), nl=False)
     else:
-        print_trace(Console(), trace, conflicts, longest=None if full else _SHORT)
+        print_trace(Console(), trace, conflicts, longest=longest)
+
+
+def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None) -> None:
+    call, rewards = store.get_call(call_id), store.call_rewards(call_id)
+    conflicts = store.attribution_conflicts(call_id=call_id)
+    if as_json:
+        more = {
+            "rewards": [asdict(reward) for reward in rewards],
+            "conflicts": [asdict(one) for one in conflicts],
+            "fingerprint": fingerprint_of(call.request),
+        }
+        _print_json({**asdict(call), **more})
+        return
+    console, run_id = Console(), call.attribution.run_id
+    of_run = "of no run: nothing trains on it" if run_id is None else f"of run {run_id}"
+    console.print(escape(f"call {call_id}, {of_run}"))
+    _print_conflicts(console, conflicts)
+    _print_call(console, {}, call, longest)
+    if rewards:
+        console.print(_rewards_table(rewards))
 
 
 def runs_table(found: list[RunSummary]) -> Table:
@@ -157,11 +184,7 @@ def print_trace(
     console.print(facts)
     if trace.spans:
         console.print(tree_of(trace, shorten=lambda text: _shorten(text, longest)))
-    for conflict in conflicts:
-        kept, said = f"{conflict.kept} ({conflict.kept_source})", f"{conflict.said} ({conflict.said_source})"
-        console.print(
-            escape(f"conflict: the {conflict.field} of {conflict.call_id} is {kept}, not {said}"), style="red"
-        )
+    _print_conflicts(console, conflicts)
     numbers = {call.call_id: number for number, call in enumerate(trace.calls, start=1)}
     for call in trace.calls:
         _print_call(console, numbers, call, longest)
@@ -169,9 +192,17 @@ def print_trace(
         console.print(_rewards_table(trace.rewards))
 
 
+def _print_conflicts(console: Console, conflicts: Sequence[AttributionConflict]) -> None:
+    for conflict in conflicts:
+        kept, said = f"{conflict.kept} ({conflict.kept_source})", f"{conflict.said} ({conflict.said_source})"
+        console.print(
+            escape(f"conflict: the {conflict.field} of {conflict.call_id} is {kept}, not {said}"), style="red"
+        )
+
+
 def _print_call(console: Console, numbers: Mapping[str, int], call: Call, longest: int | None) -> None:
     who = call.attribution
-    title = f"call {numbers[call.call_id]}  {who.role or '(no role)'} → {call.model}  [{call.status}]"
+    title = f"call {numbers.get(call.call_id, '')}  {who.role or '(no role)'} → {call.model}  [{call.status}]"
     table = Table(show_header=False, title=escape(title), title_justify="left")
     table.add_row("id", escape(call.call_id))
     sampled = " + ".join(str(len(choice.token_ids)) for choice in call.choices) or "0"
@@ -208,7 +239,7 @@ def message_text(message: Any) -> str:
     return " ".join(filter(None, [content, *(f"{c.get('name')}({c.get('arguments')})" for c in called)]))
 
 
-def _rewards_table(rewards: tuple[Reward, ...]) -> Table:
+def _rewards_table(rewards: Sequence[Reward]) -> Table:
     table = Table(title="rewards", title_justify="left")
     for heading in ("name", "value", "on", "source", "late for"):
         table.add_column(heading)
@@ -259,14 +290,12 @@ def _sampling(call: Call) -> str:
     return ", ".join(shown) or "engine's defaults"
 
 
-def _owning_run(store: Store, named: str) -> str:
+def _is_run(store: Store, named: str) -> bool:
     try:
-        return store.get_run(named).run_id
+        store.get_run(named)
     except NotFound:
-        call_id, run_id = store.find_call(named)
-        if run_id is None:
-            raise NotFound(f"the call {call_id} belongs to no run") from None
-        return run_id
+        return False
+    return True
 
 
 def _open(config_path: Path | None, url: str | None) -> Store:

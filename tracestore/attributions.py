@@ -62,8 +62,8 @@ class Attributions(Noun):
             lock_runs(connection, {row.run_id for row in waiting if row.run_id is not None})
             return sum(_apply(connection, row) for row in waiting)
 
-    def attribution_conflicts(self, run_id: str | None = None) -> list[AttributionConflict]:
-        """Return where a fact says another run or role than its call has; of one run (either side), or of all."""
+    def attribution_conflicts(self, run_id: str | None = None, call_id: str | None = None) -> list[AttributionConflict]:
+        """Return where a fact says another run or role than its call: of one run (either side), one call, or all."""
         differs = or_(
             and_(attributions.c.run_id.is_not(None), attributions.c.run_id != calls.c.run_id),
             and_(attributions.c.role.is_not(None), attributions.c.role != calls.c.role),
@@ -73,6 +73,8 @@ class Attributions(Noun):
         statement = select(*said, *kept).join(calls, _NAMED).where(differs).order_by(attributions.c.seq)
         if run_id is not None:
             statement = statement.where(or_(attributions.c.run_id == run_id, calls.c.run_id == run_id))
+        if call_id is not None:
+            statement = statement.where(calls.c.call_id == call_id)
         with self._db.read() as connection:
             return [conflict for row in connection.execute(statement) for conflict in _conflicts(row)]
 

@@ -38,6 +38,13 @@ class Rewards(Noun):
             lock_runs(connection, [reward.run_id for reward in rewards])
             return [_add(connection, reward, self._db.now()) for reward in rewards]
 
+    def call_rewards(self, call_id: str) -> list[Reward]:
+        """Return the current rewards on one call itself: none for a call that nobody knows."""
+        with self._db.read() as connection:
+            run_id = connection.execute(select(calls.c.run_id).where(calls.c.call_id == call_id)).scalar()
+            found = [] if run_id is None else current_rewards(connection, [run_id])
+        return [reward for reward in found if reward.call_id == call_id]
+
 
 def current_rewards(connection: Connection, run_ids: Sequence[str], through: int | None = None) -> list[Reward]:
     """Return the newest reward of each target and name of these runs, by arrival; `through` is the last to count."""

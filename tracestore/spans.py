@@ -69,6 +69,13 @@ def spans_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[S
     return found
 
 
+def span_of(connection: Connection, run_id: str, span_id: str) -> Span | None:
+    """Return one span, or None."""
+    here = (spans.c.run_id == run_id, spans.c.span_id == span_id)
+    row = connection.execute(select(spans).where(*here)).one_or_none()
+    return None if row is None else _span(row)
+
+
 def _span(row: Any) -> Span:
     values = {name: getattr(row, name) for name in _FIELDS}
     return Span(**{**values, "triggers": tuple(row.triggers)})

@@ -1,4 +1,5 @@
 """Runs with everything training needs: calls by dispatch time, choices by index, the current view of the rewards.
+A single call too, whether it has a run or not.
 
 Read only. Called by the trainer (`traces`, `lease_traces`) and by whoever shows a run, through `Store`.
 """
@@ -28,7 +29,7 @@ from tracegrad.tracestore.records import (
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import run_of
 from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs
-from tracegrad.tracestore.spans import spans_of
+from tracegrad.tracestore.spans import span_of, spans_of
 
 
 class Traces(Noun):
@@ -42,6 +43,17 @@ class Traces(Noun):
         """Return the runs in the order asked for, from one snapshot. Raises NotFound for an unknown one."""
         with self._db.read() as connection:
             return _traces(connection, run_ids, None)
+
+    def get_call(self, call_id: str) -> Call:
+        """Return one call with its choices, of a run or of none. Raises NotFound. See `Calls.find_call` for its id."""
+        with self._db.read() as connection:
+            named = calls.c.call_id == call_id
+            place = connection.execute(select(calls.c.run_id, calls.c.span_id).where(named)).one_or_none()
+            if place is None:
+                raise NotFound(f"no call {call_id!r}: `find_call` knows completion ids as well")
+            span = None if place.span_id is None else span_of(connection, place.run_id, place.span_id)
+            known = {} if span is None else {(span.run_id, span.span_id): span}
+            return next(_calls(connection, named, None, known))
 
     def lease_traces(self, lease: Lease) -> list[RunTrace]:
         """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.
@@ -83,7 +95,9 @@ def _traces(connection: Connection, run_ids: Sequence[str], until: _Until | None
             (row.run_id, run_of(row)) for row in connection.execute(select(runs).where(runs.c.run_id.in_(some)))
         )
         spans.update(spans_of(connection, some))
-        for call in _calls(connection, some, until, spans):
+        known = {(run_id, span.span_id): span for run_id in some for span in spans.get(run_id, ())}
+        stood = true() if until is None else stood_when_leased(until.calls, until.attributions)
+        for call in _calls(connection, and_(calls.c.run_id.in_(some), stood), until, known):
             by_run[str(call.attribution.run_id)].append(call)
         for reward in current_rewards(connection, some, None if until is None else until.rewards):
             rewards[reward.run_id].append(reward)
@@ -102,12 +116,13 @@ def _traces(connection: Connection, run_ids: Sequence[str], until: _Until | None
 
 
 def _calls(
-    connection: Connection, run_ids: Sequence[str], until: _Until | None, spans: Mapping[str, Sequence[Span]]
+    connection: Connection,
+    within: ColumnElement[bool],
+    until: _Until | None,
+    known: Mapping[tuple[str, str], Span],
 ) -> Iterator[Call]:
-    stood = true() if until is None else stood_when_leased(until.calls, until.attributions)
-    within = and_(calls.c.run_id.in_(run_ids), stood)
+    """The calls that `within` selects; `known` holds their spans by run and id."""
     sampled = _choices(connection, select(choices.c.call_id, choices.c.finish_reason, choices.c.flags), within)
-    known = {(run_id, span.span_id): span for run_id in run_ids for span in spans.get(run_id, ())}
     rows = connection.execute(
         select(calls, call_payloads)
         .join(call_payloads, call_payloads.c.call_id == calls.c.call_id)

@@ -113,6 +113,8 @@ class AttributionContract:
             ("c", "role", "a", "header", "b", "langsmith"),
         ]
         assert store.attribution_conflicts("other") == found
+        assert store.attribution_conflicts(call_id="c") == found
+        assert store.attribution_conflicts(call_id="d") == []
         store.ensure_runs(["third"], "p")
         assert store.attribution_conflicts("third") == []
 

@@ -279,6 +279,15 @@ class CallContract:
         call = replace(call, attribution=Attribution())
         store.append_calls([call])
         assert store.find_call("c") == ("c", None)
+        assert store.get_call("c") == call
+
+    def test_one_call_is_read_alone(self, store: Store) -> None:
+        """As its run's trace has it, with its span; the call beside it, with a span of its own, changes nothing."""
+        store.append_calls([make_call("c", "r", tokens=[(1,), (2, 3)]), make_call("d", "r", role="other")])
+        store.put_spans([Span(span_id="span-answerer", run_id="s", name="the same id in another run")])
+        assert store.trace("r").calls == (store.get_call("c"), store.get_call("d"))
+        with pytest.raises(NotFound, match="no call 'none'"):
+            store.get_call("none")
 
     def test_traces_keep_the_order_asked_for(self, store: Store) -> None:
         """Order of the ids, repeated ids included; an unknown one is NotFound."""
@@ -307,6 +316,14 @@ class RewardContract:
             (None, "c", "f1"),
             (None, None, "em"),
         }
+
+    def test_the_rewards_of_one_call(self, store: Store) -> None:
+        """The newest of each name on the call itself: not those of its run, its role or its neighbour."""
+        store.append_calls([make_call("c", "r"), make_call("d", "r"), make_call("free", None)])
+        for index, where in enumerate([{}, {"role": "answerer"}, {"call_id": "d"}, {"call_id": "c"}, {"call_id": "c"}]):
+            store.add_rewards([make_reward(f"w{index}", "r", value=index, **where)])
+        assert [(reward.reward_id, reward.value) for reward in store.call_rewards("c")] == [("w4", 4.0)]
+        assert store.call_rewards("free") == store.call_rewards("none") == []
 
     def test_rewards_are_idempotent_by_id(self, store: Store, clock: Clock) -> None:
         """Again the same: returned as stored. Again, but different: Conflict."""

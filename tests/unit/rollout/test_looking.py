@@ -73,9 +73,8 @@ def test_runs_are_listed_with_calls_tokens_and_rewards(url: str) -> None:
     assert "no such runs" in invoke("runs", "--store", url, "--purpose", "eval").stdout
 
 
-def test_a_run_is_shown_by_its_own_or_a_calls_id(url: str) -> None:
+def test_a_run_is_shown(url: str) -> None:
     shown = invoke("show", "run_a", "--store", url).stdout
-    assert invoke("show", "chatcmpl-2", "--store", url).stdout == shown
     assert "temperature 0.8 (asked: 0)" in shown
     assert "3 prompt, 2 sampled, 0.50 s" in shown
     assert "Paris [bold]" in shown
@@ -90,6 +89,45 @@ def test_a_run_is_shown_by_its_own_or_a_calls_id(url: str) -> None:
     assert [call["attribution"]["role_source"] for call in trace["calls"]] == ["hook", "rule"]
     assert trace["rewards"][0]["value"] == 0.25
     assert trace["fingerprints"] == {"call_1": None, "call_2": None}  # neither a system prompt nor tools
+
+
+def test_a_call_is_shown_by_its_own_or_its_completions_id(url: str) -> None:
+    shown = invoke("show", "call_2", "--store", url).stdout
+    assert invoke("show", "chatcmpl-2", "--store", url).stdout == shown
+    assert "call call_2, of run run_a" in shown
+    assert ("length mismatch" in shown, "run: hook, role: rule" in shown, "call_1" in shown) == (True, True, False)
+    told = json.loads(invoke("show", "chatcmpl-1", "--store", url, "--json").stdout)
+    assert (told["call_id"], told["attribution"]["run_id"]) == ("call_1", "run_a")
+    assert (told["choices"][0]["token_ids"], told["rewards"], told["conflicts"]) == ([4, 5], [], [])
+    refused = invoke("show", "call_2", "--store", url, "--mermaid")
+    assert (refused.exit_code, "only a run has a graph" in refused.stderr) == (1, True)
+
+
+def test_a_call_without_a_run_is_shown(url: str) -> None:
+    store = open_store(url)
+    store.append_calls([call(3, attribution=Attribution(role="planner", role_source="rule"))])
+    store.append_calls([call(4, attribution=Attribution(), completion_id="chatcmpl-3")])
+    store.attribute_late([LateAttribution(source="langsmith", call_id="call_3", role="writer")])
+    store.close()
+    shown = invoke("show", "call_3", "--store", url).stdout
+    assert "of no run: nothing trains on it" in shown and "Paris [bold]" in shown
+    assert "conflict: the role of call_3 is planner (rule), not writer (langsmith)" in shown
+    told = json.loads(invoke("show", "call_3", "--store", url, "--json").stdout)
+    assert (told["attribution"]["run_id"], told["attribution"]["role_source"]) == (None, "rule")
+    assert [conflict["said"] for conflict in told["conflicts"]] == ["writer"]
+    assert "nobody" in invoke("show", "call_4", "--store", url).stdout
+    twice = invoke("show", "chatcmpl-3", "--store", url)
+    assert (twice.exit_code, "name the call id" in twice.stderr) == (1, True)
+
+
+def test_what_a_call_was_rewarded_with_is_shown(url: str) -> None:
+    store = open_store(url)
+    store.add_rewards([Reward(reward_id="c", run_id="run_a", name="style", value=0.75, source="t", call_id="call_2")])
+    store.close()
+    assert "0.75" in invoke("show", "call_2", "--store", url).stdout
+    assert "0.75" not in invoke("show", "call_1", "--store", url).stdout
+    (reward,) = json.loads(invoke("show", "call_2", "--store", url, "--json").stdout)["rewards"]
+    assert (reward["name"], reward["value"]) == ("style", 0.75)
 
 
 def test_what_is_not_there_is_said_plainly(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

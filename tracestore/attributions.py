@@ -3,7 +3,8 @@
 Facts are appended, one per named call and source. A call takes from them what it does not know yet, once; what it
 knows it keeps, and the difference is a conflict, which is a query. A fact may come before its call (another process
 answered it): `resolve_attributions` joins such pairs. A call that joins its run late is not part of a lease made
-before: `placed_by` says so to the queue. Called by the proxy, through `Store`.
+before: `placed_by` says so to the queue. A fact is of the project whose client said it, and is about calls of that
+project only: of another's it says nothing, neither its run nor a conflict. Called by the proxy, through `Store`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,10 @@ from tracegrad.tracestore.schema import attributions, calls, spans
 
 WINDOW = 10_000
 """How many of the newest facts `resolve_attributions` looks at."""
-_NAMED = or_(attributions.c.call_id == calls.c.call_id, attributions.c.completion_id == calls.c.completion_id)
+_OWN = attributions.c.project == calls.c.project
+_NAMED = and_(
+    _OWN, or_(attributions.c.call_id == calls.c.call_id, attributions.c.completion_id == calls.c.completion_id)
+)
 
 
 class Attributions(Noun):
@@ -29,7 +33,8 @@ class Attributions(Noun):
     def attribute_late(self, facts: Sequence[LateAttribution], project: str = "default") -> None:
         """Append facts and let their calls take over what these do not know. The same fact again is a no-op.
 
-        Unknown runs are opened as live runs of `project`. A fact of an unknown call waits (see `resolve_attributions`).
+        Unknown runs are opened as live runs of `project`. A fact of a call that `project` does not know waits (see
+        `resolve_attributions`).
 
         Raises:
             InvalidRecord: a fact names no call, or a span without a run.
@@ -49,10 +54,10 @@ class Attributions(Noun):
                 lock_runs(connection, run_ids)
                 open_or_touch(connection, run_ids, self._db.now())
             for fact in facts:
-                _append(connection, fact, self._db.now())
+                _append(connection, fact, project, self._db.now())
 
     def resolve_attributions(self) -> int:
-        """Apply the newest facts that came before their calls; return how many calls took something over."""
+        """Apply the newest facts that came before their calls; return how many of them gave their call something."""
         with self._db.read() as connection:
             newest = connection.execute(select(func.coalesce(func.max(attributions.c.seq), 0))).scalar_one()
             waiting = _unapplied(connection, newest - WINDOW)
@@ -79,8 +84,9 @@ class Attributions(Noun):
             return [conflict for row in connection.execute(statement) for conflict in _conflicts(row)]
 
 
-def _append(connection: Connection, fact: LateAttribution, now: float) -> None:
+def _append(connection: Connection, fact: LateAttribution, project: str, now: float) -> None:
     row = {
+        "project": project,
         "source": fact.source,
         "call_id": fact.call_id,
         "completion_id": fact.completion_id,
@@ -98,7 +104,8 @@ def _append(connection: Connection, fact: LateAttribution, now: float) -> None:
 
 def _apply(connection: Connection, fact: Row[Any]) -> bool:
     """Give the call of a stored fact what it does not know; say whether it took anything."""
-    named = calls.c.call_id == fact.call_id if fact.call_id is not None else calls.c.completion_id == fact.completion_id
+    by_id = calls.c.call_id == fact.call_id if fact.call_id is not None else calls.c.completion_id == fact.completion_id
+    named = and_(by_id, calls.c.project == fact.project)
     took = False
     if fact.run_id is not None:
         given = {"run_id": fact.run_id, "run_source": fact.source, "placed_by": fact.seq}
@@ -126,7 +133,7 @@ def _unapplied(connection: Connection, after: int) -> Sequence[Row[Any]]:
     by_completion = select(attributions).join(calls, attributions.c.completion_id == calls.c.completion_id)
     found: dict[int, Row[Any]] = {}
     for joined in (by_call, by_completion):
-        for row in connection.execute(joined.where(missing, attributions.c.seq > after)):
+        for row in connection.execute(joined.where(_OWN, missing, attributions.c.seq > after)):
             found[row.seq] = row
     return [found[seq] for seq in sorted(found)]
 

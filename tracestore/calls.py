@@ -58,8 +58,10 @@ class Calls(Noun):
                 _refuse_other_content(connection, batch[call_id])
             _insert(connection, [call for call_id, call in batch.items() if call_id not in known], self._db.now())
 
-    def find_call(self, call_or_completion_id: str) -> tuple[str, str | None]:
+    def find_call(self, call_or_completion_id: str, project: str | None = None) -> tuple[str, str | None]:
         """Return (call id, run id or None) of a call named by our id or by the completion id of its answer.
+
+        With `project`, calls of others are unknown.
 
         Raises:
             NotFound: neither.
@@ -67,6 +69,8 @@ class Calls(Noun):
         """
         with self._db.read() as connection:
             columns = select(calls.c.call_id, calls.c.run_id)
+            if project is not None:
+                columns = columns.where(calls.c.project == project)
             row = connection.execute(columns.where(calls.c.call_id == call_or_completion_id)).one_or_none()
             if row is not None:
                 return row.call_id, row.run_id

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0004"
+HEAD = "0005"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -241,8 +241,9 @@ attributions = Table(
     _word("role", null=True),
     _word("span_id", null=True),
     _time("created_at"),
-    UniqueConstraint("source", "call_id"),
-    UniqueConstraint("source", "completion_id"),
+    Column("project", String, nullable=False, server_default="default"),
+    UniqueConstraint("project", "source", "call_id"),
+    UniqueConstraint("project", "source", "completion_id"),
     _one_of("source", "header", "path", "key", "hook", "langsmith", "rule", "inferred"),
     CheckConstraint("call_id IS NOT NULL OR completion_id IS NOT NULL", name="names_a_call"),
     Index(None, "run_id"),

@@ -123,7 +123,7 @@ class ProxyApp:
         self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
         self.metrics.watch(self.hold.gates, self.upstream.pools, self.committer)
-        self.langsmith = langsmith.LangSmith(self.store, self.config.project)
+        self.langsmith = langsmith.LangSmith(self.store, self.config)
         self.control = Control(self.config, self.store, purposes)
         self.dissents = Dissents(self.store)
         self.continuing = Continuing(self.store, self.upstream, self.config.token_in)

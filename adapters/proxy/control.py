@@ -211,7 +211,7 @@ class Control:
         """Find the target. Runs in a worker thread: a call is looked up by our id or by its completion id."""
         run_id, call_id = asked.run_id, None
         if (wanted := asked.call_id or asked.completion_id) is not None:
-            call_id, owner = self._store.find_call(wanted)
+            call_id, owner = self._store.find_call(wanted, self._config.project if self._guarded else None)
             if owner is None:
                 raise InvalidRequest(f"the call {call_id} belongs to no run, so a reward on it would never be read")
             if run_id not in (None, owner):

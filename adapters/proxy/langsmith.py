@@ -6,7 +6,8 @@ Which run a trace is, the first that answers: the request's own header or URL pr
 which the hook told a span of the trace; the run that a call of the trace has already; else a run of its own, named by
 the trace id, which the end of the trace's root closes. Parts wait in memory until one of these is known: a call of the
 trace has ended, or its root has, or `HOLD_S` have passed. What the calls do not know they learn from the facts
-(`Store.attribute_late`); what they know otherwise becomes a conflict. A trace that is one model run alone is no run.
+(`Store.attribute_late`), their roles by way of the role rules; what they know otherwise becomes a conflict. Calls and
+runs of another project than the request's do not exist for it. A trace that is one model run alone is no run.
 Refuses what `langsmith_wire` refuses. Called by `app`; the store is asked in a worker thread.
 """
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 from tracegrad.adapters.proxy.attribution import attribute
 from tracegrad.adapters.proxy.errors import from_store
+from tracegrad.adapters.proxy.langsmith_roles import TreeRoles
 from tracegrad.adapters.proxy.langsmith_spans import TraceMemory, calls_named, error_of, own_run_id, span_id_of
 from tracegrad.adapters.proxy.langsmith_wire import (
     Posted,
@@ -29,6 +31,7 @@ from tracegrad.adapters.proxy.langsmith_wire import (
     zstd_available,
 )
 from tracegrad.adapters.proxy.wire import Request
+from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.records import LateAttribution, Span
 from tracegrad.tracestore.store import Store
@@ -69,9 +72,10 @@ class _Trace:
 class LangSmith:
     """The endpoints. One per proxy process: another one that gets parts of the same trace decides by itself."""
 
-    def __init__(self, store: Store, project: str) -> None:
+    def __init__(self, store: Store, config: Config) -> None:
         self._store = store
-        self._project = project
+        self._project = config.project
+        self._roles = TreeRoles(store, config.role_rules)
         self._traces: OrderedDict[tuple[str, str], _Trace] = OrderedDict()
         self._one_at_a_time = asyncio.Lock()
         self.unread = 0
@@ -191,8 +195,8 @@ class LangSmith:
         answered = False
         for named in [named for part in trace.waiting for named in calls_named(part)]:
             try:
-                _, run_id = self._store.find_call(named)
-            except NotFound:
+                _, run_id = self._store.find_call(named, trace.project)
+            except (NotFound, Conflict):  # of several calls with one completion id nobody knows which is meant
                 continue
             answered = True
             if run_id is not None and self._may_have(run_id, trace.project):
@@ -220,7 +224,7 @@ class LangSmith:
             run_id = trace.run_of(part)
             if (span := trace.memory.span(part, run_id)) is not None:
                 spans.append(span)
-            facts += trace.memory.facts(part, run_id)
+            facts += self._roles.ruled(trace.memory.facts(part, run_id), part, trace.project)
         self._store.put_spans(spans, trace.project)
         self._store.attribute_late(facts, trace.project)
         for part in parts:

@@ -13,8 +13,9 @@ from typing import Any
 
 from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.proxy.attribution import Claim, SpanHeader, read_claims, read_span, settle
+from tracegrad.adapters.proxy.role_rules import Evidence, nodes_around, ruled_role
 from tracegrad.adapters.proxy.wire import Request
-from tracegrad.tracestore.config import Config, RoleRule
+from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import Attribution
 
 CAPACITY = 8192
@@ -26,17 +27,6 @@ class Placed:
 
     attribution: Attribution
     claims: tuple[Claim, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Evidence:
-    """What a rule may look at. `headers` have lower-case names."""
-
-    agent: str | None
-    nodes: frozenset[str]
-    model: str | None
-    headers: Mapping[bytes, bytes]
-    fingerprint: str | None
 
 
 class Roles:
@@ -63,12 +53,12 @@ class Roles:
                 settled = replace(settled, role=role, role_source="inferred")
         return Placed(attribution=settled, claims=tuple(claims))
 
-    def _ruled(self, claims: list[Claim], evidence: _Evidence) -> list[Claim]:
+    def _ruled(self, claims: list[Claim], evidence: Evidence) -> list[Claim]:
         """Put the first rule that holds before what the hook says of the role, which it replaces."""
-        for rule in self._rules:
-            if _holds(rule, evidence):
-                return [Claim(source="rule", role=rule.role), *(replace(claim, role=None) for claim in claims)]
-        return claims
+        role = ruled_role(self._rules, evidence)
+        if role is None:
+            return claims
+        return [Claim(source="rule", role=role), *(replace(claim, role=None) for claim in claims)]
 
     def _learn(self, project: str, fingerprint: str, role: str) -> None:
         self._seen.setdefault((project, fingerprint), set()).add(role)
@@ -87,27 +77,12 @@ def _evidence(
     headers: Mapping[bytes, bytes],
     body: Mapping[str, Any],
     fingerprint: str | None,
-) -> _Evidence:
+) -> Evidence:
     model = body.get("model")
-    return _Evidence(
+    return Evidence(
         agent=next((claim.role for claim in claims if claim.source == "hook"), None),
-        nodes=frozenset() if span is None else frozenset({span.name, *_enclosing(span.namespace)}),
+        nodes=frozenset() if span is None else nodes_around(span.name, span.namespace),
         model=model if isinstance(model, str) else None,
         headers=headers,
         fingerprint=fingerprint,
-    )
-
-
-def _enclosing(namespace: str | None) -> list[str]:
-    """`answerer:1f|model:2e` -> `answerer`, `model`: LangGraph's nodes from the outside in, each with its task's id."""
-    return [segment.rsplit(":", 1)[0] for segment in (namespace or "").split("|") if segment]
-
-
-def _holds(rule: RoleRule, seen: _Evidence) -> bool:
-    return (
-        rule.agent in (None, seen.agent)
-        and (rule.node is None or rule.node in seen.nodes)
-        and rule.model in (None, seen.model)
-        and rule.fingerprint in (None, seen.fingerprint)
-        and all(seen.headers.get(name.lower().encode()) == value.encode() for name, value in rule.header.items())
     )

@@ -1,6 +1,7 @@
 """What every backend must do with spans, late attribution and retried requests."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ class AttributionContract:
         store.put_spans([Span(span_id="s", run_id="r", name="node")])
         by_call = LateAttribution(source="langsmith", call_id="c", run_id="r", role="planner", span_id="s")
         by_completion = LateAttribution(source="langsmith", completion_id="chatcmpl-d", run_id="r", role="known")
-        store.attribute_late([by_call, by_completion], "p")
+        store.attribute_late([by_call, by_completion])
         store.attribute_late([by_call])
         store.append_calls([make_call("c", None, role=None), make_call("d", None, role="known")])
         first, second = store.trace("r").calls
@@ -126,6 +127,22 @@ class AttributionContract:
         assert store.resolve_attributions() == 1
         assert store.resolve_attributions() == 0
         assert store.trace("r").calls[0].attribution.role == "a"
+
+    def test_a_fact_is_about_calls_of_its_project_only(self, store: Store) -> None:
+        """Another project's call learns nothing, shows no conflict, and its own facts are not kept out."""
+        ours: dict[str, Any] = {"project": "ours", "completion_id": "chatcmpl-same"}
+        store.append_calls([make_call("c", None, role=None, **ours), make_call("known", "r", role="a", project="ours")])
+        by_completion = LateAttribution(source="langsmith", completion_id="chatcmpl-same", run_id="stolen", role="x")
+        store.attribute_late([by_completion, replace(by_completion, completion_id=None, call_id="known")], "theirs")
+        assert store.resolve_attributions() == 0
+        assert store.get_call("c").attribution == NOWHERE
+        assert store.attribution_conflicts() == []
+        assert store.get_run("stolen").project == "theirs"
+        store.attribute_late([replace(by_completion, run_id="mine")], "ours")
+        assert store.get_call("c").attribution.run_id == "mine"
+        store.append_calls([make_call("d", None, role=None, **(ours | {"project": "theirs"}))])
+        assert store.resolve_attributions() == 1
+        assert store.get_call("d").attribution.run_id == "stolen"
 
     def test_a_fact_names_its_call(self, store: Store) -> None:
         """A call by one of its ids; a span with its run."""

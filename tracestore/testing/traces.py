@@ -272,6 +272,12 @@ class CallContract:
             store.find_call("same")
         with pytest.raises(NotFound):
             store.find_call("none")
+        store.append_calls([make_call("e", "s", completion_id="same", project="theirs")])
+        assert store.find_call("same", "theirs") == ("e", "s")
+        assert store.find_call("e", "theirs") == ("e", "s")
+        for name in ("e", "chatcmpl-c"):
+            with pytest.raises(NotFound):
+                store.find_call(name, "elsewhere")
 
     def test_a_call_without_a_run_is_kept(self, store: Store) -> None:
         """It is recorded, attributed to nobody."""

@@ -143,11 +143,13 @@ def test_a_store_of_the_first_revision_is_migrated_with_its_data(first_store: st
 def test_what_a_rule_decided_is_called_inferred_by_the_revision_before(first_store: str) -> None:
     store = open_store(first_store)
     store.append_calls([make_call("ruled", None, attribution=Attribution(role="b", role_source="rule"))])
-    store.attribute_late([LateAttribution(source="rule", call_id="c", role="b")])
+    store.attribute_late([LateAttribution(source="rule", call_id="c", role="b")], "p")
+    store.attribute_late([LateAttribution(source="langsmith", call_id="c", run_id="other")], "p")
     store.close()
     to_revision(first_store, "0002")
     store = open_store(first_store)  # and up again
-    assert store.attribution_conflicts() == []
+    (conflict,) = store.attribution_conflicts()  # the fact is of project p again
+    assert (conflict.said, conflict.said_source) == ("other", "langsmith")
     engine = create_engine(first_store)
     with engine.connect() as connection:
         said = connection.exec_driver_sql("SELECT role_source FROM calls WHERE call_id = 'ruled'").scalar()

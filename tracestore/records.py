@@ -150,6 +150,20 @@ class LateAttribution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LangSmithRun:
+    """What a run of a LangSmith tree became: part of `run_id` (None: of no run), there the span `span_id` if it is one.
+
+    Ids of LangSmith are UUIDs in hex. `named` are the calls that a model run made, by completion id or ours.
+    """
+
+    langsmith_id: str
+    trace_id: str
+    run_id: str | None = None
+    span_id: str | None = None
+    named: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttributionConflict:
     """A call that one source placed in one run or role, and a later source in another."""
 

@@ -38,6 +38,14 @@ class Rewards(Noun):
             lock_runs(connection, [reward.run_id for reward in rewards])
             return [_add(connection, reward, self._db.now()) for reward in rewards]
 
+    def get_reward(self, reward_id: str) -> Reward:
+        """Return one reward as it was given, whether or not it is the current one. Raises NotFound."""
+        with self._db.read() as connection:
+            row = connection.execute(select(rewards).where(rewards.c.reward_id == reward_id)).one_or_none()
+            if row is None:
+                raise NotFound(f"no reward {reward_id!r}")
+            return _reward(row, _read_by_jobs(connection, [row.run_id]).get(row.run_id, ()))
+
     def call_rewards(self, call_id: str) -> list[Reward]:
         """Return the current rewards on one call itself: none for a call that nobody knows."""
         with self._db.read() as connection:

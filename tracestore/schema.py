@@ -252,6 +252,18 @@ attributions = Table(
 """What was said of calls after they were stored. `calls` takes over what it does not know: `placed_by` and `role_by`
 name the row that gave it its run and its role (NULL: known when it was stored)."""
 
+langsmith_runs = Table(
+    "langsmith_runs",
+    metadata,
+    _key("project"),
+    _key("langsmith_id"),
+    _word("trace_id"),
+    Column("run_id", String, ForeignKey("runs.run_id")),
+    _word("span_id", null=True),
+    Column("named", JsonText, nullable=False),
+    Index(None, "project", "trace_id"),
+)
+
 call_payloads = Table(
     "call_payloads",
     metadata,

@@ -5,7 +5,7 @@ an unknown run is opened as a live one. Called by `calls` and `attributions`, an
 through `Store`; the graph they form is derived in `edges`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Span
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
-from tracegrad.tracestore.schema import spans
+from tracegrad.tracestore.schema import calls, spans
 
 _FIELDS = tuple(field.name for field in fields(Span))
 _KEY = ("run_id", "span_id")
@@ -45,11 +45,30 @@ class Spans(Noun):
         with self._db.read() as connection:
             return spans_of(connection, [run_id]).get(run_id, [])
 
+    def calls_within(self, run_id: str, span_id: str) -> list[str]:
+        """Return the ids of the calls that were made in a span or in what ran inside of it, in order of arrival."""
+        with self._db.read() as connection:
+            here = select(spans.c.span_id, spans.c.parent_span_id).where(spans.c.run_id == run_id)
+            parents = {row.span_id: row.parent_span_id for row in connection.execute(here)}
+            made = select(calls.c.call_id, calls.c.span_id).where(calls.c.run_id == run_id)
+            made = made.where(calls.c.span_id.is_not(None)).order_by(calls.c.seq)
+            return [row.call_id for row in connection.execute(made) if span_id in _upwards(row.span_id, parents)]
+
     def runs_of_spans(self, span_ids: Sequence[str]) -> dict[str, str]:
         """Return span id -> run, of those span ids that are stored; of two runs that have one, the later."""
         statement = select(spans.c.span_id, spans.c.run_id).where(spans.c.span_id.in_(span_ids))
         with self._db.read() as connection:
             return {row.span_id: row.run_id for row in connection.execute(statement.order_by(spans.c.run_id))}
+
+
+def _upwards(span_id: str, parents: Mapping[str, str | None]) -> set[str]:
+    """The span and those around it; sources that disagree may have told of a ring."""
+    around: set[str] = set()
+    at: str | None = span_id
+    while at is not None and at not in around:
+        around.add(at)
+        at = parents.get(at)
+    return around
 
 
 def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:

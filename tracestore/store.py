@@ -16,6 +16,7 @@ from tracegrad.tracestore.continued import Continued
 from tracegrad.tracestore.database import Database
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.keys import Keys
+from tracegrad.tracestore.langsmith_runs import LangSmithRuns
 from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
@@ -36,6 +37,7 @@ class Store(
     Spans,
     Calls,
     Attributions,
+    LangSmithRuns,
     Traces,
     Continued,
     Rewards,

@@ -2,7 +2,7 @@
 
     nothing  GET /health
     call     /v1/... and /langsmith/...; runs and spans under /tracegrad/v1 (the hook in an app opens and ends runs)
-    reward   rewards
+    reward   rewards, and feedback under /langsmith
     read     every other GET under /tracegrad/v1, and /metrics
     train    tasks and groups: what is going to be sampled and compared
     admin    whatever is not listed, so that a new path is closed until somebody lists it
@@ -33,6 +33,7 @@ MAX_KEY_CHARS = 128
 KEY_HEADERS = (b"authorization", b"x-api-key")
 _PREFIX = KEY_PREFIX.encode()
 _OURS = "/tracegrad/v1/"
+FEEDBACK = "/langsmith/feedback"
 
 
 def keys_wanted(config: ProxyConfig) -> bool:
@@ -56,6 +57,8 @@ def scope_for(method: str, path: str) -> KeyScope | None:
     needed: KeyScope | None = "admin"
     if path == "/health":
         needed = None
+    elif path == FEEDBACK or path.startswith(FEEDBACK + "/"):
+        needed = "reward"
     elif path.startswith(("/v1/", "/langsmith/")):
         needed = "call"
     elif path == "/metrics" or (head is not None and reads):

@@ -8,6 +8,7 @@ the trace id, which the end of the trace's root closes. Parts wait in memory unt
 trace has ended, or its root has, or `HOLD_S` have passed. What the calls do not know they learn from the facts
 (`Store.attribute_late`), their roles by way of the role rules; what they know otherwise becomes a conflict. Calls and
 runs of another project than the request's do not exist for it. A trace that is one model run alone is no run.
+`/feedback` becomes rewards (see `langsmith_feedback`).
 Refuses what `langsmith_wire` refuses. Called by `app`; the store is asked in a worker thread.
 """
 
@@ -18,10 +19,19 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracegrad.adapters.proxy.access import keys_wanted
 from tracegrad.adapters.proxy.attribution import attribute
 from tracegrad.adapters.proxy.errors import from_store
+from tracegrad.adapters.proxy.langsmith_feedback import Feedbacks
 from tracegrad.adapters.proxy.langsmith_roles import TreeRoles
-from tracegrad.adapters.proxy.langsmith_spans import TraceMemory, calls_named, error_of, own_run_id, span_id_of
+from tracegrad.adapters.proxy.langsmith_spans import (
+    TraceMemory,
+    became,
+    calls_named,
+    error_of,
+    own_run_id,
+    span_id_of,
+)
 from tracegrad.adapters.proxy.langsmith_wire import (
     Posted,
     RunPart,
@@ -33,7 +43,7 @@ from tracegrad.adapters.proxy.langsmith_wire import (
 from tracegrad.adapters.proxy.wire import Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
-from tracegrad.tracestore.records import LateAttribution, Span
+from tracegrad.tracestore.records import LangSmithRun, LateAttribution, Span
 from tracegrad.tracestore.store import Store
 
 PREFIX = "/langsmith/"
@@ -76,6 +86,7 @@ class LangSmith:
         self._store = store
         self._project = config.project
         self._roles = TreeRoles(store, config.role_rules)
+        self._feedback = Feedbacks(store, keys_wanted=keys_wanted(config.proxy))
         self._traces: OrderedDict[tuple[str, str], _Trace] = OrderedDict()
         self._one_at_a_time = asyncio.Lock()
         self.unread = 0
@@ -87,7 +98,9 @@ class LangSmith:
                 return ("GET",)
             case ["runs"] | ["runs", "batch" | "multipart"]:
                 return ("POST",)
-            case ["runs", _]:
+            case ["feedback"]:
+                return ("POST",)
+            case ["runs" | "feedback", _]:
                 return ("PATCH",)
         return ()
 
@@ -97,15 +110,20 @@ class LangSmith:
         if what == "info":
             return info()
         body = await request.body()
+        project = self._project if request.key is None else request.key.project
+        if what.startswith("feedback"):
+            return await self._feedback.answer(what, body, project)
         posted = await asyncio.to_thread(self._read, what, body, request)
         if posted.unread:
             self.unread += posted.unread
             log.warning("%d parts of LangSmith runs could not be read and are left out", posted.unread)
         said = attribute(request.headers, request.route, request.key).run_id
-        project = self._project if request.key is None else request.key.project
         try:
             async with self._one_at_a_time:
                 await asyncio.to_thread(self.take, posted.parts, project, said)
+                if posted.feedback:
+                    self._feedback.check(request.key)
+                    await asyncio.to_thread(self._feedback.take, posted.feedback, project)
         except TraceStoreError as error:
             raise from_store(error) from error
         return {}
@@ -137,11 +155,14 @@ class LangSmith:
         """Give the traces that wait for too long a run of their own. Raises TraceStoreError."""
         late = time.monotonic() - HOLD_S
         await self._settle_all([trace for trace in self._traces.values() if trace.waiting and trace.since < late])
+        async with self._one_at_a_time:
+            await asyncio.to_thread(self._feedback.try_again)
 
     async def close(self) -> None:
         """Write what waits: the process ends."""
         try:
             await self._settle_all([trace for trace in self._traces.values() if trace.waiting])
+            await asyncio.to_thread(self._feedback.try_again, last=True)
         except TraceStoreError as error:
             log.warning("parts of LangSmith traces are lost: %s", error)
 
@@ -217,16 +238,20 @@ class LangSmith:
             log.warning("a LangSmith trace names the run %s of another project: left out", trace.run_id)
             return
         if trace.own and all(part.is_root and part.run_type != "chain" for part in parts):
+            self._store.put_langsmith_runs([became(part, None, None) for part in parts], trace.project)
             return  # a model, or a tool, on its own: no workflow
         spans: list[Span] = []
         facts: list[LateAttribution] = []
+        known: list[LangSmithRun] = []
         for part in parts:
             run_id = trace.run_of(part)
             if (span := trace.memory.span(part, run_id)) is not None:
                 spans.append(span)
+            known.append(became(part, run_id, span))
             facts += self._roles.ruled(trace.memory.facts(part, run_id), part, trace.project)
         self._store.put_spans(spans, trace.project)
         self._store.attribute_late(facts, trace.project)
+        self._store.put_langsmith_runs(known, trace.project)
         for part in parts:
             if trace.own and part.is_root and part.ended_at is not None:
                 self._end(trace, part)
@@ -244,7 +269,10 @@ class LangSmith:
 
 
 def info() -> dict[str, object]:
-    """What a client asks first: how to send. It logs a warning where a compression that it knows is not offered."""
+    """What a client asks first: how to send. It logs a warning where a compression that it knows is not offered.
+
+    A client of a server before 0.8.10 posts feedback by itself and learns what became of it; later, within its forms.
+    """
     return {
         "version": "0.1.0",
         "batch_ingest_config": {

@@ -16,7 +16,7 @@ from uuid import UUID
 from tracegrad.adapters.caller import Caller, caller_of, is_execution, node_span_id, span_of
 from tracegrad.adapters.plain_json import constructed_message, plain
 from tracegrad.adapters.proxy.langsmith_wire import RunPart
-from tracegrad.tracestore.records import LateAttribution, Span
+from tracegrad.tracestore.records import LangSmithRun, LateAttribution, Span
 
 _CALL_ID = re.compile(r"call_[0-9a-f]{32}")
 _COMPLETION_PREFIXES = ("chatcmpl", "cmpl", "embd", "call_")
@@ -143,6 +143,17 @@ class TraceMemory:
             )
             for named in calls_named(part)
         ]
+
+
+def became(part: RunPart, run_id: str | None, span: Span | None) -> LangSmithRun:
+    """Return what a run of LangSmith is here: part of `run_id`, and there `span` if it is one."""
+    return LangSmithRun(
+        langsmith_id=part.run_id,
+        trace_id=part.trace_id,
+        run_id=run_id,
+        span_id=None if span is None else span.span_id,
+        named=calls_named(part),
+    )
 
 
 def _output(part: RunPart) -> Any:

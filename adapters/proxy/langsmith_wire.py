@@ -1,14 +1,15 @@
 """What a LangSmith client posts, from bytes to run parts: multipart forms and JSON batches.
 
 Clients tell of a run in parts (its start, its end), each with an id, its trace and its place in it (`dotted_order`).
-Refuses what is not the form it says it is; a single part that cannot be read is left out and counted. Attachments and
-feedback are skipped. Bodies come unpacked (see `limits`). Pure. Source: langsmith-sdk `_internal/_operations.py` (part
-names). Called by `langsmith`.
+Feedback comes as parts of a form too, or by itself. Refuses what is not the form it says it is; a single part that
+cannot be read is left out and counted. Attachments are skipped. Bodies come unpacked (see `limits`). Pure. Source:
+langsmith-sdk `_internal/_operations.py` (part names). Called by `langsmith`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -17,6 +18,7 @@ import msgspec
 
 from tracegrad.adapters.proxy.errors import InvalidRequest
 
+_UNREADABLE = (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 _FIELDS = ("inputs", "outputs", "extra", "error")
 _NAME = re.compile(rb'content-disposition:[^\r\n]*\bname="([^"]*)"', re.IGNORECASE)
 _BOUNDARY = re.compile(rb'boundary="?([^";,]+)"?', re.IGNORECASE)
@@ -46,12 +48,24 @@ class RunPart:
         return self.run_id == self.trace_id
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """What somebody thinks of a run. `score` None: nothing that could be a reward, say a comment (law 6)."""
+
+    feedback_id: str
+    about: str | None
+    """The run of LangSmith, in hex; None: a whole project."""
+    key: str
+    score: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """What one request told: the parts in its order, and how many could not be read."""
+    """What one request told: the parts in its order, the feedback, and how many parts could not be read."""
 
     parts: tuple[RunPart, ...]
     unread: int = 0
+    feedback: tuple[Feedback, ...] = ()
 
 
 def zstd_available() -> bool:
@@ -64,7 +78,8 @@ def zstd_available() -> bool:
 
 
 def read_multipart(body: bytes, content_type: bytes) -> Posted:
-    """Read `/runs/multipart`: parts named `post.ID` or `patch.ID`, and `….inputs`, `.outputs`, `.extra`, `.error`.
+    """Read `/runs/multipart`: parts named `post.ID` or `patch.ID`, and `….inputs`, `.outputs`, `.extra`, `.error`;
+    `feedback.ID`.
 
     Raises:
         InvalidRequest: no multipart form.
@@ -73,19 +88,25 @@ def read_multipart(body: bytes, content_type: bytes) -> Posted:
     if boundary is None or b"multipart/form-data" not in content_type.lower():
         raise InvalidRequest("send multipart/form-data with a boundary")
     runs: dict[tuple[str, str], dict[str, Any]] = {}
+    feedback: list[Feedback] = []
     unread = 0
     for name, raw in _form_parts(body, boundary.group(1)):
         operation, _, rest = name.partition(".")
         run_id, _, key = rest.partition(".")
+        if operation == "feedback":
+            try:
+                feedback.append(_feedback(msgspec.json.decode(raw)))
+            except _UNREADABLE:
+                unread += 1
         if operation not in ("post", "patch") or key not in ("", *_FIELDS):
             continue
         fields = runs.setdefault((operation, run_id), {"id": run_id})
         try:
             value = msgspec.json.decode(raw)
             fields.update({key: value} if key else value)
-        except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, ValueError):
+        except _UNREADABLE:
             unread += 1
-    return _posted(runs.values(), unread)
+    return replace(_posted(runs.values(), unread), feedback=tuple(feedback))
 
 
 def _form_parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
@@ -112,6 +133,44 @@ def read_run(body: bytes, run_id: str | None = None) -> Posted:
     return _posted([run if run_id is None else {**run, "id": run_id}], 0)
 
 
+def read_feedback(body: bytes) -> Feedback:
+    """Read the body of `POST /feedback`. Raises InvalidRequest."""
+    try:
+        return _feedback(_json_object(body))
+    except _UNREADABLE as error:
+        raise InvalidRequest(f"the feedback cannot be read: {error}") from error
+
+
+def read_new_score(body: bytes) -> float | None:
+    """Read the body of `PATCH /feedback/{id}`; None where it changes no score. Raises InvalidRequest."""
+    try:
+        return _score(_json_object(body).get("score"))
+    except _UNREADABLE as error:
+        raise InvalidRequest(f"the feedback cannot be read: {error}") from error
+
+
+def _feedback(said: Mapping[str, Any]) -> Feedback:
+    about = said.get("run_id") or said.get("trace_id")
+    key = said["key"]
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"its key must be a word, not {key!r}")
+    return Feedback(
+        feedback_id=UUID(said["id"]).hex,
+        about=UUID(about).hex if about else None,
+        key=key,
+        score=_score(said.get("score")),
+    )
+
+
+def _score(score: Any) -> float | None:
+    """A number, or true and false as LangSmith counts them: 1 and 0."""
+    if score is None:
+        return None
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"its score must be a number, true, false or null, not {score!r}")
+    return float(score)
+
+
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
@@ -124,7 +183,7 @@ def _posted(runs: Any, unread: int) -> Posted:
     for run in runs:
         try:
             parts.append(_part(run))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except _UNREADABLE:
             unread += 1
     return Posted(tuple(parts), unread)
 

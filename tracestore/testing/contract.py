@@ -8,7 +8,12 @@ from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
-from tracegrad.tracestore.testing.placing import AttemptContract, AttributionContract, SpanContract
+from tracegrad.tracestore.testing.placing import (
+    AttemptContract,
+    AttributionContract,
+    LangSmithContract,
+    SpanContract,
+)
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
@@ -21,6 +26,7 @@ class StoreContract(
     RewardContract,
     SpanContract,
     AttributionContract,
+    LangSmithContract,
     AttemptContract,
     ReadinessContract,
     LeaseContract,

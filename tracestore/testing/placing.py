@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tracegrad.tracestore.errors import InvalidRecord
-from tracegrad.tracestore.records import Attribution, LateAttribution, Span
+from tracegrad.tracestore.records import Attribution, LangSmithRun, LateAttribution, Span
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
@@ -57,6 +57,21 @@ class SpanContract:
         store.append_calls([make_call("c", "r")])
         span = store.trace("r").calls[0].attribution.span
         assert span == replace(told, superstep=1)
+
+    def test_the_calls_within_a_span(self, store: Store) -> None:
+        """Those of the span and of all below it, in this run; a ring of parents ends the search."""
+        parents = {"top": None, "node": "top", "tool": "node", "beside": None, "ring": "ring"}
+        for run_id in ("r", "s"):
+            spans = [Span(span_id=name, run_id=run_id, name=name, parent_span_id=up) for name, up in parents.items()]
+            store.put_spans(spans)
+            for span in spans:
+                at = Attribution(run_id=run_id, run_source="hook", span=span)
+                store.append_calls([make_call(f"{run_id}-{span.name}", None, attribution=at)])
+        store.append_calls([make_call("r-nowhere", None, attribution=Attribution(run_id="r", run_source="hook"))])
+        assert store.calls_within("r", "top") == ["r-top", "r-node", "r-tool"]
+        assert store.calls_within("r", "tool") == ["r-tool"]
+        assert store.calls_within("r", "ring") == ["r-ring"]
+        assert store.calls_within("r", "none") == store.calls_within("none", "top") == []
 
     def test_the_run_of_a_span_is_found(self, store: Store) -> None:
         """By the span's id alone; what is not stored is left out."""
@@ -182,6 +197,32 @@ class AttributionContract:
         assert [call.call_id for call in store.lease_traces(lease)[0].calls] == ["c"]
         store.commit_step(lease, make_commit(account(store, lease)))
         assert store.consumption(JOB).trained == 3
+
+
+class LangSmithContract:
+    """What the runs of LangSmith trees became."""
+
+    def test_a_run_is_told_in_parts(self, store: Store) -> None:
+        """What a later part leaves out is kept; each project has rows of its own; an unknown run is opened."""
+        start = LangSmithRun(langsmith_id="m", trace_id="t", run_id="r")
+        store.put_langsmith_runs([start, LangSmithRun(langsmith_id="t", trace_id="t")], "p")
+        named = replace(start, named=("chatcmpl-1", "call_2"))
+        store.put_langsmith_runs([named, replace(start, run_id=None, span_id="s")], "p")
+        whole = replace(start, span_id="s", named=("chatcmpl-1", "call_2"))
+        assert store.find_langsmith_run("m", "p") == whole
+        assert store.find_langsmith_run("t", "p") == LangSmithRun(langsmith_id="t", trace_id="t")
+        assert store.get_run("r").project == "p"
+        assert store.find_langsmith_run("m", "q") is store.find_langsmith_run("none", "p") is None
+        store.put_langsmith_runs([replace(start, run_id="other")], "q")
+        assert store.find_langsmith_run("m", "p") == whole
+        store.put_langsmith_runs([])
+
+    def test_the_runs_of_a_trace(self, store: Store) -> None:
+        """Each once."""
+        told = [LangSmithRun(langsmith_id=str(i), trace_id="t", run_id=run) for i, run in enumerate(["b", "a", "b"])]
+        store.put_langsmith_runs([*told, LangSmithRun(langsmith_id="x", trace_id="t")])
+        assert store.runs_of_trace("t") == ["a", "b"]
+        assert store.runs_of_trace("t", "elsewhere") == store.runs_of_trace("none") == []
 
 
 class AttemptContract:

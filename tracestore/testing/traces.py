@@ -330,6 +330,9 @@ class RewardContract:
             store.add_rewards([make_reward(f"w{index}", "r", value=index, **where)])
         assert [(reward.reward_id, reward.value) for reward in store.call_rewards("c")] == [("w4", 4.0)]
         assert store.call_rewards("free") == store.call_rewards("none") == []
+        assert (store.get_reward("w3").call_id, store.get_reward("w3").value) == ("c", 3.0)
+        with pytest.raises(NotFound):
+            store.get_reward("none")
 
     def test_rewards_are_idempotent_by_id(self, store: Store, clock: Clock) -> None:
         """Again the same: returned as stored. Again, but different: Conflict."""

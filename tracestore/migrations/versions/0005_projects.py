@@ -1,4 +1,4 @@
-"""A late fact is of a project."""
+"""A late fact is of a project; what LangSmith's runs became is kept, for its feedback."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -22,10 +22,23 @@ def upgrade() -> None:
         " OR calls.completion_id = attributions.completion_id), 'default')"
     )
     _change_keys([["source", name] for name in _NAMES], [["project", "source", name] for name in _NAMES])
+    op.create_table(
+        "langsmith_runs",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("langsmith_id", sa.String(), nullable=False),
+        sa.Column("trace_id", sa.String(), nullable=False),
+        sa.Column("run_id", sa.String(), nullable=True),
+        sa.Column("span_id", sa.String(), nullable=True),
+        sa.Column("named", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name=op.f("fk_langsmith_runs_run_id_runs")),
+        sa.PrimaryKeyConstraint("project", "langsmith_id", name=op.f("pk_langsmith_runs")),
+    )
+    op.create_index(op.f("ix_langsmith_runs_project_trace_id"), "langsmith_runs", ["project", "trace_id"])
 
 
 def downgrade() -> None:
     """Take it back: of what a source said of a call, whatever its project, the first stays."""
+    op.drop_table("langsmith_runs")
     op.execute(
         "DELETE FROM attributions WHERE seq NOT IN"
         " (SELECT MIN(seq) FROM attributions GROUP BY source, call_id, completion_id)"

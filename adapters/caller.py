@@ -19,6 +19,7 @@ _TASK_SEPARATOR = ":"
 _STEP_TAG = "graph:step:"
 _START = "__start__"
 """What takes a graph's input; LangGraph for JavaScript runs and traces it like a node."""
+_PUSH = "__pregel_push"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +98,17 @@ def caller_of(config: Mapping[str, Any]) -> Caller:
         node=node,
         namespace=namespace,
         superstep=metadata.get("langgraph_step"),
-        triggers=tuple(str(trigger) for trigger in metadata.get("langgraph_triggers") or ()),
+        triggers=_triggers(metadata),
     )
+
+
+def _triggers(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What made the node run. Of a `Send` its number among those of the step before: `__pregel_push:2`."""
+    said = tuple(str(trigger) for trigger in metadata.get("langgraph_triggers") or ())
+    path = metadata.get("langgraph_path")
+    if said != (_PUSH,) or not isinstance(path, list | tuple) or len(path) < 2 or not isinstance(path[1], int):
+        return said
+    return (f"{_PUSH}:{path[1]}",)
 
 
 def outermost_node(namespace: str | None) -> str | None:

@@ -58,10 +58,11 @@ def install(process: RunScope | None = None) -> None:
 
 
 def _register_callbacks(module: ModuleType, *, process: RunScope) -> None:
-    from tracegrad.adapters import span_notes  # an app without LangChain does without its imports
+    from tracegrad.adapters import graph_writes, span_notes  # an app without LangChain does without its imports
 
     chain_callers.register(module)
     span_notes.register(module, process)
+    on_import(graph_writes.RUNNER_MODULE, functools.partial(graph_writes.watch, told=span_notes.wrote))
 
 
 class Hook:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 from uuid import UUID
 
-from tracegrad.adapters.caller import Caller, caller_of, is_execution, span_of
+from tracegrad.adapters.caller import Caller, caller_of, is_execution, node_span_id, span_of
 from tracegrad.adapters.chain_callers import CONTEXT_MODULE
 from tracegrad.adapters.plain_json import plain
 from tracegrad.adapters.scope import RunScope, resolved_scope
@@ -63,6 +63,13 @@ def flush(run_id: str) -> None:
         notes.outbox.flush(run_id)
 
 
+def wrote(namespace: str, node: str, channels: tuple[str, ...]) -> None:
+    """Tell what the execution with this namespace wrote; see `graph_writes`."""
+    notes: SpanNotes | None = getattr(sys.modules.get(CONTEXT_MODULE), _MARK, None)
+    if notes is not None:
+        notes.wrote(namespace, node, channels)
+
+
 class SpanNotes:
     """What runs now, by LangChain's id. `process` is what holds where no scope is entered."""
 
@@ -70,6 +77,8 @@ class SpanNotes:
         self.process = process
         self.outbox = outbox
         self._open: OrderedDict[UUID, _Open] = OrderedDict()
+        self._places: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Namespace of an execution -> the proxy's root and its run; until it is told what it wrote."""
 
     def chain_started(
         self, *, run_id: UUID, parent_id: UUID | None, name: str | None, given: Any, tags: Sequence[str], metadata: Any
@@ -85,6 +94,18 @@ class SpanNotes:
             if parent is not None and parent.span is None:
                 self._found_graph(parent_id, parent)
             self._tell(one, caller.span(one.run_id), given)
+            assert caller.namespace is not None
+            self._places[caller.namespace] = one.root, one.run_id
+            if len(self._places) > _MAX_OPEN:
+                self._places.popitem(last=False)
+
+    def wrote(self, namespace: str, node: str, channels: tuple[str, ...]) -> None:
+        """Tell what a node's execution wrote, once it is done with it."""
+        place = self._places.pop(namespace, None)
+        if place is not None:
+            root, run_id = place
+            part: Part = {"span_id": node_span_id(run_id, namespace), "name": node, "kind": "node"}
+            self.outbox.put(root, run_id, {**part, "wrote": list(channels)})
 
     def tool_started(self, run_id: UUID, parent_id: UUID | None, name: str, given: Any, metadata: Any) -> None:
         """Note a tool, which is always a span."""

@@ -67,7 +67,9 @@ class Span:
     """One execution inside a run: of a node, a tool or a (sub)graph. `namespace` is LangGraph's checkpoint namespace.
 
     It is told in parts (by a call, at its start, at its end): what one part leaves None, another may say. `input` and
-    `output` are any JSON; a tool's `output` is what it returned. `source` is who told of it first.
+    `output` are any JSON; a tool's `output` is what it returned. `source` is who told of it first. `triggers` are the
+    channels that make the node run (of a `Send`: `__pregel_push:` and its number in the step); `wrote` are the channels
+    that it wrote, so that others ran, and `send:NODE` for each `Send`, in their order; None: nobody told.
     """
 
     span_id: str
@@ -78,6 +80,7 @@ class Span:
     namespace: str | None = None
     superstep: int | None = None
     triggers: tuple[str, ...] = ()
+    wrote: tuple[str, ...] | None = None
     input: Any = None
     output: Any = None
     error: str | None = None

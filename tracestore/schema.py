@@ -140,6 +140,7 @@ spans = Table(
     _word("namespace", null=True),
     _number("superstep", null=True),
     Column("triggers", JsonText, nullable=False),
+    Column("wrote", JsonText),
     Column("input", JsonText),
     Column("output", JsonText),
     Column("error", Text),

@@ -97,7 +97,8 @@ def span_of(connection: Connection, run_id: str, span_id: str) -> Span | None:
 
 def _span(row: Any) -> Span:
     values = {name: getattr(row, name) for name in _FIELDS}
-    return Span(**{**values, "triggers": tuple(row.triggers)})
+    wrote = None if row.wrote is None else tuple(row.wrote)
+    return Span(**{**values, "triggers": tuple(row.triggers), "wrote": wrote})
 
 
 @cache

@@ -83,6 +83,7 @@ class _Rewards(_Body, frozen=True, kw_only=True):
 
 
 class _Span(SpanHeader, frozen=True, kw_only=True):
+    wrote: tuple[str, ...] | None = None
     input: Any = None
     output: Any = None
     error: str | None = None

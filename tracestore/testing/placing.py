@@ -41,7 +41,9 @@ class SpanContract:
         )
         store.put_spans([start], "p")
         store.put_spans([Span(span_id="s", run_id="r", name="tools", output="3", ended_at=2.5, source="langsmith")])
-        whole = replace(start, output="3", ended_at=2.5)
+        store.put_spans([Span(span_id="s", run_id="r", name="tools", wrote=("branch:to:model", "send:model"))])
+        store.put_spans([Span(span_id="s", run_id="r", name="tools")])
+        whole = replace(start, output="3", ended_at=2.5, wrote=("branch:to:model", "send:model"))
         assert store.list_spans("r") == [whole]
         assert store.get_run("r").project == "p"
         told = replace(whole, error="boom", output={"a": 1}, name="tool")

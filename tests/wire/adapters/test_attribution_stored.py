@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import ProxyRefused
 from tracegrad.adapters.langgraph import wrap
+from tracegrad.tracestore.edges import edges
 
 
 class State(TypedDict):
@@ -72,6 +73,10 @@ def test_a_run_is_stored_with_roles_spans_and_rewards(served: Any) -> None:
     assert all(span.started_at and span.ended_at for span in told.values()), "calls and callbacks tell of one span"
     assert told[spans[4].parent_span_id].name == "write"
     assert told[spans[0].span_id].output == {"answers": ["0: all"]}
+    assert told[spans[0].span_id].wrote == ("answers", *["send:work"] * 3)
+    names = {span.span_id: span.name for span in trace.spans}
+    fed = sorted((names[edge.source], names[edge.target]) for edge in edges(trace.spans))
+    assert fed == [("plan", "work")] * 3 + [("work", "write")] * 3
 
 
 def test_a_failing_app_is_a_failed_run_without_reward(served: Any) -> None:
@@ -159,3 +164,4 @@ def test_an_unmodified_program_is_recorded(served: Any, tmp_path: Path) -> None:
     assert (trace.run.status, trace.run.ended_by, trace.run.purpose) == ("closed", "hook", "train")
     (call,) = trace.calls
     assert (call.attribution.role, call.attribution.role_source) == ("speaker", "hook")
+    assert call.attribution.span is not None and call.attribution.span.wrote == ("text",)

@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -23,6 +24,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 
+from tracegrad.adapters import graph_writes
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.langgraph import wrap
 from tracegrad.adapters.span_outbox import SpanOutbox
@@ -50,9 +52,14 @@ def _given(question: str = "why") -> dict[str, Any]:
 def _spans(proxy: Any) -> list[Span]:
     (run_id,) = proxy.runs
     parts = proxy.spans[run_id].values()
-    spans = [Span(**{**part, "run_id": run_id, "triggers": tuple(part.get("triggers", ()))}) for part in parts]
+    spans = [Span(**{**part, "run_id": run_id, **_tuples(part)}) for part in parts]
     assert all(span.started_at is not None and span.ended_at is not None for span in spans)
     return sorted(spans, key=lambda span: span.started_at or 0)
+
+
+def _tuples(part: dict[str, Any]) -> dict[str, Any]:
+    wrote = part.get("wrote")
+    return {"triggers": tuple(part.get("triggers", ())), "wrote": None if wrote is None else tuple(wrote)}
 
 
 def _tree(spans: Iterable[Span]) -> dict[str, list[str]]:
@@ -122,6 +129,70 @@ def test_fan_out_and_join(proxy: Any) -> None:
     fan = [("plan", "work")] * 3 + [("work", "left")] * 3 + [("work", "right")] * 3
     assert _edges(spans) == sorted([*fan, ("left", "join"), ("right", "join")])
     _calls_hang_under_nodes(proxy, spans)
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+def test_branches_that_go_on_separately(proxy: Any, how: str) -> None:
+    """Two branches of two steps and their join; beside them a map of `Send`s, its reduce, and a step after it.
+
+    Some branches call a model, some do not; one is a `Command`, one a route.
+    """
+    ask, quiet = _asking(_model(proxy)), lambda state: {"answers": ["x"]}
+    builder = StateGraph(State)
+    for name in ("plan", "a1", "b2", "join", "work", "after"):
+        builder.add_node(name, ask)
+    builder.add_node("a2", quiet).add_node("reduce", quiet)
+    builder.add_node("b1", lambda state: Command(goto="b2", update={"answers": ["to b2"]}))
+    builder.add_edge(START, "plan").add_edge("a1", "a2").add_edge(["a2", "b2"], "join")
+    sent: list[Any] = [Send("work", _given(f"part {i}")) for i in range(3)]
+    builder.add_conditional_edges("plan", lambda _: ["a1", "b1", *sent])
+    builder.add_edge("work", "reduce").add_conditional_edges("reduce", lambda _: "after", ["after", "join"])
+    graph = wrap(builder.compile(), proxy=proxy.root)
+    if how == "invoke":
+        graph.invoke(_given())
+    else:
+        asyncio.run(graph.ainvoke(_given()))
+    spans = _spans(proxy)
+    plan = [("plan", "a1"), ("plan", "b1"), *[("plan", "work")] * 3]
+    apart = [("a1", "a2"), ("b1", "b2"), ("a2", "join"), ("b2", "join")]
+    assert _edges(spans) == sorted([*plan, *apart, *[("work", "reduce")] * 3, ("reduce", "after")])
+    _calls_hang_under_nodes(proxy, spans)
+
+
+def test_each_sent_copy_that_sends_on_feeds_its_own(proxy: Any) -> None:
+    """Copies side by side that send two, none and one: by LangGraph's numbers, whoever is done first."""
+    planned = {"part 0": (0.1, 2), "part 1": (0.0, 0), "part 2": (0.05, 1)}
+
+    def work(state: State) -> Any:
+        mine = state["question"]
+        pause_s, amount = planned[mine]
+        time.sleep(pause_s)
+        return Command(goto=[Send("polish", _given(f"{mine}.{i}")) for i in range(amount)])
+
+    builder = StateGraph(State).add_node("work", work, destinations=("polish",))
+    builder.add_node("polish", lambda state: {"answers": ["x"]})
+    builder.add_node("plan", lambda state: {"answers": []}).add_edge(START, "plan")
+    builder.add_conditional_edges("plan", lambda _: [Send("work", _given(name)) for name in planned], ["work"])
+    wrap(builder.compile(), proxy=proxy.root).invoke(_given())
+    spans = _spans(proxy)
+    asked = {span.span_id: span.input["question"] for span in spans}
+    found = sorted((asked[e.source], asked[e.target]) for e in edges(spans) if "." in asked[e.target])
+    assert found == [("part 0", "part 0.0"), ("part 0", "part 0.1"), ("part 2", "part 2.0")]
+
+
+def test_a_langgraph_without_the_name_we_watch_says_what_it_said_before(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the whole step before feeds a node: too much is said, nothing is left out, and the app is not disturbed."""
+    monkeypatch.setattr("tracegrad.adapters.span_notes.SpanNotes.wrote", lambda *_: None)
+    builder = StateGraph(State)
+    for name in ("a1", "a2", "b1", "b2"):
+        builder.add_node(name, lambda state: {"answers": []})
+    builder.add_edge(START, "a1").add_edge(START, "b1").add_edge("a1", "a2").add_edge("b1", "b2")
+    wrap(builder.compile(), proxy=proxy.root).invoke(_given())
+    assert _edges(_spans(proxy)) == sorted((a, b) for a in ("a1", "b1") for b in ("a2", "b2"))
+    graph_writes.watch(ModuleType("no_runner"), lambda *_: None)
+    assert [graph_writes.channels_of(odd) for odd in (None, [1], [("a",)], [(1, 2)])] == [None] * 4
 
 
 def test_an_agent_with_a_tool(proxy: Any) -> None:

@@ -1,4 +1,4 @@
-"""A late fact is of a project; what LangSmith's runs became is kept, for its feedback."""
+"""A late fact is of a project; what LangSmith's runs became is kept, for its feedback; what spans wrote, for edges."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -34,10 +34,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project", "langsmith_id", name=op.f("pk_langsmith_runs")),
     )
     op.create_index(op.f("ix_langsmith_runs_project_trace_id"), "langsmith_runs", ["project", "trace_id"])
+    op.add_column("spans", sa.Column("wrote", sa.Text(), nullable=True))
 
 
 def downgrade() -> None:
     """Take it back: of what a source said of a call, whatever its project, the first stays."""
+    op.drop_column("spans", "wrote")
     op.drop_table("langsmith_runs")
     op.execute(
         "DELETE FROM attributions WHERE seq NOT IN"

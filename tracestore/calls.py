@@ -84,19 +84,25 @@ class Calls(Noun):
         return rows[0].call_id, rows[0].run_id
 
     def find_attempt(
-        self, request_hash: str, run_id: str | None, since: float, *, exclude: Collection[str] = ()
+        self,
+        request_hash: str,
+        run_id: str | None,
+        since: float,
+        *,
+        project: str = "default",
+        exclude: Collection[str] = (),
     ) -> str | None:
         """Return the newest call of the run (None: of no run) with this body that arrived after `since`, or None.
 
-        `since` is in Unix seconds, `exclude` names calls that are other people's attempts. Who retries a request asks
-        this to learn which call it repeats.
+        `since` is in Unix seconds, `exclude` names calls that are other people's attempts; calls of other projects are
+        not looked at. Who retries a request asks this to learn which call it repeats.
         """
         same_run = calls.c.run_id.is_(None) if run_id is None else calls.c.run_id == run_id
         with self._db.read() as connection:
             found = connection.execute(
                 select(calls.c.call_id)
                 .where(calls.c.request_hash == request_hash, same_run, calls.c.received_at > since)
-                .where(calls.c.call_id.not_in(exclude))
+                .where(calls.c.project == project, calls.c.call_id.not_in(exclude))
                 .order_by(calls.c.received_at.desc(), calls.c.seq.desc())
                 .limit(1)
             ).scalar()

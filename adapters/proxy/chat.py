@@ -113,8 +113,8 @@ class ModelEndpoint:
                 return
             self.attempts.supersede(earlier)
             draft = replace(draft, retry_of=earlier.call_id if earlier.recorded else None)
-        elif number and who.run_id is not None:
-            draft = replace(draft, retry_of=await self._made_elsewhere(key, ask.digest, who.run_id))
+        elif number:
+            draft = replace(draft, retry_of=await self._made_elsewhere(key, draft))
         attempt = self.attempts.begin(key, number, draft.call_id)
         reply.tap = attempt.tap
         exchange = _Exchange(self, ask, draft, request, reply, attempt=attempt)
@@ -123,10 +123,11 @@ class ModelEndpoint:
         finally:
             self.attempts.end(attempt, answered=exchange.answered, recorded=exchange.submitted)
 
-    async def _made_elsewhere(self, key: Key, request_hash: str, run_id: str) -> str | None:
+    async def _made_elsewhere(self, key: Key, draft: Draft) -> str | None:
         """Look for a first attempt that this process knows nothing of."""
-        since = time.time() - STORE_WINDOW_S
-        look = partial(self.store.find_attempt, request_hash, run_id, since, exclude=self.attempts.known(key))
+        since, known = time.time() - STORE_WINDOW_S, self.attempts.known(key)
+        same = partial(self.store.find_attempt, project=draft.project, exclude=known)
+        look = partial(same, draft.request_hash or "", draft.attribution.run_id, since)
         try:
             call_id = await asyncio.to_thread(look)
         except TraceStoreError as error:

@@ -4,7 +4,9 @@ The OpenAI SDKs repeat a request whose answer they did not get, with `x-stainles
 retry is recognised by that count, the digest of its body, its run, its role and its credentials.
 While its first attempt is still with the engine, the retry waits for that one's reply; if it was answered, the reply
 is sent again, byte for byte, with the same call id: one row. If it failed, the retry is a call of its own and
-`retry_of` names the first; so too where only the store knows of a first attempt, made through another process.
+`retry_of` names the first; so too where only the store knows of a first attempt, made through another process. The
+store does not know credentials: of calls without a run it gives one of the same project and body, which may be another
+client's. That costs nobody a call: what a retry supersedes is left out of training within one run only.
 
 An attempt is claimed by one retry at a time, and once for each retry number: of n equal calls side by side that are
 all retried, each finds its own. Replies are kept for `KEEP_S` and up to `KEEP_BYTES`. Refuses nothing.
@@ -136,8 +138,8 @@ class Attempts:
         self.end(attempt, answered=False, recorded=True)
 
     def known(self, key: Key) -> list[str]:
-        """Return the call ids under `key`: none of them is an attempt that only the store can know of."""
-        return [attempt.call_id for attempt in self._by_key.get(key, ())]
+        """Return the calls with the body of `key`, whoever sent it: none is an attempt that only the store knows of."""
+        return [attempt.call_id for one, listed in self._by_key.items() if one[0] == key[0] for attempt in listed]
 
     def _forget(self, attempt: Attempt) -> None:
         self._bytes -= attempt.size

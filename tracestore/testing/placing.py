@@ -240,12 +240,17 @@ class AttemptContract:
                 make_call("other", "r", at=40.0, request_hash="i"),
                 make_call("elsewhere", "s", at=50.0, request_hash="h"),
                 make_call("nowhere", None, at=60.0, request_hash="h", role=None),
+                make_call("theirs", None, at=70.0, request_hash="h", role=None, project="theirs"),
             ]
         )
         assert store.find_attempt("h", "r", 15.0) == "second"
         assert store.find_attempt("h", "r", 30.0) is None
         assert store.find_attempt("h", "r", 0.0, exclude=["second"]) == "first"
         assert store.find_attempt("h", None, 0.0) == "nowhere"
+        assert store.find_attempt("h", None, 60.0) is None
+        assert store.find_attempt("h", None, 0.0, exclude=["nowhere"]) is None
+        assert store.find_attempt("h", None, 0.0, project="theirs") == "theirs"
+        assert store.find_attempt("h", "r", 0.0, project="theirs") is None
         assert store.find_attempt("none", "r", 0.0) is None
         assert {call.call_id: call.retry_of for call in store.trace("r").calls}["second"] == "first"
 

@@ -320,28 +320,67 @@ def test_a_request_that_was_never_dispatched_is_no_first_attempt(
 # -- several processes, and bounds
 
 
+@pytest.mark.parametrize("run_id", ["r", ""])
 def test_a_retry_through_another_process_names_its_first_attempt(
-    start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
+    start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, run_id: str
 ) -> None:
     one, other = start_proxy(), start_proxy()
-    firsts = [called(ask(one, 0)) for _ in range(2)]
-    again = [ask(other, 1) for _ in range(3)]
+    firsts = [called(ask(one, 0, run_id)) for _ in range(2)]
+    again = [ask(other, 1, run_id) for _ in range(3)]
     assert len(engine_app.requests) == 5, "nothing is in the memory of the other one"
-    named = {call.call_id: call.retry_of for call in calls_of(store)}
-    assert [named[called(answer)] for answer in again] == [firsts[1], firsts[0], None], "each is named once"
-    assert ask(other, 1, "", user="x").status_code == 200, "without a run the store is not asked"
+    named = [store.get_call(called(answer)).retry_of for answer in again]
+    assert named == [firsts[1], firsts[0], None], "each is named once"
+    assert store.get_call(called(ask(other, 1, run_id, user="x"))).retry_of is None
+
+
+def test_a_retry_without_a_run_names_no_call_that_cannot_be_its_own(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one of another project, nor one with a run, one of another client of this process, or one too old."""
+    one, other = start_proxy(), start_proxy()
+    keys = {project: store.create_key(scopes=("call",), project=project)[0] for project in ("default", "theirs")}
+    theirs = {"headers": {"x-api-key": keys["theirs"]}}
+    first = called(ask(one, 0, "", **theirs))
+    ask(one, 0, "r")
+    ask(other, 0, "", headers={"x-api-key": keys["default"]})
+    assert store.get_call(called(ask(other, 1, ""))).retry_of is None
+    assert store.get_call(called(ask(other, 1, "", **theirs))).retry_of == first
+    monkeypatch.setattr(chat, "STORE_WINDOW_S", -1.0)
+    ask(one, 0, "", user="late")
+    assert store.get_call(called(ask(other, 1, "", user="late"))).retry_of is None
+
+
+def test_the_real_sdks_retry_without_a_run_is_marked_across_processes(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
+) -> None:
+    """The first attempt fails at one process; the SDK sends it again, and the retry reaches the other."""
+    one, other = start_proxy(), start_proxy()
+
+    def to_the_other(request: Any) -> None:
+        if request.headers.get("x-stainless-retry-count") == "1":
+            engine_app.fault = None
+            request.url = request.url.copy_with(port=int(other.url.rsplit(":", 1)[1]))
+
+    engine_app.fault = "drop"
+    http = openai.DefaultHttpxClient(event_hooks={"request": [to_the_other]})
+    client = openai.OpenAI(base_url=one.url + "/v1", api_key="x", max_retries=2, http_client=http)
+    answer = client.chat.completions.with_raw_response.create(model="main", messages=ASK["messages"])  # type: ignore[call-overload]
+    again = store.get_call(answer.headers["x-tracegrad-call"])
+    assert (again.status, again.attribution.run_id) == ("complete", None)
+    assert again.retry_of is not None and store.get_call(again.retry_of).status == "failed"
 
 
 def test_what_is_kept_is_bounded(start_proxy: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = start_proxy()
     attempts = proxy.app.answer.attempts
     ask(proxy, 0, user="first")
+    wait_for(lambda: attempts._bytes > 300, "the first attempt is over, after its reply")
     kept = attempts._bytes
-    assert kept > 300
     monkeypatch.setattr(retries, "KEEP_BYTES", 2 * kept + 100)
     for i in range(5):
         ask(proxy, 0, user=f"{i:05}")
-    assert attempts._bytes <= 2 * kept + 100 and len(attempts._ended) == len(attempts._by_key) == 2
+    wait_for(lambda: len(attempts._ended) == len(attempts._by_key) == 2, "the last attempt is over, after its reply")
+    assert attempts._bytes <= 2 * kept + 100
     monkeypatch.setattr(retries, "KEEP_S", 0.0)
     ask(proxy, 0, user="last")
-    assert len(attempts._by_key) <= 1
+    wait_for(lambda: len(attempts._by_key) <= 1, "it is over, and the older ones are forgotten")

@@ -5,6 +5,7 @@ Where `TRACEGRAD_ENGINE_URL` is set that engine is asked instead of the shared t
 tiny model makes them.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -242,6 +243,19 @@ def test_structured_output_of_langchain(both: SimpleNamespace, method: Any, stre
     ).with_structured_output(Ok, method=method, strict=True)
     answer = list(model.stream("3 5"))[-1] if stream else model.invoke("3 5")
     assert isinstance(answer, Ok)
+
+
+def test_structured_output_that_promises_json_only(both: SimpleNamespace) -> None:
+    """`json_mode` holds the engine to JSON, not to a schema: which object it makes is the tiny model's affair."""
+    url = f"{both.proxy.base_url}/run/json-mode/v1"
+    model = ChatOpenAI(base_url=url, api_key=SecretStr("none"), model=both.name, max_tokens=400, seed=1, temperature=1)
+    answer = model.with_structured_output(Ok, method="json_mode", include_raw=True).invoke("3 5")
+    (call,) = both.store.trace("json-mode").calls
+    assert call.request["response_format"] == {"type": "json_object"}
+    assert (call.quarantine, call.choices[0].flags) == (None, ("constrained",))
+    assert call.choices[0].message["content"] == answer["raw"].content
+    if call.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer["raw"].content), dict)
 
 
 @pytest.mark.parametrize("stream", [False, True])

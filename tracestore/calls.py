@@ -142,7 +142,7 @@ def _known(connection: Connection, call_ids: list[str]) -> set[str]:
     for start in range(0, len(call_ids), CHUNK):
         some = call_ids[start : start + CHUNK]
         if len(some) == 1:
-            known.update(run_hot(connection, _KNOWN_ONE, [{"call_id": some[0]}]).scalars())
+            known.update(row[0] for row in run_hot(connection, _KNOWN_ONE, [{"call_id": some[0]}]))
         else:
             known.update(connection.execute(_KNOWN, {"ids": some}).scalars())
     return known

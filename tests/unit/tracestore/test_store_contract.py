@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
 
+from tracegrad.tracestore import calls
+from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.contract import StoreContract
-from tracegrad.tracestore.testing.rows import Clock
+from tracegrad.tracestore.testing.rows import Clock, make_call
 
 POSTGRES = os.environ.get("TRACEGRAD_TEST_POSTGRES")
 
@@ -36,3 +38,31 @@ if POSTGRES:
             store = open_store(postgres_url, clock=clock)
             yield store
             store.close()
+
+        def test_connections_that_the_server_ended_are_replaced(
+            self, store: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            """A restart of the server costs the write that it hits, and no other; what was answered is there."""
+            store.append_calls([make_call("before", "r")])
+            end_all(postgres_url)
+            store.append_calls([make_call("between", "r")])
+            opened = calls.open_or_touch
+            monkeypatch.setattr(calls, "open_or_touch", lambda *given: (end_all(postgres_url), opened(*given)))
+            with pytest.raises(StoreUnavailable, match="check that it is reachable"):
+                store.append_calls([make_call("hit", "r")])
+            monkeypatch.undo()
+            store.append_calls([make_call("after", "r")])
+            assert [call.call_id for call in store.trace("r").calls] == ["before", "between", "after"]
+
+
+def end_all(url: str) -> None:
+    """End every other connection to the database, as a server does that stops."""
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    engine.dispose()

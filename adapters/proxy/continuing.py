@@ -22,6 +22,7 @@ import msgspec
 from tracegrad.adapters.proxy.capture import with_prompt_ids
 from tracegrad.adapters.proxy.lineage import (
     Origin,
+    Told,
     begins_with,
     difference,
     edited_from,
@@ -30,6 +31,7 @@ from tracegrad.adapters.proxy.lineage import (
     only_text,
     origin_of,
     splice_point,
+    told,
 )
 from tracegrad.adapters.proxy.recorder import Draft
 from tracegrad.adapters.proxy.rendering import Rendered, Rendering
@@ -50,7 +52,7 @@ _RunKey = tuple[str, str]
 class _Run:
     """What is known of a run and a model. `mark`: how far the store was read; `forgotten`: how many calls were."""
 
-    calls: dict[str, EarlierCall] = field(default_factory=dict)
+    calls: dict[str, Told] = field(default_factory=dict)
     mark: int = 0
     forgotten: int = 0
 
@@ -93,11 +95,11 @@ class Continuing:
             role=call.attribution.role,
             request=call.request,
             prompt_ids=call.prompt_ids,
-            choices=call.choices,
+            choices=tuple(replace(choice, logprobs=None) for choice in call.choices),
         )
-        self._keep(run_id, call.model, [kept])
+        self._keep(run_id, call.model, [told(kept)])
 
-    async def earlier(self, run_id: str, model: str) -> list[EarlierCall]:
+    async def earlier(self, run_id: str, model: str) -> list[Told]:
         """Return what is known of a run, once more from the store. Raises TraceStoreError."""
         run = self._runs.setdefault((run_id, model), _Run())
         known, forgotten = dict(run.calls), run.forgotten
@@ -106,10 +108,11 @@ class Continuing:
         )
         if run.forgotten == forgotten:
             run.mark = mark
-        self._keep(run_id, model, found)
-        return [*known.values(), *found]
+        learnt = [told(call) for call in found]
+        self._keep(run_id, model, learnt)
+        return [*known.values(), *learnt]
 
-    def remembered(self, run_id: str, model: str) -> list[EarlierCall]:
+    def remembered(self, run_id: str, model: str) -> list[Told]:
         """Return what this process knows of a run."""
         run = self._runs.get((run_id, model))
         return [] if run is None else list(run.calls.values())
@@ -119,13 +122,14 @@ class Continuing:
         opted_in = EVERY_PROJECT in self._token_in or project in self._token_in
         return opted_in and model not in self.rendering.missing
 
-    def _keep(self, run_id: str, model: str, calls: Iterable[EarlierCall]) -> None:
+    def _keep(self, run_id: str, model: str, calls: Iterable[Told]) -> None:
         key = (run_id, model)
         run = self._runs.setdefault(key, _Run())
-        for call in calls:
+        for one in calls:
+            call = one.call
             if call.call_id not in run.calls:
                 cost = _ENTRY_TOKENS + len(call.prompt_ids) + sum(len(choice.token_ids) for choice in call.choices)
-                run.calls[call.call_id] = call
+                run.calls[call.call_id] = one
                 self._kept.append((key, call.call_id, cost))
                 self._n_tokens += cost
         while self._n_tokens > CAPACITY_TOKENS:
@@ -201,10 +205,11 @@ class Past:
     async def _look(self) -> Origin | None:
         """Look in memory, then in the store; an edited history is taken for one only where no other fits."""
         request, model, continuing = self._draft.body, self._draft.model, self._continuing
-        found = origin_of(request, continuing.remembered(self._run_id, model))
+        role = self._draft.attribution.role
+        found = origin_of(request, role, continuing.remembered(self._run_id, model))
         if found is None or not found.newest:
             earlier = await continuing.earlier(self._run_id, model)
-            found = origin_of(request, earlier) or edited_from(request, self._draft.attribution.role, earlier)
+            found = origin_of(request, role, earlier) or edited_from(request, role, earlier)
         return found
 
     async def _drift(self, origin: Origin, prompt_ids: list[int]) -> Drift | None:

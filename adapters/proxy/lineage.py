@@ -7,11 +7,14 @@ from text: a prompt is spliced from recorded ids and from the tail of what the e
 Called by `continuing`.
 """
 
-import json
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+import msgspec
 
 from tracegrad.tracestore.records import Choice, EarlierCall, Json
 
@@ -30,6 +33,26 @@ _CUT = frozenset(("stop_string", "hidden_tool_calls"))
 """Flags of an answer of which the client got less than was sampled: to it, another history was told."""
 _CONTEXT = 4
 """Tokens decoded before a difference: some decoders treat the first token of a text in their own way."""
+RECENT = 64
+"""Calls of its role that a request may be an edit of: it costs time on the event loop, and decides a label only."""
+_BLOCK = 512
+_EXACT_FLOATS = 2**53
+_Said = tuple[str, ...]
+_SILENCE: _Said = ("",)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An earlier call, and what each of its choices says, worked out once: it is compared with many requests."""
+
+    call: EarlierCall
+    said: tuple[_Said, ...]
+
+    @property
+    def messages(self) -> list[Any]:
+        """The messages of its request."""
+        messages = self.call.request.get("messages")
+        return messages if isinstance(messages, list) else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,53 +98,70 @@ def only_text(request: Json) -> bool:
     )
 
 
-def origin_of(request: Json, earlier: Sequence[EarlierCall]) -> Origin | None:
-    """Return the call with the longest conversation that `request` goes on from, the newest of equals; None: none."""
+def told(call: EarlierCall) -> Told:
+    """Return the call as it is compared with requests."""
+    return Told(call, tuple(_said(choice.message) for choice in call.choices))
+
+
+def origin_of(request: Json, role: str | None, earlier: Sequence[Told]) -> Origin | None:
+    """Return the call with the longest conversation that `request` goes on from; None: none.
+
+    Of equals it is the one whose tool calls have the very ids, then one of the same role, then one with the same
+    tools and the like, then the newest.
+    """
     messages = request["messages"]
     best: Origin | None = None
-    for call in reversed(earlier):
-        before = _messages(call)
+    likeness = (False, False, False)
+    heard: dict[int, _Said] = {}
+    for one in reversed(earlier):
+        before = one.messages
         n = len(before)
-        if n >= len(messages) or (best is not None and n < best.n_messages):
+        if n >= len(messages) or not _is_answer(messages[n]):
             continue
-        answer = messages[n]
-        if not _is_answer(answer):
+        equal = best is not None and n + 1 == best.n_messages
+        if best is not None and (n + 1 < best.n_messages or (equal and all(likeness))):
             continue
-        choice = next((one for one in call.choices if one.token_ids and says_the_same(one.message, answer)), None)
-        if choice is not None and messages[:n] == before:
-            same = _setting(request) == _setting(call.request)
-            best = Origin(call, choice, n + 1, same_setting=same, newest=not any(map(_is_answer, messages[n + 1 :])))
+        if n not in heard:
+            heard[n] = _said(messages[n])
+        if heard[n] not in one.said or messages[:n] != before:
+            continue
+        if (choice := _repeated(one, messages[n], heard[n])) is None:
+            continue
+        same = _setting(request) == _setting(one.call.request)
+        alike = (_call_ids(choice.message) == _call_ids(messages[n]), one.call.role == role, same)
+        if not equal or alike > likeness:
+            newest = not any(map(_is_answer, messages[n + 1 :]))
+            best, likeness = Origin(one.call, choice, n + 1, same_setting=same, newest=newest), alike
     return best
 
 
-def edited_from(request: Json, role: str | None, earlier: Sequence[EarlierCall]) -> Origin | None:
+def edited_from(request: Json, role: str | None, earlier: Sequence[Told]) -> Origin | None:
     """Return the newest call of the same role whose history the app changed before it went on; None: none.
 
-    Either another answer stands in the place of the call's, or its answer stands behind other messages.
+    Either another answer stands in the place of the call's, or its answer stands behind other messages. An answer that
+    the call was given itself (an example in the prompt, say) is no sign of that. Looks at the newest `RECENT` calls.
     """
     messages = request["messages"]
-    answers = [message for message in messages if _is_answer(message)]
-    for call in reversed(earlier):
-        if call.role != role:
-            continue
-        before = _messages(call)
+    answers: dict[_Said, list[Any]] | None = None
+    for one in islice((one for one in reversed(earlier) if one.call.role == role), RECENT):
+        before = one.messages
         n = len(before)
         if n < len(messages) and _is_answer(messages[n]) and messages[:n] == before:
-            return Origin(call, None, n, same_setting=False, newest=False)
-        for choice in call.choices:
-            if any(_says_something(answer) and says_the_same(choice.message, answer) for answer in answers):
-                return Origin(call, None, 0, same_setting=False, newest=False)
+            return Origin(one.call, None, n, same_setting=False, newest=False)
+        if answers is None:
+            answers = defaultdict(list)
+            for message in filter(_is_answer, messages):
+                answers[_said(message)].append(message)
+        for choice, said in zip(one.call.choices, one.said, strict=True):
+            for sent in answers.get(said, ()) if said != _SILENCE else ():
+                if _thinks_so(choice.message, sent) and messages.count(sent) > before.count(sent):
+                    return Origin(one.call, None, 0, same_setting=False, newest=False)
     return None
 
 
 def says_the_same(sampled: Json, sent: Mapping[str, Any]) -> bool:
     """Whether an assistant message of a request says what was sampled."""
-    if _text(sampled.get("content")) != _text(sent.get("content")):
-        return False
-    if _tool_calls(sampled.get("tool_calls")) != _tool_calls(sent.get("tool_calls")):
-        return False
-    thoughts = _thoughts(sent)
-    return thoughts is None or thoughts == _thoughts(sampled)
+    return _said(sampled) == _said(sent) and _thinks_so(sampled, sent)
 
 
 def begins_with(prompt: Sequence[int], sampled: list[int]) -> bool:
@@ -131,9 +171,12 @@ def begins_with(prompt: Sequence[int], sampled: list[int]) -> bool:
 
 def difference(rendered: list[int], sampled: list[int]) -> int:
     """Return the place, a few tokens before the first difference, from which on the two have to be compared as text."""
-    # Prefixes of one length agree or not, and once they do not, no longer one does: bisection compares at C speed.
-    same = bisect_left(range(1, min(len(rendered), len(sampled)) + 1), True, key=lambda n: rendered[:n] != sampled[:n])
-    return max(same - _CONTEXT, 0)
+    # Block by block, because slices compare at C speed; within a block by bisection: once prefixes differ, longer do.
+    shared = min(len(rendered), len(sampled))
+    starts = range(0, shared, _BLOCK)
+    at = next((at for at in starts if rendered[at : at + _BLOCK] != sampled[at : at + _BLOCK]), shared)
+    rest = range(at + 1, min(at + _BLOCK, shared) + 1)
+    return max(at + bisect_left(rest, True, key=lambda n: rendered[at:n] != sampled[at:n]) - _CONTEXT, 0)
 
 
 def ended(sampled: list[int], choice: Choice, end: int) -> list[int] | None:
@@ -173,9 +216,14 @@ def _is_answer(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
-def _messages(call: EarlierCall) -> list[Any]:
-    messages = call.request.get("messages")
-    return messages if isinstance(messages, list) else []
+def _repeated(one: Told, sent: Mapping[str, Any], heard: _Said) -> Choice | None:
+    """Return the choice that an assistant message repeats, rather the one whose tool calls have the same ids."""
+    found = [
+        choice
+        for choice, said in zip(one.call.choices, one.said, strict=True)
+        if said == heard and choice.token_ids and _thinks_so(choice.message, sent)
+    ]
+    return next((choice for choice in found if _call_ids(choice.message) == _call_ids(sent)), next(iter(found), None))
 
 
 def _setting(request: Json) -> list[Any]:
@@ -183,33 +231,60 @@ def _setting(request: Json) -> list[Any]:
     return [request.get("tool_choice") == "none", *(request.get(name) for name in SETTING)]
 
 
-def _text(content: Any) -> Any:
-    """Return text however it is written; what is no text as it is."""
+def _said(message: Mapping[str, Any]) -> _Said:
+    """Return what a message says: its text, then the name and the arguments of each tool call.
+
+    However text is written; arguments by what they mean as JSON. Ids of calls are names that a client may give anew.
+    """
+    tool_calls = message.get("tool_calls")
+    said = [_text(message.get("content"))]
+    for call in tool_calls if isinstance(tool_calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        named = function if isinstance(function, dict) else {}
+        said += (_plain(named.get("name")), _meaning(named.get("arguments")))
+    return tuple(said)
+
+
+def _text(content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text") or "") for part in content)
-    return content
+    return _plain(content)
 
 
-def _tool_calls(tool_calls: Any) -> list[Any]:
-    """Return names and arguments. Ids are names that a client may give anew."""
-    if not isinstance(tool_calls, list):
-        return []
-    functions = [call.get("function") or {} if isinstance(call, dict) else {} for call in tool_calls]
-    return [(function.get("name"), _as_json(function.get("arguments"))) for function in functions]
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
 
 
-def _as_json(arguments: Any) -> Any:
+def _meaning(arguments: Any) -> str:
+    """Return one text for all ways to write the same JSON; what is no JSON as it is."""
     try:
-        return json.loads(arguments)
-    except (TypeError, ValueError, RecursionError):
-        return arguments
+        value = _decode_arguments(arguments) if isinstance(arguments, str) else arguments
+        return msgspec.json.encode(value, order="deterministic").decode()
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return _plain(arguments)
 
 
-def _thoughts(message: Json) -> Any:
+def _number(text: str) -> float | int:
+    """Read 1.0 as 1: clients in JavaScript know one kind of number."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _EXACT_FLOATS else value
+
+
+_decode_arguments = msgspec.json.Decoder(float_hook=_number).decode
+
+
+def _thinks_so(sampled: Json, sent: Mapping[str, Any]) -> bool:
+    """Whether thoughts are those that were sampled, where the client sends them back at all."""
+    thoughts = _thoughts(sent)
+    return thoughts is None or thoughts == _thoughts(sampled)
+
+
+def _thoughts(message: Mapping[str, Any]) -> Any:
     return message.get("reasoning") or message.get("reasoning_content")
 
 
-def _says_something(answer: Mapping[str, Any]) -> bool:
-    return bool(_text(answer.get("content")) or answer.get("tool_calls"))
+def _call_ids(message: Mapping[str, Any]) -> list[Any]:
+    tool_calls = message.get("tool_calls")
+    return [call.get("id") for call in tool_calls if isinstance(call, dict)] if isinstance(tool_calls, list) else []

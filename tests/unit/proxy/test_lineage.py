@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracegrad.adapters.proxy import lineage
 from tracegrad.adapters.proxy.lineage import (
+    Told,
     begins_with,
     common_tail,
     difference,
@@ -17,6 +19,7 @@ from tracegrad.adapters.proxy.lineage import (
     origin_of,
     says_the_same,
     splice_point,
+    told,
 )
 from tracegrad.tracestore.records import Choice, EarlierCall
 
@@ -37,9 +40,11 @@ def answer(message: dict[str, Any], ids: tuple[int, ...] = (5, END), index: int 
     return Choice(index=index, token_ids=ids, logprobs=None, message=message, **fields)
 
 
-def earlier(name: str, messages: list[Any], *choices: Choice, role: str = "a", **setting: Any) -> EarlierCall:
-    return EarlierCall(
-        call_id=name, role=role, request={"messages": messages, **setting}, prompt_ids=(1, 4), choices=choices
+def earlier(name: str, messages: list[Any], *choices: Choice, role: str = "a", **setting: Any) -> Told:
+    return told(
+        EarlierCall(
+            call_id=name, role=role, request={"messages": messages, **setting}, prompt_ids=(1, 4), choices=choices
+        )
     )
 
 
@@ -56,6 +61,10 @@ def earlier(name: str, messages: list[Any], *choices: Choice, role: str = "a", *
         (said(None, tool_calls=calling("no json")), said(None, tool_calls=calling("no json")), True),
         (said(None, tool_calls=calling("{}")), said(None), False),
         (said(None, tool_calls=calling("{}")), said(None, tool_calls=["odd"]), False),
+        (said(None, tool_calls=calling("{}")), said(None, tool_calls=[{"function": "odd"}]), False),
+        (said(None, tool_calls=calling('{"a":1}')), said(None, tool_calls=calling('{"a":1.0}')), True),
+        (said(None, tool_calls=calling('{"a":1}')), said(None, tool_calls=calling('{"a":true}')), False),
+        (said(None, tool_calls=calling('{"a":NaN}')), said(None, tool_calls=calling('{"a":NaN}')), True),
         (said("hi", reasoning="because"), said("hi"), True),
         (said("hi", reasoning="because"), said("hi", reasoning_content="because"), True),
         (said("hi", reasoning="because"), said("hi", reasoning="never mind"), False),
@@ -74,7 +83,7 @@ def test_the_longest_conversation_is_gone_on_from() -> None:
     past = [first, second, again]
 
     def found(*messages: dict[str, Any], **setting: Any) -> Any:
-        origin = origin_of({"messages": list(messages), **setting}, past)
+        origin = origin_of({"messages": list(messages), **setting}, "a", past)
         if origin is None:
             return None
         assert origin.choice is not None
@@ -86,6 +95,49 @@ def test_the_longest_conversation_is_gone_on_from() -> None:
     assert found(u, said("yes"), v, said("other"), w) == ("again", 0, 2, False, True)
     assert found(u, said("no"), v, tools=[{}]) == ("first", 0, 2, True, False)
     assert found(u) is None and found(v, said("yes")) is None and found(u, v) is None
+
+
+def test_of_equal_conversations_the_likeliest_is_gone_on_from() -> None:
+    """Branches that were asked and answered alike are told apart by the ids of their tool calls, role and tools."""
+    u, v = {"role": "user", "content": "u"}, {"role": "user", "content": "v"}
+    one, other = (said(None, tool_calls=calling("{}", call_id=name)) for name in ("1", "2"))
+
+    def found(past: list[Told], *messages: Any, **setting: Any) -> tuple[str, int]:
+        origin = origin_of({"messages": list(messages), **setting}, "a", past)
+        assert origin is not None and origin.choice is not None
+        return origin.call.call_id, origin.choice.index
+
+    past = [earlier("first", [u], answer(one)), earlier("second", [u], answer(other), role="b")]
+    assert found(past, u, one, v)[0] == found(past[::-1], u, one, v)[0] == "first"
+    assert found(past, u, other, v)[0] == found(past[::-1], u, other, v)[0] == "second"
+    assert found([earlier("both", [u], answer(one, index=0), answer(other, index=1))], u, other, v) == ("both", 1)
+    past = [earlier("mine", [u], answer(said("x"))), earlier("theirs", [u], answer(said("x")), role="b")]
+    assert found(past, u, said("x"), v)[0] == found(past[::-1], u, said("x"), v)[0] == "mine"
+    past = [earlier("with", [u], answer(said("x")), tools=[{}]), earlier("without", [u], answer(said("x")))]
+    assert found(past, u, said("x"), v, tools=[{}])[0] == "with"
+    assert found(past, u, said("x"), v)[0] == "without"
+
+
+def test_examples_in_a_prompt_are_no_history_that_was_edited() -> None:
+    """A classifier answers with the words of its examples: that makes none of its calls a sequel of another."""
+    shots = [{"role": "user", "content": "good"}, said("yes"), {"role": "user", "content": "bad"}, said("no")]
+    past = [earlier("one", [*shots, {"role": "user", "content": "fine"}], answer(said("yes")))]
+    assert edited_from({"messages": [*shots, {"role": "user", "content": "poor"}]}, "a", past) is None
+    more = {"messages": [*shots[2:], {"role": "user", "content": "Fine!"}, said("yes"), {"role": "user"}]}
+    assert edited_from(more, "a", past) is None, "as often as before"
+    assert edited_from({"messages": [*more["messages"], said("yes")]}, "a", past) is not None
+
+
+def test_each_answer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls the run has: this is done for every call, on the event loop, also without token-in."""
+    reads: list[Any] = []
+    shots = [message for n in range(50) for message in ({"role": "user", "content": "u"}, said(str(n)))]
+    past = [earlier(str(n), [*shots, {"role": "user", "content": str(n)}], answer(said("r"))) for n in range(500)]
+    read = lineage._said
+    monkeypatch.setattr(lineage, "_said", lambda message: [reads.append(message), read(message)][1])
+    request = {"messages": [*shots, {"role": "user", "content": "new"}]}
+    assert origin_of(request, "a", past) is None and edited_from(request, "a", past) is None
+    assert len(reads) <= 50
 
 
 def test_an_edited_history_is_one_of_the_same_role() -> None:
@@ -139,6 +191,12 @@ def test_the_difference_is_where_it_is(shared: list[int], one: list[int], other:
     a, b = shared + one, shared + other
     naive = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert difference(a, b) == difference(b, a) == max(naive - 4, 0)
+
+
+@pytest.mark.parametrize("shared", [510, 511, 512, 513, 1024, 1500])
+def test_the_difference_is_found_in_a_long_prompt(shared: int) -> None:
+    same = list(range(shared))
+    assert difference([*same, -1, 5], [*same, -2, 5]) == difference(same, [*same, 5]) == shared - 4
 
 
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5), IDS.filter(bool), st.lists(IDS, max_size=3))

@@ -31,6 +31,7 @@ from tracegrad.adapters.proxy.lineage import (
     only_text,
     origin_of,
     splice_point,
+    takes_ids,
     told,
 )
 from tracegrad.adapters.proxy.recorder import Draft
@@ -117,10 +118,10 @@ class Continuing:
         run = self._runs.get((run_id, model))
         return [] if run is None else list(run.calls.values())
 
-    def wanted(self, project: str, model: str) -> bool:
-        """Whether prompts of a project are to be built from sampled ids, and the engines can take them."""
-        opted_in = EVERY_PROJECT in self._token_in or project in self._token_in
-        return opted_in and model not in self.rendering.missing
+    def wanted(self, draft: Draft) -> bool:
+        """Whether the prompt is to be built from sampled ids, and the engines can take them."""
+        opted_in = EVERY_PROJECT in self._token_in or draft.project in self._token_in
+        return opted_in and draft.model not in self.rendering.missing and takes_ids(draft.body)
 
     def _keep(self, run_id: str, model: str, calls: Iterable[Told]) -> None:
         key = (run_id, model)
@@ -167,7 +168,7 @@ class Past:
         """
         self._plan, self._refused = None, False
         self._looking = asyncio.create_task(self._look())
-        if not self._continuing.wanted(self._draft.project, self._draft.model):
+        if not self._continuing.wanted(self._draft):
             return self._body
         origin = await self._looking
         if origin is None or not origin.continuable:

@@ -27,8 +27,26 @@ SETTING = (
     "add_generation_prompt",
     "add_special_tokens",
     "continue_final_message",
+    "truncate_prompt_tokens",
 )
-"""What a chat template reads beside the messages. Source: vLLM 0.32, `ChatCompletionRequest.build_chat_params`."""
+"""What a prompt is made of beside the messages. Source: vLLM 0.32, `build_chat_params` and `build_tok_params`."""
+_RENDERED = ("echo", "truncate_prompt_tokens", "return_prompt_text")
+"""Fields of a request that vLLM can only follow where it renders the messages itself."""
+_MEDIA = frozenset(
+    (
+        "audio_embeds",
+        "audio_url",
+        "image_embeds",
+        "image_pil",
+        "image_url",
+        "input_audio",
+        "input_image",
+        "prompt_embeds",
+        "video_embeds",
+        "video_url",
+    )
+)
+"""Keys that make a part more than text, whatever its type says. Source: vLLM 0.32, `_MEDIA_CONTENT_PART_KEYS`."""
 _CUT = frozenset(("stop_string", "hidden_tool_calls"))
 """Flags of an answer of which the client got less than was sampled: to it, another history was told."""
 _CONTEXT = 4
@@ -87,11 +105,16 @@ def may_continue(request: Json) -> bool:
     return any(map(_is_answer, messages)) and only_text(request)
 
 
+def takes_ids(request: Json) -> bool:
+    """Whether the answer would be the same but for the prompt, if that were given as ids."""
+    return all(request.get(name) in (None, False) for name in _RENDERED)
+
+
 def only_text(request: Json) -> bool:
     """Whether no content is a picture, sound or the like. Source: vLLM 0.32, `has_non_text_content`."""
     messages = request.get("messages")
     return isinstance(messages, list) and all(
-        isinstance(part, dict) and part.get("type") == "text"
+        isinstance(part, dict) and part.get("type") == "text" and _MEDIA.isdisjoint(part)
         for message in messages
         if isinstance(message, dict) and isinstance(message.get("content"), list)
         for part in message["content"]

@@ -34,8 +34,13 @@ class _Text(msgspec.Struct):
     prompt: str
 
 
+class _Refusal(msgspec.Struct):
+    error: msgspec.Raw
+
+
 _decode_prompt = msgspec.json.Decoder(Rendered).decode
 _decode_text = msgspec.json.Decoder(_Text).decode
+_decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 class Rendering:
@@ -59,7 +64,7 @@ class Rendering:
             NotSent: as `Upstream.post`.
         """
         status, answer = await self._ask(model, RENDER_PATH, body, run_id)
-        if status == 404:
+        if status == 404 and not _is_refusal(answer):
             self.lacks(model, "its engine has no /v1/chat/completions/render (start it with --enable-scale-out)")
         if status != 200:
             return None
@@ -79,9 +84,13 @@ class Rendering:
             for answer in ("b", "c"):
                 messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
                 asked = {"model": model, "messages": messages, "add_generation_prompt": False}
-                rendered.append(await self.prompt(model, msgspec.json.encode(asked), run_id))
-            tail = common_tail(*(one.token_ids if one is not None else [] for one in rendered))
+                prompt = await self.prompt(model, msgspec.json.encode(asked), run_id)
+                if prompt is None:
+                    return None
+                rendered.append(prompt.token_ids)
+            tail = common_tail(*rendered)
             if not tail:
+                self.lacks(model, "its chat template ends answers with no token")
                 return None
             self._ends[model] = tail[0]
         return self._ends[model]
@@ -108,3 +117,12 @@ class Rendering:
         except (EngineUnreachable, EngineTimeout) as error:
             log.warning("the engine of model %s did not answer /%s: %s", model, path, error)
             return 0, b""
+
+
+def _is_refusal(answer: bytes) -> bool:
+    """Whether a 404 is the engine's own word on the request (an adapter is not loaded yet, say): the path exists."""
+    try:
+        _decode_refusal(answer)
+    except msgspec.MsgspecError:
+        return False
+    return True

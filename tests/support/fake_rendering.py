@@ -39,6 +39,8 @@ class RenderingWire:
         self.reasoning_parser = False
         self.reads_prompts = False
         """The parser of thoughts looks into the prompt, and takes no thoughts for any where it finds the end of one."""
+        self.loaded = True
+        """Rendering knows the model; an adapter may not be there yet."""
         self.trims = False
         """The template trims answers."""
 
@@ -61,7 +63,10 @@ class RenderingWire:
 
     def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
         given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
-        return given if given is not None and self.takes_ids else self.render(body)
+        if given is None or body.get("echo") or not self.takes_ids:
+            given = self.render(body)
+            given = given[-(body.get("truncate_prompt_tokens") or len(given)) :]
+        return given
 
     def _as_sampled(self, sampled: Sampled) -> Sampled:
         """Sample the first two bytes as one token, where that is wanted and there are two."""

@@ -162,7 +162,7 @@ class FakeEngine(CompletionsWire, RenderingWire):
     def _refusal(self, body: dict[str, Any], prefix: str) -> tuple[int, str, str, str | None] | None:
         bad = "BadRequestError"
         refusal: tuple[int, str, str, str | None] | None = None
-        if body.get("model") not in (None, self.name):
+        if body.get("model") not in (None, self.name) or not (self.loaded or prefix != "tools"):
             refusal = 404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model"
         elif body.get("tools") == []:
             refusal = 400, "`tools` must not be an empty array.", bad, "tools"

@@ -19,6 +19,7 @@ from tracegrad.adapters.proxy.lineage import (
     origin_of,
     says_the_same,
     splice_point,
+    takes_ids,
     told,
 )
 from tracegrad.tracestore.records import Choice, EarlierCall
@@ -140,6 +141,12 @@ def test_each_answer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) <= 50
 
 
+def test_what_vllm_can_only_render_takes_no_ids() -> None:
+    assert takes_ids({"echo": False, "truncate_prompt_tokens": None})
+    for field in ({"echo": True}, {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 9}):
+        assert not takes_ids(field)
+
+
 def test_an_edited_history_is_one_of_the_same_role() -> None:
     u, v = {"role": "user", "content": "u"}, {"role": "user", "content": "v"}
     past = [earlier("mine", [u], answer(said("yes"))), earlier("theirs", [u], answer(said("yes")), role="b")]
@@ -167,6 +174,7 @@ def test_only_text_is_text() -> None:
     assert only_text({"messages": [said(None), said([]), said([{"type": "text", "text": "x"}])]})
     assert not only_text({"messages": [said("x"), {"role": "user", "content": [{"type": "image_url"}]}]})
     assert not only_text({"messages": [{"role": "user", "content": ["x"]}]})
+    assert not only_text({"messages": [said([{"type": "text", "text": "x", "image_url": {"url": "data:"}}])]})
 
 
 def test_a_turn_that_was_cut_short_is_ended() -> None:

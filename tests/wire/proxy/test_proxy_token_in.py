@@ -365,6 +365,54 @@ def test_ids_that_the_engine_refuses_are_not_insisted_on(
     assert "kv_transfer_params" in engine_app.requests[-2]
 
 
+@pytest.mark.parametrize("field", [{"echo": True}, {"truncate_prompt_tokens": 20}, {"return_prompt_text": True}])
+def test_a_request_that_needs_rendering_is_rendered(
+    token_in: SimpleNamespace, store: Store, engine_app: Any, field: dict[str, Any]
+) -> None:
+    """And is no sign that the engine takes no ids: a later one is built from them again."""
+    engine_app.samples_pairs = True
+    chat = Chat(token_in)
+    chat.say(user("one"))
+    chat.say(user("two"), **field)
+    assert "kv_transfer_params" not in engine_app.requests[-1]
+    chat.say(user("three"))
+    chat.say(user("four"))
+    _, second, third, fourth = calls_of(store)
+    assert (second.continues.token_in, fourth.continues.token_in) == (False, True)
+    assert third.continues.token_in is ("truncate_prompt_tokens" not in field), (
+        "nor is a prompt that was cut gone on from"
+    )
+    assert "token_in" not in token_in.client.get("/health").json()["models"]["main"]
+
+
+def test_an_adapter_that_is_not_loaded_yet_does_not_end_it(
+    token_in: SimpleNamespace, store: Store, engine_app: Any
+) -> None:
+    """The engine says 404 to that as well as to a path that it has not."""
+    engine_app.samples_pairs = True
+    chat = Chat(token_in)
+    chat.say(user("one"))
+    engine_app.loaded = False
+    chat.say(user("two"))
+    engine_app.loaded = True
+    chat.say(user("three"))
+    assert [call.continues.token_in for call in calls_of(store)[1:]] == [False, True]
+
+
+def test_a_template_without_an_end_of_turn_is_asked_once(
+    token_in: SimpleNamespace, engine_app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_app.samples_pairs = True
+    render = engine_app.render
+    monkeypatch.setattr(
+        engine_app, "render", lambda body: render(body)[: -1 if body.get("add_generation_prompt") is False else None]
+    )
+    chat = Chat(token_in)
+    chat.say(user("one"))
+    chat.say(user("two"))
+    assert "no token" in token_in.client.get("/health").json()["models"]["main"]["token_in"]
+
+
 def test_a_real_agent_loop(start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any) -> None:
     """LangChain writes answers and tool calls in its own way; `create_agent` goes on exactly all the same."""
     engine_app.samples_pairs = True

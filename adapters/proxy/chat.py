@@ -324,12 +324,15 @@ class _Exchange:
         if self._past is None:
             return await self._post(self._body)
         try:
-            answer = await self._post(await self._past.body())
+            body = await self._past.body()
         except TraceStoreError as error:
             raise from_store(error) from error
+        self._progress.continues = self._past.sent
+        answer = await self._post(body)
         plain = self._past.refused() if answer.status == 400 else None
         if plain is None:
             return answer
+        self._progress.continues = None
         answer.release()
         return await self._post(plain)
 

@@ -157,6 +157,8 @@ class Past:
         self._body = body
         self._plan: _Plan | None = None
         self._refused = False
+        self.sent: Continues | None = None
+        """What the call goes on from if its prompt went up as ids, also where nothing complete comes back."""
         self._looking: asyncio.Task[Origin | None] | None = None
 
     async def body(self) -> bytes:
@@ -166,7 +168,7 @@ class Past:
             NotSent: no engine of the model is up.
             TraceStoreError: the past of the run cannot be read.
         """
-        self._plan, self._refused = None, False
+        self._plan, self._refused, self.sent = None, False, None
         self._looking = asyncio.create_task(self._look())
         if not self._continuing.wanted(self._draft):
             return self._body
@@ -174,11 +176,14 @@ class Past:
         if origin is None or not origin.continuable:
             return self._body
         self._plan = await self._planned(origin)
-        return self._body if self._plan is None else with_prompt_ids(self._body, self._plan.ids)
+        if self._plan is None:
+            return self._body
+        self.sent = replace(_continues(origin), drift=self._plan.drift, token_in=True)
+        return with_prompt_ids(self._body, self._plan.ids)
 
     def refused(self) -> bytes | None:
         """Return what to send instead where the engine refused the ids (too long, say); None where it got none."""
-        self._refused = self._plan is not None
+        self._refused, self.sent = self._plan is not None, None
         return self._body if self._refused else None
 
     async def settle(self, prompt_ids: list[int] | None) -> Continues | None:
@@ -190,8 +195,7 @@ class Past:
         origin = None if self._looking is None else await self._looking
         if origin is None or prompt_ids is None:
             return None
-        choice = None if origin.choice is None else origin.choice.index
-        continues = Continues(call_id=origin.call.call_id, choice=choice)
+        continues = _continues(origin)
         if self._plan is not None and prompt_ids == self._plan.ids:
             return replace(continues, drift=self._plan.drift, token_in=True)
         if self._plan is not None and not self._refused:
@@ -277,3 +281,7 @@ class Past:
             return await self._continuing.rendering.text(self._draft.model, ids, self._run_id)
         except NotSent:
             return None
+
+
+def _continues(origin: Origin) -> Continues:
+    return Continues(call_id=origin.call.call_id, choice=None if origin.choice is None else origin.choice.index)

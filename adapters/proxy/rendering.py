@@ -6,6 +6,7 @@ and why where that will not change. Source: vLLM 0.32, `entrypoints/scale_out/re
 Called by `continuing`.
 """
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from tracegrad.adapters.proxy.upstream import Upstream
 log = logging.getLogger("tracegrad.proxy")
 RENDER_PATH, DETOKENIZE_PATH = "v1/chat/completions/render", "detokenize"
 _HEADERS = ((b"content-type", b"application/json"),)
+PATIENCE_S = 10.0
+"""A client waits for this with its prompt, or with the end of its answer; a publish waits for it as well."""
 
 
 class Rendered(msgspec.Struct):
@@ -109,13 +112,14 @@ class Rendering:
 
     async def _ask(self, model: str, path: str, body: bytes, run_id: str | None) -> tuple[int, bytes]:
         try:
-            answer = await self._upstream.post(model, path, body, _HEADERS, run_id=run_id)
-            try:
-                return answer.status, await answer.read()
-            finally:
-                answer.release()
-        except (EngineUnreachable, EngineTimeout) as error:
-            log.warning("the engine of model %s did not answer /%s: %s", model, path, error)
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await self._upstream.post(model, path, body, _HEADERS, run_id=run_id)
+                try:
+                    return answer.status, await answer.read()
+                finally:
+                    answer.release()
+        except (EngineUnreachable, EngineTimeout, TimeoutError) as error:
+            log.warning("the engine of model %s did not answer /%s: %s", model, path, error or "no answer in time")
             return 0, b""
 
 

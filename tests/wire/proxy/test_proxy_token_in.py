@@ -1,7 +1,10 @@
 """Calls that go on from an earlier call of their run: why their prompts drift, and prompts of sampled ids."""
 
+import asyncio
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
-from tracegrad.adapters.proxy import continuing
+from tracegrad.adapters.proxy import continuing, rendering
 from tracegrad.tracestore.records import Call, Continues
 from tracegrad.tracestore.store import Store
 
@@ -243,6 +246,26 @@ def test_an_engine_that_cannot_say(
     assert calls_of(store)[1].continues.drift == "unexplained"
 
 
+@pytest.mark.parametrize("how", ["detokenize", "render"])
+def test_an_engine_that_is_silent_keeps_no_answer_back(
+    token_in: SimpleNamespace, store: Store, engine_app: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(rendering, "PATIENCE_S", 0.1)
+    engine_app.samples_pairs = True
+    chat = Chat(token_in)
+    chat.say(user("one"))
+
+    async def silent(*_: Any) -> None:
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(engine_app, f"_{how}", silent)
+    began = time.monotonic()
+    chat.say(user("two"))
+    assert time.monotonic() - began < 3
+    drift = "unexplained" if how == "detokenize" else "retokenised"
+    assert calls_of(store)[1].continues == Continues(call_id=calls_of(store)[0].call_id, choice=0, drift=drift)
+
+
 # -- token-in
 
 
@@ -293,6 +316,25 @@ def test_a_parser_that_would_be_misled_gets_the_rendered_prompt(
     first, second = calls_of(store)
     assert second.continues == Continues(call_id=first.call_id, choice=0, drift="template", token_in=not reads_prompts)
     assert second.choices[0].message["reasoning"] == "because" and "reasoning" in second.choices[0].flags
+
+
+def test_a_call_that_its_client_left_says_that_its_prompt_was_ours(
+    token_in: SimpleNamespace, store: Store, engine_app: Any
+) -> None:
+    engine_app.samples_pairs = True
+    chat = Chat(token_in)
+    chat.say(user("one"))
+    engine_app.gate = threading.Event()
+    body = {"model": "main", "messages": [*chat.messages, user("two")], "stream": True}
+    with token_in.client.stream("POST", CHAT.format("r", "agent"), json=body) as answer:
+        next(answer.iter_bytes())
+    deadline = time.monotonic() + 5
+    while len(calls_of(store)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine_app.gate.set()
+    first, second = calls_of(store)
+    assert second.status == "aborted" and begins_as_sampled(second, first)
+    assert second.continues == Continues(call_id=first.call_id, choice=0, drift="retokenised", token_in=True)
 
 
 def test_an_answer_that_was_cut_short_goes_on(token_in: SimpleNamespace, store: Store, engine_app: Any) -> None:

@@ -27,6 +27,8 @@ from tracegrad.adapters.proxy.lineage import (
     difference,
     edited_from,
     ended,
+    marks_in,
+    marks_of,
     may_continue,
     only_text,
     origin_of,
@@ -37,13 +39,17 @@ from tracegrad.adapters.proxy.lineage import (
 from tracegrad.adapters.proxy.recorder import Draft
 from tracegrad.adapters.proxy.rendering import Rendered, Rendering
 from tracegrad.adapters.proxy.upstream import NotSent, Upstream
-from tracegrad.tracestore.records import Call, Continues, Drift, EarlierCall
+from tracegrad.tracestore.records import Call, Continues, Drift, EarlierCall, Json
 from tracegrad.tracestore.store import Store
 
 CAPACITY_TOKENS = 1_000_000
 """Of prompts and answers kept in memory, about 40 bytes each; what is forgotten is read from the store again."""
 _ENTRY_TOKENS = 50
 """What a call costs beside its tokens."""
+CAPACITY_MARKS = 100_000
+"""Of calls that were forgotten, about 100 bytes each."""
+_RUN_MARKS = 5
+"""What a run costs beside them."""
 EVERY_PROJECT = "*"
 _Raw = dict[str, msgspec.Raw]
 _RunKey = tuple[str, str]
@@ -51,11 +57,13 @@ _RunKey = tuple[str, str]
 
 @dataclass(slots=True)
 class _Run:
-    """What is known of a run and a model. `mark`: how far the store was read; `forgotten`: how many calls were."""
+    """What is known of a run and a model. `mark`: how far the store was read; `forgotten`: what tells who would go on
+    from one of the calls that were forgotten.
+    """
 
     calls: dict[str, Told] = field(default_factory=dict)
     mark: int = 0
-    forgotten: int = 0
+    forgotten: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class Continuing:
         self._token_in = frozenset(token_in)
         self._runs: dict[_RunKey, _Run] = {}
         self._kept: deque[tuple[_RunKey, str, int]] = deque()
-        self._n_tokens = 0
+        self._n_tokens = self._n_marks = 0
 
     def past(self, draft: Draft, body: bytes) -> "Past | None":
         """Return what is to be found out of a call's past; None where it can have none. `body` goes upstream."""
@@ -100,15 +108,18 @@ class Continuing:
         )
         self._keep(run_id, call.model, [told(kept)])
 
-    async def earlier(self, run_id: str, model: str) -> list[Told]:
-        """Return what is known of a run, once more from the store. Raises TraceStoreError."""
+    async def earlier(self, run_id: str, model: str, request: Json) -> list[Told]:
+        """Return what is known of a run, and what the store has beside it. Raises TraceStoreError.
+
+        What was forgotten is read again only where `request` seems to go on from it: most that find no origin in memory
+        have none at all, and a run may be long.
+        """
         run = self._runs.setdefault((run_id, model), _Run())
-        known, forgotten = dict(run.calls), run.forgotten
-        found, mark = await asyncio.to_thread(
-            self._store.earlier_calls, run_id, model, after=run.mark, known=known.keys()
-        )
-        if run.forgotten == forgotten:
-            run.mark = mark
+        known = dict(run.calls)
+        missed = bool(run.forgotten) and not run.forgotten.isdisjoint(marks_in(request))
+        after = 0 if missed else run.mark
+        found, mark = await asyncio.to_thread(self._store.earlier_calls, run_id, model, after=after, known=known.keys())
+        run.mark = max(run.mark, mark)
         learnt = [told(call) for call in found]
         self._keep(run_id, model, learnt)
         return [*known.values(), *learnt]
@@ -135,16 +146,18 @@ class Continuing:
                 self._n_tokens += cost
         while self._n_tokens > CAPACITY_TOKENS:
             self._forget(*self._kept.popleft())
-        if not run.calls:
+        if not run.calls and not run.forgotten:
             self._runs.pop(key, None)
+        while self._n_marks + _RUN_MARKS * len(self._runs) > CAPACITY_MARKS:
+            self._n_marks -= len(self._runs.pop(next(iter(self._runs))).forgotten)
 
     def _forget(self, key: _RunKey, call_id: str, cost: int) -> None:
-        run = self._runs[key]
-        del run.calls[call_id]
-        run.mark, run.forgotten = 0, run.forgotten + 1  # the store is asked for it again
         self._n_tokens -= cost
-        if not run.calls:
-            del self._runs[key]
+        run = self._runs.get(key)
+        if run is not None and call_id in run.calls:
+            marks = marks_of(run.calls.pop(call_id)) - run.forgotten
+            run.forgotten |= marks
+            self._n_marks += len(marks)
 
 
 class Past:
@@ -213,7 +226,7 @@ class Past:
         role = self._draft.attribution.role
         found = origin_of(request, role, continuing.remembered(self._run_id, model))
         if found is None or not found.newest:
-            earlier = await continuing.earlier(self._run_id, model)
+            earlier = await continuing.earlier(self._run_id, model, request)
             found = origin_of(request, role, earlier) or edited_from(request, role, earlier)
         return found
 

@@ -126,6 +126,19 @@ def told(call: EarlierCall) -> Told:
     return Told(call, tuple(_said(choice.message) for choice in call.choices))
 
 
+def marks_of(one: Told) -> set[int]:
+    """Return what `marks_in` of a request has one of, if the request goes on from the call."""
+    begins = repr(one.messages[:1])
+    return {hash((begins, len(one.messages), said)) for said in one.said}
+
+
+def marks_in(request: Json) -> set[int]:
+    """Return a number for each answer in a request: its place, what it says, and how the conversation begins."""
+    messages = request["messages"]
+    begins = repr(messages[:1])
+    return {hash((begins, n, _said(message))) for n, message in enumerate(messages) if _is_answer(message)}
+
+
 def origin_of(request: Json, role: str | None, earlier: Sequence[Told]) -> Origin | None:
     """Return the call with the longest conversation that `request` goes on from; None: none.
 

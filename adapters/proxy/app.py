@@ -116,7 +116,7 @@ class ProxyApp:
             outside=self._outside,
             timeout_s=proxy.upstream_timeout_s,
             wanted=lambda model: gates[model].live_version,
-            changed=self.hold.advance,
+            changed=self._engine_is_back,
         )
         for name, pool in self.upstream.pools.items():
             gates[name].ready = pool.is_up
@@ -140,6 +140,11 @@ class ProxyApp:
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
         self._joining = asyncio.create_task(self._join_late_facts(), name="tracegrad-late-facts")
+
+    def _engine_is_back(self, model: str) -> None:
+        """It may have been started with other flags."""
+        self.continuing.rendering.ask_again(model)
+        self.hold.advance(model)
 
     async def _stop(self) -> None:
         self._closing_idle.cancel()

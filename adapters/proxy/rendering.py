@@ -60,6 +60,11 @@ class Rendering:
             self.missing[model] = what
             log.warning("token-in is off for model %s: %s; its prompts are rendered from text", model, what)
 
+    def ask_again(self, model: str) -> None:
+        """Forget what was learnt of the engines of `model`: one of them was started anew."""
+        self.missing.pop(model, None)
+        self._ends.pop(model, None)
+
     async def prompt(self, model: str, body: bytes, run_id: str | None) -> Rendered | None:
         """Return the prompt of a chat request, None where the engine gives none (it may refuse the request too).
 

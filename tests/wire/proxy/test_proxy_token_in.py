@@ -390,6 +390,10 @@ def test_an_engine_without_it_is_asked_as_always(
     health = token_in.client.get("/health").json()["models"]["main"]
     assert health["token_in"].startswith("its engine")
     assert "kv_transfer_params" not in engine_app.requests[-1]
+    setattr(engine_app, lacking, True)
+    token_in.app.upstream.pools["main"]._changed()  # it was down, and is seen to be up again
+    chat.say(user("four"))
+    assert calls_of(store)[-1].continues.token_in
 
 
 def test_ids_that_the_engine_refuses_are_not_insisted_on(

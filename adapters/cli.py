@@ -23,6 +23,7 @@ HELPS = {
     "status": "Say what is up, what is live, what waits, and what is wrong (then with exit status 1).",
     "runs": "List the newest runs.",
     "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
+    "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
     "keys": "Make, list and revoke API keys of the proxy.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",

@@ -1,0 +1,127 @@
+"""New rewards for stored runs: a function over the trace of each, without the app and without an engine.
+
+The function gets a run as the store has it (`RunTrace`: calls, answers, spans, the rewards so far) and its task, or
+None where it has none, and returns what a reward function of a rollout returns. Rewards are appended; one that says
+what the current one of the same source says already is left out, so that the same function can be run again. Where it
+raises, its run gets no reward (law 6), and is counted. Reads the store in batches. Called by `reward_command`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tracegrad.adapters.errors import RewardFailed
+from tracegrad.adapters.rewards import arewards_of
+from tracegrad.adapters.scoring import RewardResult
+from tracegrad.tracestore.ids import new_id
+from tracegrad.tracestore.records import Purpose, Reward, RunTrace, Task
+from tracegrad.tracestore.store import Store
+
+TraceFunction = Callable[[RunTrace, Task | None], RewardResult | Awaitable[RewardResult]]
+BATCH = 64
+MOST_FAILURES_TOLD = 5
+
+
+@dataclass(slots=True)
+class Rescored:
+    """What became of the runs. `late`: training jobs that had trained a run already, and how many of them."""
+
+    runs: int = 0
+    rewarded: int = 0
+    unchanged: int = 0
+    without: int = 0
+    failed: int = 0
+    appended: int = 0
+    late: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def closed_runs(
+    store: Store, *, project: str | None, purpose: Purpose | None, since: float | None
+) -> Iterator[list[str]]:
+    """Yield the ids of the closed runs in batches, newest first. `since` in Unix seconds: opened then or later."""
+    before: str | None = None
+    while listed := store.list_runs(project=project, purpose=purpose, status="closed", limit=BATCH, before=before):
+        chosen = [one.run.run_id for one in listed if since is None or one.run.opened_at >= since]
+        if chosen:
+            yield chosen
+        if len(chosen) < len(listed):
+            return
+        before = listed[-1].run.run_id
+
+
+class Rescoring:
+    """One pass of a function. `source` is what the rewards say they come from."""
+
+    def __init__(self, store: Store, function: TraceFunction, *, source: str, dry_run: bool = False) -> None:
+        self.done = Rescored()
+        self._store = store
+        self._function = function
+        self._source = source
+        self._dry_run = dry_run
+        self._tasks: dict[str, Task] = {}
+
+    async def score(self, run_ids: Sequence[str]) -> None:
+        """Score these runs and append their rewards, in one transaction.
+
+        Raises:
+            NotFound: no such run.
+            TraceStoreError: the store cannot be read, or refuses the rewards; nothing of the batch was written.
+        """
+        rows = [row for trace in self._store.traces(run_ids) for row in await self._rows(trace)]
+        if self._dry_run:
+            self.done.appended += len(rows)
+            return
+        late: dict[str, set[str]] = {}
+        for stored in self._store.add_rewards(rows):
+            self.done.appended += 1
+            for job_id in stored.late_for:
+                late.setdefault(job_id, set()).add(stored.run_id)
+        for job_id, runs in late.items():
+            self.done.late[job_id] = self.done.late.get(job_id, 0) + len(runs)
+
+    async def _rows(self, trace: RunTrace) -> list[Reward]:
+        """Return what the function says of the run and its current rewards do not."""
+        self.done.runs += 1
+        try:
+            rows = await arewards_of(self._function, trace, self._task(trace))
+        except RewardFailed as error:
+            self.done.failed += 1
+            if len(self.done.failures) < MOST_FAILURES_TOLD:
+                self.done.failures.append(f"{trace.run.run_id}: {error}")
+            return []
+        said = {
+            (one.name, one.role): one.value
+            for one in trace.rewards
+            if one.call_id is None and one.source == self._source
+        }
+        new = [row for row in rows if said.get((row["name"], row.get("role"))) != row["value"]]
+        if not rows:
+            self.done.without += 1
+        elif new:
+            self.done.rewarded += 1
+        else:
+            self.done.unchanged += 1
+        return [Reward(reward_id=new_id("reward"), run_id=trace.run.run_id, source=self._source, **row) for row in new]
+
+    def _task(self, trace: RunTrace) -> Task | None:
+        task_id = trace.run.task_id
+        if task_id is None:
+            return None
+        if task_id not in self._tasks:
+            self._tasks[task_id] = self._store.get_task(task_id)
+        return self._tasks[task_id]
+
+
+def run_pass(
+    pass_: Rescoring, batches: Iterator[Sequence[str]], *, each: Callable[[Rescored], None] = lambda done: None
+) -> Rescored:
+    """Score every batch on one event loop; `each` is told after each. Raises as `Rescoring.score`."""
+
+    async def main() -> None:
+        for run_ids in batches:
+            await pass_.score(run_ids)
+            each(pass_.done)
+
+    asyncio.run(main())
+    return pass_.done

@@ -20,6 +20,7 @@ from tracegrad.adapters.proxy.control import PREFIX, Control
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import SHAPES
 from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, UnknownPath
+from tracegrad.adapters.proxy.exchange import Shared
 from tracegrad.adapters.proxy.first_worker import FirstWorker
 from tracegrad.adapters.proxy.hold import Hold
 from tracegrad.adapters.proxy.limits import check_header_bytes
@@ -130,13 +131,16 @@ class ProxyApp:
         self.answer = ModelEndpoint(
             self.config,
             self.store,
-            upstream=self.upstream,
-            hold=self.hold,
-            committer=self.committer,
             purposes=purposes,
-            metrics=self.metrics,
-            dissents=self.dissents,
-            continuing=self.continuing,
+            shared=Shared(
+                upstream=self.upstream,
+                hold=self.hold,
+                committer=self.committer,
+                metrics=self.metrics,
+                dissents=self.dissents,
+                continuing=self.continuing,
+                hold_timeout_s=proxy.hold_timeout_s,
+            ),
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")
         self._joining = asyncio.create_task(self._join_late_facts(), name="tracegrad-late-facts")

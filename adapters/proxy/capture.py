@@ -5,7 +5,7 @@ did not ask for it itself and where adding it can neither turn an error of the e
 answer (a completion with `echo` loses the echoed prompt once ids are asked for); and the project's `cache_salt`.
 Downstream: the same fields become the `null` that vLLM writes where they are not asked for, and the chunks that exist
 only because of them are dropped. Everything else passes as the bytes that came (values are never decoded and encoded
-again). Refuses what `fields` refuses. Called by `chat`.
+again). Refuses what `fields` refuses. Called by `chat` and `exchange`.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ as always.
 
 Without token-in nothing is asked before the call is dispatched: the past is looked up while the engine works, and text
 is compared only where ids differ. Not looked at are calls whose run is told later, and messages with pictures or sound
-(vLLM takes no ids for them, and nobody wants them in memory). Called by `chat`.
+(vLLM takes no ids for them, and nobody wants them in memory). Called by `exchange`.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ A client that is left waiting beyond its own time-out sees a broken connection; 
 `retry-after` that the SDKs honour, it comes back by itself. The OpenAI SDK for Python sends its read time-out with
 every request (`x-stainless-read-timeout`, seconds); the one for JavaScript sends a time-out given for that request
 only (`x-stainless-timeout`, whole seconds, rounded down). Who says nothing is held for `proxy.hold_timeout_s`.
-Refuses nothing: a header that is no number counts as absent. Called by `chat`.
+Refuses nothing: a header that is no number counts as absent. Called by `exchange` and `chat`.
 
 Source: openai-python `_base_client._build_headers`, `_calculate_retry_timeout`; openai-node `client.buildHeaders`.
 """

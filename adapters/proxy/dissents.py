@@ -1,7 +1,7 @@
 """What a second source says otherwise, written beside the call once that is committed, off the call's path.
 
 Refuses to grow without bound: where the store is away for long, the oldest are let go, and it is logged. Called by
-`chat`; runs inside `app`.
+`exchange`; runs inside `app`.
 """
 
 import asyncio

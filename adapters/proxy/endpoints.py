@@ -1,7 +1,7 @@
 """The three endpoints of OpenAI that an engine answers, and what differs between them on the wire.
 
-One exchange (`chat`) serves all three: what it must know of an endpoint stands here. Refuses nothing; no I/O.
-Called by `app`, `capture`, `chat` and `engine_errors`. Source: vLLM 0.32, `entrypoints/openai/*/protocol.py`.
+One `exchange` serves all three: what it must know of an endpoint stands here. Refuses nothing; no I/O.
+Called by `app`, `capture`, `chat`, `exchange`, `engine_errors`. Source: vLLM 0.32, `entrypoints/openai/*/protocol.py`.
 """
 
 from dataclasses import dataclass

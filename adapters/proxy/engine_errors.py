@@ -4,7 +4,7 @@ vLLM writes ``{"error": {message, type, param, code}}`` with Python's class name
 its authentication writes ``{"error": "Unauthorized"}``, FastAPI ``{"detail": ...}``, older versions
 ``{"object": "error", ...}``, whatever stands in front of it HTML. Clients act on the code: LangChain raises its
 `ContextOverflowError` only where it reads `context_length_exceeded`. An error that is in OpenAI's shape already
-passes as the bytes that came. Refuses nothing; the stored call keeps the raw text. Called by `chat`, `model_cards`.
+passes as the bytes that came. Refuses nothing; the stored call keeps the raw text. Called by `exchange`, `model_cards`.
 Source: vLLM 0.32, `entrypoints/serve/exception_handling`; OpenAI's API reference, "Error codes".
 """
 

@@ -1,6 +1,6 @@
 """What the proxy answers when it cannot answer: OpenAI-shaped errors.
 
-Raised by every module of the proxy, turned into a response (or an SSE error event) by `app` and `chat`. An error of
+Raised by every module of the proxy, turned into a response (or an SSE error event) by `app` and `exchange`. An error of
 the engine is not one of these: its status and body are passed on as they came.
 
 ProxyError

@@ -5,7 +5,7 @@ draining or swapping, or none of its engines is up, new calls of that model wait
 the engines, the publish is acknowledged. If our last successful contact with the store is older than half of the
 heartbeat's life, the publisher may soon count us as dead: nothing is dispatched, and no version is believed, before we
 have registered again and read the state again. Refuses (503) to dispatch while the store cannot be read.
-Called by `chat`; runs inside `app`.
+Called by `exchange`; runs inside `app`.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 Exactness is judged here (law 4): every choice has ids and logprobs of one length, no logprob is missing or NaN, and
 the counts agree with `usage`. What fails is quarantined with a short constant reason (details in `error`), stored
 without the doubtful logprobs, and still answered. Nothing is invented: a missing thing stays None. The text of a
-completion stands in its message as `content`. No I/O. Called by `chat`.
+completion stands in its message as `content`. No I/O. Called by `exchange`.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Refuses nothing: chunk boundaries may fall anywhere, line ends may be LF, CRLF or CR, and events that carry no data
 (comments, keep-alives) come through with their bytes so that a relay can pass them on unchanged.
-Called by `chat` on the engine's answer. Source: WHATWG HTML, "Server-sent events", section 9.2.6.
+Called by `exchange` on the engine's answer. Source: WHATWG HTML, "Server-sent events", section 9.2.6.
 """
 
 import re

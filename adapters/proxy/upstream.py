@@ -3,7 +3,7 @@
 Idle connections are dropped before vLLM drops them (its keep-alive is 5 s); a connection that turns out to be dead
 as soon as it is used is retried once, because nothing can have been answered. What cannot be sent at all raises
 `NotSent`, and the request may wait and try again; what broke after that was perhaps sampled, and fails. Refuses
-nothing: what goes up is decided in `chat` and `capture`. Called by `app` (models, health) and `chat`.
+nothing: what goes up is decided in `exchange` and `capture`. Called by `app` (models, health) and `exchange`.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """One HTTP exchange as ASGI gives it: the request, the reply, and the client hanging up.
 
-Refuses bodies above the limit and such as cannot be unpacked. Pure ASGI: no framework. Called by `app`, `chat` and
-`control`.
+Refuses bodies above the limit and such as cannot be unpacked. Pure ASGI: no framework. Called by `app`, `chat`,
+`exchange` and `control`.
 """
 
 import asyncio

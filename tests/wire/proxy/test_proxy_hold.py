@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tracegrad.adapters.proxy import chat
+from tracegrad.adapters.proxy import exchange
 from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store
 
@@ -145,7 +145,7 @@ def test_a_held_stream_is_kept_alive_with_empty_chunks(
     pool: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.05)
     proxy = start_proxy()
     publish_id = store.request_publish(new_version(store, 0)).publish_id
     store.advance_publish(publish_id, "draining")

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tracegrad.adapters.proxy import chat, retries
+from tracegrad.adapters.proxy import chat, exchange, retries
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
 
@@ -114,7 +114,7 @@ def test_a_joined_stream_is_kept_alive(
     gate: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.02)
     first = pool.submit(ask, proxy, 0, stream=True)
     wait_for(lambda: engine_app.in_flight == 1, "the first attempt is with the engine")
     second = pool.submit(ask, proxy, 1, stream=True)

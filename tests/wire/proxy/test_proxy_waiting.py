@@ -13,7 +13,7 @@ import httpx2
 import openai
 import pytest
 
-from tracegrad.adapters.proxy import chat, deadlines, engines, hold
+from tracegrad.adapters.proxy import deadlines, engines, exchange, hold
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
@@ -174,7 +174,7 @@ def test_a_held_stream_lasts_beyond_its_clients_read_time_out(
 def test_a_stream_held_too_long_ends_in_an_error_that_the_sdk_raises(
     start_proxy: Callable[..., SimpleNamespace], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.02)
     proxy = start_proxy(proxy={"hold_timeout_s": 0.1})
     client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0)
     with publishing(store, proxy), pytest.raises(openai.APIError, match="has taken no calls"):
@@ -188,7 +188,7 @@ def test_held_requests_go_in_the_order_of_their_arrival(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Heartbeats do not cost a stream its place. (One being written as the gate opens may cost others a loop turn.)"""
-    monkeypatch.setattr(chat, "HEARTBEAT_S", 0.005)
+    monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.005)
     released: list[int] = []
     enter = hold.Hold.enter
 

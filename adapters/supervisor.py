@@ -127,6 +127,8 @@ class Child:
         Raises:
             ChildGaveUp: it crashed more than `max_restarts` times in a row.
         """
+        if self.state == "waiting":
+            return  # what its log holds is of an earlier life
         self._read_log()
         if self.state == "backing off":
             if time.monotonic() - self._since >= self._policy.wait_s(self._crashes):
@@ -147,6 +149,8 @@ class Child:
 
     def stopped(self) -> bool:
         """Return whether the process is gone; says so once."""
+        if self.state == "waiting":
+            return True
         self._read_log()
         if self.running:
             return False
@@ -257,6 +261,8 @@ class Supervisor:
             ChildGaveUp: a child crashed too often in a row before it was ready.
         """
         for child in self.children:
+            if self._stopping:
+                return False
             child.start()
             while not self._together and not self._stopping and not child.up:
                 self._tick()

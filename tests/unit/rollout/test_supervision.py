@@ -174,6 +174,23 @@ def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: 
     assert started == ["a", "b"]
 
 
+def test_a_stop_while_a_child_starts_starts_no_other_and_shows_no_earlier_log(tmp_path: Path) -> None:
+    """What a child wrote in an earlier life of `up` is not said again while it waits for its turn."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "proxy.log").write_text("the engine is down\n")
+    events: list[Event] = []
+    nobody = ("http://127.0.0.1:9/health",)
+    specs = [
+        ChildSpec(name="engine", command=shell("exec sleep 60"), ready_urls=nobody),
+        ChildSpec(name="proxy", command=shell("echo new; exec sleep 60")),
+    ]
+    supervisor = make(specs, tmp_path, events)
+    threading.Timer(0.1, supervisor.request_stop).start()
+    assert not supervisor.start()
+    supervisor.stop()
+    assert [(event.kind, event.child) for event in events] == [("started", "engine"), ("stopped", "engine")]
+
+
 def test_children_that_do_not_depend_on_one_another_start_and_stop_together(tmp_path: Path) -> None:
     """Neither waits for the other to be ready; asked to stop, each waits for the other to be asked as well."""
     events: list[Event] = []

@@ -22,6 +22,7 @@ from tracegrad.tracestore.store import Store, open_store
 LONGEST_REQUESTED_S = 30.0
 """A publish that was asked for begins to drain at once; one that waits longer has lost its publisher."""
 IDLE_TRAINER_S = 60.0
+_HOW_TO_START = "`tracegrad up` starts it again and says so; where it does not run, start it, or `tracegrad engine`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +171,7 @@ def _ask_engines(report: Report, config: Config, timeout_s: float) -> None:
         health, version = engine_state(engine.url, timeout_s)
         report.engines.append(EngineState(model=name, url=engine.url, health=health, version=version))
         if health != "ok":
-            whose = "start it (it is external)" if engine.external else "start `tracegrad engine`, or read its log"
+            whose = "start it (it is external)" if engine.external else _HOW_TO_START
             report.problems.append(f"engine of {name} at {engine.url}: {health}; {whose}")
 
 
@@ -222,13 +223,14 @@ def _ask_proxy(report: Report, config: Config, timeout_s: float) -> None:
     if not isinstance(answer, dict):
         return
     report.proxy_health = answer
-    well = {engine.model for engine in report.engines if engine.health == "ok"}
+    well = {engine.url.rstrip("/") for engine in report.engines if engine.health == "ok"}
     for name, model in (answer.get("models") or {}).items():
-        if name in well and model.get("engine") != "ok":
-            report.problems.append(
-                f"proxy {report.proxies[0].proxy_id} cannot use the engine of {name}, which answers from here: "
-                f"{model.get('engine')}; check the network between them"
-            )
+        for engine in model.get("engines") or ():
+            if engine["url"].rstrip("/") in well and engine["state"] == "down":
+                report.problems.append(
+                    f"proxy {report.proxies[0].proxy_id} cannot use the engine of {name} at {engine['url']}, which "
+                    f"answers from here: {engine['detail']}; check the network between them"
+                )
         if (lacking := model.get("token_in")) is not None:
             report.problems.append(f"token-in is configured and off for {name}: {lacking}")
 

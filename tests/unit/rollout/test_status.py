@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from ports import free_port
 
+from tracegrad.adapters import status_report
 from tracegrad.adapters.status import status
 from tracegrad.tracestore.records import Continues, Run
 from tracegrad.tracestore.store import Store, open_store
@@ -105,6 +106,29 @@ def test_each_replica_is_asked_and_an_outside_api_is_not(
     assert [one["model"] for one in found["models"]] == ["main"]
     (problem,) = found["problems"]
     assert problem.startswith(f"engine of main at {away}: does not answer")
+
+
+@pytest.mark.parametrize("seen", ["down", "up"])
+def test_a_proxy_that_cannot_use_one_replica_is_a_problem_only_where_that_one_answers_us(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any, monkeypatch: pytest.MonkeyPatch, seen: str
+) -> None:
+    """A replica that is down for everybody is one problem, not also one of the network between proxy and engine."""
+    away, proxy = f"http://127.0.0.1:{free_port()}", "http://proxy.invalid"
+    store.register_proxy("proxy_1", proxy)
+    engines = [
+        {"url": engine.url, "state": seen, "detail": "cannot be reached"},
+        {"url": away, "state": "down", "detail": "cannot be reached"},
+    ]
+    health = {"models": {"main": {"engine": "main: cannot be reached", "engines": engines}}}
+    fetch = status_report.fetch
+    monkeypatch.setattr(status_report, "fetch", lambda url, *more: (503, health) if url == proxy else fetch(url, *more))
+    _, found, _ = ask(models={"main": {"checkpoint": "none", "engine": {"url": engine.url}, "replicas": [away]}})
+    gone, *network = found["problems"]
+    assert gone.startswith(f"engine of main at {away}: does not answer")
+    assert network == [
+        f"proxy proxy_1 cannot use the engine of main at {engine.url}, which answers from here: cannot be reached; "
+        "check the network between them"
+    ] * (seen == "down")
 
 
 def test_a_store_of_another_schema(store: Store, ask: Any) -> None:

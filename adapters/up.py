@@ -6,6 +6,7 @@ a plain message when something keeps crashing. No child outlives it, even if it 
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pathlib import Path
 import click
 
 from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Supervisor, supervise
-from tracegrad.tracestore.config import Config, load_config
+from tracegrad.tracestore.config import Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "train": "green"}
@@ -50,6 +51,22 @@ def child_specs(
     if train:
         specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
     return tuple(specs)
+
+
+def _refuse(config: Config) -> None:
+    """Say now what a child would refuse again and again, half a minute of an engine's start later.
+
+    Raises:
+        ConfigError: a checkpoint is not there, the key of an outside API is not set, or the proxy would be open to all.
+    """
+    from tracegrad.adapters.proxy.access import check_address
+    from tracegrad.adapters.proxy.outside import outside_apis
+
+    for name, model in config.models.items():
+        if model.api is None and not model.engine.external:
+            check_checkpoint(name, model)
+    outside_apis(config, os.environ)
+    check_address(config.proxy)
 
 
 def _reachable(host: str) -> str:
@@ -119,6 +136,7 @@ def up(
         config = load_config(path)
         if not no_train and config.models and not any(model.trained for model in config.models.values()):
             raise click.UsageError("no model of the configuration is trained: add --no-train")
+        _refuse(config)
         open_store(config.store).close()
     except TraceStoreError as error:
         raise click.ClickException(str(error)) from error

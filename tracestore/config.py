@@ -284,6 +284,19 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     return _resolve_paths(config, base) if base is not None else config
 
 
+def check_checkpoint(name: str, model: ModelConfig) -> None:
+    """Refuse a checkpoint that is no folder here, which the engine would take for a name on the Hugging Face hub.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not Path(model.checkpoint).is_dir():
+        raise ConfigError(
+            f"models.{name}.checkpoint: there is no folder {model.checkpoint}; "
+            "name one in Hugging Face format (config.json, weights, tokenizer)"
+        )
+
+
 def dump_config(config: Config) -> str:
     """Return `config` as YAML: what `--show-config` prints; `parse_config` reads it back to an equal value."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
@@ -367,7 +380,7 @@ def _near(word: str, known: Any) -> str:
 
 def _resolve_paths(config: Config, base: Path) -> Config:
     def absolute(value: str) -> str:
-        return str(base / value) if not Path(value).is_absolute() else value
+        return str(base / Path(value).expanduser())
 
     store = config.store
     if store.startswith("sqlite:///") and store != "sqlite:///:memory:":

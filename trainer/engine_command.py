@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from tracegrad.tracestore.config import Config, ModelConfig, load_config
+from tracegrad.tracestore.config import Config, ModelConfig, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine import EngineProcess
@@ -73,6 +73,8 @@ def _chosen(config: Config, name: str | None, *, startable: bool) -> Mapping[str
 
 def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
     """Start, check and watch; returns when told to stop, raises the first engine's error."""
+    for name, model in models.items():
+        check_checkpoint(name, model)  # its tokenizer is used whatever weights are live
     signal.signal(signal.SIGTERM, _interrupt)
     stop = threading.Event()
     failures: list[EngineError] = []

@@ -10,7 +10,8 @@
 A key comes as `Authorization: Bearer tg-...` or `x-api-key: tg-...`; it never goes to the engine, into the store or
 into a log. What a key may do is remembered for `KEY_CACHE_S`: a revoked key works no longer than that. Keys that are
 not known are never remembered, so a new key works at once. Refuses (401) a request without a valid key, (403) a key
-without the scope, (503) everybody while keys cannot be looked up. Called by `app`; `command` asks `keys_wanted`.
+without the scope, (503) everybody while keys cannot be looked up. Called by `app`; `command` and `up`
+ask `check_address`.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 
 from tracegrad.adapters.proxy.errors import InvalidKey, MissingScope, from_store
 from tracegrad.tracestore.config import ProxyConfig
-from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.errors import ConfigError, TraceStoreError
 from tracegrad.tracestore.keys import KEY_PREFIX, hash_key
 from tracegrad.tracestore.records import ApiKey, KeyScope
 from tracegrad.tracestore.store import Store
@@ -48,6 +49,20 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_address(config: ProxyConfig, *, allow_remote: bool = False) -> None:
+    """Refuse to let other machines in without API keys, unless that is meant.
+
+    Raises:
+        ConfigError: they would be let in.
+    """
+    if not (is_loopback(config.host) or keys_wanted(config) or allow_remote):
+        raise ConfigError(
+            f"{config.host} can be reached from other machines and API keys are off; set proxy.access.keys to auto "
+            "(and make a key with `tracegrad keys create`), listen on 127.0.0.1, "
+            "or say `tracegrad proxy --allow-remote`"
+        )
 
 
 def scope_for(method: str, path: str) -> KeyScope | None:

@@ -19,7 +19,7 @@ import click
 import msgspec
 import uvicorn
 
-from tracegrad.adapters.proxy.access import is_loopback, keys_wanted
+from tracegrad.adapters.proxy.access import check_address
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.adapters.proxy.log_lines import LogFormat, set_up
 from tracegrad.adapters.proxy.outside import outside_apis
@@ -68,7 +68,7 @@ def proxy(
         if worker is not None:
             set_up(config.proxy.log, verbose=verbose, worker=str(worker))
             sys.exit(run(config, say=None, sockets=WorkerSockets(config_path.parent, worker, config.proxy.workers)))
-        _check_address(config.proxy, allow_remote)
+        check_address(config.proxy, allow_remote=allow_remote)
         outside_apis(config, os.environ)  # a key that is not set is an error before any worker starts
         set_up(config.proxy.log, verbose=verbose)
         serve = run if config.proxy.workers == 1 else partial(_run_workers, verbose=verbose)
@@ -143,14 +143,6 @@ def _with(config: Config, **said: Any) -> Config:
     """Return `config` with what the command line says of the section `proxy`."""
     known = {name: value for name, value in said.items() if value is not None}
     return msgspec.structs.replace(config, proxy=msgspec.structs.replace(config.proxy, **known))
-
-
-def _check_address(proxy: ProxyConfig, allow_remote: bool) -> None:
-    if not (is_loopback(proxy.host) or keys_wanted(proxy) or allow_remote):
-        raise click.ClickException(
-            f"{proxy.host} can be reached from other machines and API keys are off; set proxy.access.keys to auto "
-            "(and make a key with `tracegrad keys create`), listen on 127.0.0.1, or say --allow-remote"
-        )
 
 
 def _listen(proxy: ProxyConfig, *, shared: bool = False, reserved: bool = False) -> socket.socket:

@@ -57,6 +57,13 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.models["small"].checkpoint == f"{tmp_path}/weights"
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    raw = {**GOOD, "store": "sqlite:///~/t.db", "models": {"small": {"checkpoint": "~/weights"}}}
+    config = parse_config(raw, base=Path("/etc"))
+    assert (config.store, config.models["small"].checkpoint) == ("sqlite:////home/me/t.db", "/home/me/weights")
+
+
 def test_the_role_map_falls_back_to_the_star() -> None:
     config = parse_config({**GOOD, "roles": {"planner": "small"}})
     assert (config.model_of("planner"), config.model_of("coder"), config.model_of(None)) == ("small", None, None)

@@ -1,6 +1,7 @@
 """`tracegrad engine`, `versions` and `rollback` as a person runs them: output, exit codes, what stays behind."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,10 @@ def test_mistakes_on_the_command_line(tmp_path: Path, fake: FakeEngine) -> None:
     done = CliRunner().invoke(engine, ["--config", external])
     assert (done.exit_code, "main is not ours to start" in done.output) == (2, True)
     assert CliRunner().invoke(engine, ["--config", external, "--preflight"]).exit_code == 0
+    write_config(tmp_path, f"http://127.0.0.1:{free_port()}")
+    shutil.rmtree(tmp_path / "w1.0")
+    done = CliRunner().invoke(engine, ["--config", config])
+    assert (done.exit_code, "models.main.checkpoint: there is no folder" in done.output) == (2, True)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from ports import free_port
 
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
-from tracegrad.adapters.up import child_specs, event_printer
+from tracegrad.adapters.up import child_specs, event_printer, up
 from tracegrad.tracestore.config import parse_config
 
 FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, steady_s=60.0, stop_timeout_s=2.0)
@@ -74,8 +76,8 @@ def test_children_start_in_order_and_stop_in_reverse(tmp_path: Path) -> None:
     assert supervisor.start()
     supervisor.stop()
     order = [(event.kind, event.child) for event in events if event.kind != "log"]
-    up = [(kind, name) for name in names for kind in ("started", "ready")]
-    assert order == up + [("stopped", name) for name in reversed(names)]
+    starts = [(kind, name) for name in names for kind in ("started", "ready")]
+    assert order == starts + [("stopped", name) for name in reversed(names)]
     # -SIGTERM: a keeper that was stopped before it had started its command.
     codes = {event.exit_code for event in events if event.kind == "stopped"}
     assert codes <= {128 + signal.SIGTERM, -signal.SIGTERM}
@@ -160,15 +162,15 @@ UP = """
 )
 def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: int, code: int) -> None:
     script = textwrap.dedent(UP)
-    up = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     files = [tmp_path / "a", tmp_path / "b"]
     wait_until(lambda: all(file.exists() and file.read_text().endswith("\n") for file in files))
     pids = [int(pid) for file in files for pid in file.read_text().split()]
     assert len(pids) == 4
     assert all(alive(pid) for pid in pids)
-    os.kill(up.pid, number)
-    out, _ = up.communicate(timeout=10)
-    assert up.returncode == code
+    os.kill(process.pid, number)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == code
     wait_until(lambda: not any(alive(pid) for pid in pids))
     started = [json.loads(line)["child"] for line in out.splitlines() if json.loads(line)["kind"] == "started"]
     assert started == ["a", "b"]
@@ -241,6 +243,32 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     engine["external"] = True
     external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in external] == ["proxy", "train"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            {"models": {"main": {"checkpoint": "gone"}}},
+            r"main.checkpoint: there is no folder /.*/gone; name one",
+        ),
+        (
+            {"models": {"main": {"trained": False, "api": {"url": "http://a/v1", "key_env": "NO_KEY", "model": "m"}}}},
+            "names the environment variable NO_KEY, which is not set",
+        ),
+        ({"proxy": {"host": "0.0.0.0", "access": {"keys": "off"}}}, "0.0.0.0 can be reached from other machines"),
+    ],
+)
+def test_what_a_child_would_refuse_is_said_before_anything_starts(
+    tmp_path: Path, changed: dict[str, Any], says: str
+) -> None:
+    external = {"checkpoint": "elsewhere", "engine": {"external": True}}
+    path = tmp_path / "tracegrad.yaml"
+    path.write_text(json.dumps({"store": "sqlite:///t.db", "models": {"main": external}} | changed))
+    refused = CliRunner().invoke(up, ["--config", str(path), "--no-train"])
+    assert refused.exit_code == 1
+    assert re.search(says, refused.stderr), refused.stderr
+    assert sorted(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

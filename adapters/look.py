@@ -75,7 +75,9 @@ def runs(
     if not found:
         click.echo("no such runs")
         return
-    Console().print(runs_table(found))
+    console = Console(soft_wrap=True, highlight=False)
+    for summary in found:
+        console.print(run_lines(summary))
 
 
 @click.command()
@@ -102,8 +104,11 @@ def show(*, named: str, config_path: Path | None, url: str | None, full: bool, a
             return
         trace = store.trace(named)
         conflicts = store.attribution_conflicts(trace.run.run_id)
-    except (NotFound, Conflict) as error:
-        raise click.ClickException(f"{error}; `tracegrad runs` lists what there is") from error
+    except NotFound as error:
+        told = f"no run, call or completion has the id {named!r}; `tracegrad runs` lists the runs"
+        raise click.ClickException(told) from error
+    except Conflict as error:
+        raise click.ClickException(str(error)) from error
     finally:
         store.close()
     if as_json:
@@ -139,27 +144,18 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
         console.print(_rewards_table(rewards))
 
 
-def runs_table(found: list[RunSummary]) -> Table:
-    """Return runs as a table, a line each."""
-    table = Table()
-    for heading in ("run", "opened", "purpose", "status", "roles", "calls", "tokens", "versions", "rewards"):
-        table.add_column(
-            heading, justify="right" if heading in ("calls", "tokens") else "left", no_wrap=heading == "run"
-        )
-    for summary in found:
-        run = summary.run
-        table.add_row(
-            escape(run.run_id),
-            _time(run.opened_at),
-            run.purpose,
-            f"[{_COLOURS[run.status]}]{run.status}[/]",
-            escape(", ".join(summary.roles)),
-            str(summary.n_calls),
-            str(summary.n_sampled_tokens),
-            _versions(summary.versions),
-            escape("  ".join(f"{name} {value:.3g}" for name, value in summary.rewards.items())),
-        )
-    return table
+def run_lines(summary: RunSummary) -> str:
+    """Return a run in two lines that fit a narrow terminal: which run and how it ended, then what is in it."""
+    run = summary.run
+    of_version = f" of version {_versions(summary.versions)}" if summary.versions else ""
+    inside = [f"{summary.n_calls} calls, {summary.n_sampled_tokens} tokens{of_version}", ", ".join(summary.roles)]
+    rewards = ", ".join(f"{name} {value:.3g}" for name, value in summary.rewards.items())
+    inside.append(f"rewards: {rewards}" if rewards else "no reward")
+    status = f"[{_COLOURS[run.status]}]{run.status}[/]"
+    return (
+        f"[bold]{escape(run.run_id)}[/]  {_time(run.opened_at)}  {run.purpose}  {status}\n"
+        f"    {escape('; '.join(filter(None, inside)))}"
+    )
 
 
 def print_trace(

@@ -65,9 +65,10 @@ def invoke(*arguments: str) -> Any:
 
 def test_runs_are_listed_with_calls_tokens_and_rewards(url: str) -> None:
     shown = invoke("runs", "--store", url).stdout
-    lines = {line.split()[1]: line for line in shown.splitlines() if "run_" in line}
-    for part in ("train", "closed", "planner", " 2 ", " 4 ", "f1 0.25"):
-        assert part in lines["run_a"]
+    failed, empty, run, inside = shown.splitlines()
+    assert run.startswith("run_a  19") and run.endswith("  train  closed")
+    assert inside == "    2 calls, 4 tokens; planner; rewards: f1 0.25"
+    assert failed.endswith("  live  failed") and empty == "    0 calls, 0 tokens; no reward"
     listed = json.loads(invoke("runs", "--store", url, "--status", "failed", "--json").stdout)
     assert [(found["run"]["run_id"], found["run"]["error"]) for found in listed] == [("run_b", "the oven is too hot")]
     assert "no such runs" in invoke("runs", "--store", url, "--purpose", "eval").stdout
@@ -133,7 +134,7 @@ def test_what_a_call_was_rewarded_with_is_shown(url: str) -> None:
 def test_what_is_not_there_is_said_plainly(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = invoke("show", "run_c", "--store", url)
     assert missing.exit_code == 1
-    assert "tracegrad runs" in missing.stderr
+    assert "no run, call or completion has the id 'run_c'; `tracegrad runs`" in missing.stderr
     monkeypatch.chdir(tmp_path)
     assert "--config FILE or --store URL" in invoke("runs").stderr
     assert invoke("runs", "--store", f"sqlite:///{tmp_path}/none.db").exit_code == 1

@@ -32,7 +32,8 @@ class ProxyMetrics:
     def __init__(self, config: Config, *, proxy_id: str, worker: str = "0") -> None:
         self.worker = worker
         self.proxy_id = proxy_id
-        self._models, self._roles = frozenset(config.models), frozenset(config.roles)
+        self._models = frozenset(config.models)
+        self._roles = frozenset(config.roles).union(rule.role for rule in config.role_rules)
         self._reasons: set[str] = set()
         self._registry = registry = CollectorRegistry()
         self._calls = Counter(

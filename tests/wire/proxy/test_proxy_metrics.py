@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from tracegrad.adapters.proxy.log_lines import JsonLines, TextLines, facts
 from tracegrad.adapters.proxy.metrics import MOST_REASONS, ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import MetricsPage, joined
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
-from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.config import RoleRule, parse_config
 from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.records import Attribution
 from tracegrad.tracestore.store import Store
@@ -26,6 +27,7 @@ from tracegrad.tracestore.testing.rows import make_call, sql
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 CONFIG = parse_config({"models": {"main": {"checkpoint": "none"}}, "roles": {"planner": "main", "*": "main"}})
+RULED = structs.replace(CONFIG, role_rules=(RoleRule(role="judge", node="grade"),))
 
 
 def samples(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -107,14 +109,15 @@ def test_a_store_that_is_away_is_said_and_its_counts_are_absent(proxy: SimpleNam
 
 
 def test_labels_are_bounded() -> None:
-    metrics = ProxyMetrics(CONFIG, proxy_id="p")
+    metrics = ProxyMetrics(RULED, proxy_id="p")
     for number in range(MOST_REASONS + 20):
         call = make_call(f"c{number}", "r", role=f"role{number}", model=f"model{number}", quarantine=f"why {number}")
         metrics.recorded(call, 0.001)
-    metrics.recorded(make_call("c", "r", role="planner"), 0.001)
+    for role in ("planner", "judge"):
+        metrics.recorded(make_call("c", "r", role=role), 0.001)
     counted = [k for k in samples(metrics.render()) if k[0] == "tracegrad_calls_total"]
-    assert len(counted) == MOST_REASONS + 2
-    assert {dict(labels)["role"] for _, labels in counted} == {"planner", "other"}
+    assert len(counted) == MOST_REASONS + 3
+    assert {dict(labels)["role"] for _, labels in counted} == {"planner", "judge", "other"}
     assert {dict(labels)["model"] for _, labels in counted} == {"main", "other"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import SchemaMismatch, TraceStoreError
+from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow, Publish
 from tracegrad.tracestore.rules import lease_rule
@@ -81,9 +81,6 @@ def examine(config: Config, *, timeout_s: float = 3.0) -> Report:
     _ask_engines(report, config, timeout_s)
     try:
         store = open_store(config.store, create=False)
-    except SchemaMismatch as error:
-        report.problems.append(f"store: {error}; `tracegrad up` and `tracegrad proxy` bring an older one up to date")
-        return report
     except TraceStoreError as error:
         report.problems.append(f"store: {error}")
         return report

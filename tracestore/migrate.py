@@ -36,7 +36,10 @@ def prepare(database: Database, *, create: bool) -> None:
     if found == HEAD:
         return
     if not create:
-        raise SchemaMismatch(f"the store is at revision {found}, this code needs {HEAD}: open it once with create=True")
+        raise SchemaMismatch(
+            f"the store is at revision {found}, this code needs {HEAD}; "
+            "`tracegrad up` and `tracegrad proxy` bring an older one up to date when they start"
+        )
     with database.restructure() as connection:
         _upgrade(connection)
 

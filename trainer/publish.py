@@ -307,7 +307,9 @@ def canary(
 
 def _refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:
     if seen is not None and seen.verdict in ("stale", "mismatch"):
-        raise PublishFailed(f"the engine does not serve version {version.version_id}: {_told(seen)}", probe=seen)
+        # Rounding of bf16 alone comes near the default bound where few tokens were compared.
+        hint = "; if that is rounding, raise trainer.publish.probe_bound" if seen.verdict == "mismatch" else ""
+        raise PublishFailed(f"the engine does not serve version {version.version_id}: {_told(seen)}{hint}", probe=seen)
 
 
 def _told(seen: ProbeResult) -> str:

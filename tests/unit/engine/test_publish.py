@@ -163,7 +163,9 @@ def test_a_stale_engine_is_caught_and_the_old_weights_come_back(house: House, fa
 
 def test_wrong_weights_are_a_mismatch(house: House) -> None:
     version = house.version(1.0)
-    with pytest.raises(PublishFailed, match=r"mismatch.*no live version to put back"):
+    with pytest.raises(
+        PublishFailed, match=r"mismatch.*raise trainer.publish.probe_bound.*no live version to put back"
+    ):
         house.publisher().publish(version.version_id, probe(3.0, None))
     assert house.state() == ("failed", None)
     assert house.engine.version == "unverified"

@@ -2,7 +2,8 @@
 
 A choice that a step accounted for has its consumption row. Every other choice falls into exactly one reason of a CASE
 (the first that applies, the last applies always): so nothing is counted twice and nothing is left over. The stored
-total is counted apart, without any join, so that the report can fail. Called by the trainer and the demo's summary.
+total is counted apart, without any join, so that the report can fail. The reasons are words of `reasons`. Called by the
+trainer and the demo's summary.
 """
 
 from dataclasses import replace
@@ -10,11 +11,14 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, literal, not_, select
 
+from tracegrad.tracestore.diagnosis_extent import calls_within
+from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.leases import rule_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
 from tracegrad.tracestore.readiness import (
     UNIT,
+    beside,
     calls_that_count,
     is_allowed,
     is_complete,
@@ -26,6 +30,27 @@ from tracegrad.tracestore.readiness import (
     members,
     units,
 )
+from tracegrad.tracestore.reasons import (
+    ABORTED,
+    EVAL,
+    FAILED_CALL,
+    GROUP_OPEN,
+    GROUP_SMALL,
+    GROUP_TRAINED,
+    LATE,
+    LEASED,
+    NO_REWARD,
+    NO_RUN,
+    NO_VERSION,
+    NOT_LEASED,
+    OPEN,
+    OTHER_MODEL,
+    OTHER_PURPOSE,
+    OTHER_ROLE,
+    QUARANTINED,
+    RUN_FAILED,
+    TOO_STALE,
+)
 from tracegrad.tracestore.records import ConservationReport, LeaseRule
 from tracegrad.tracestore.schema import calls, choices, consumption, jobs, runs
 
@@ -33,8 +58,10 @@ from tracegrad.tracestore.schema import calls, choices, consumption, jobs, runs
 class Conservation(Noun):
     """The part of the store that adds up."""
 
-    def consumption(self, job_id: str, epoch: int | None = None) -> ConservationReport:
+    def consumption(self, job_id: str, epoch: int | None = None, *, extent: Extent | None = None) -> ConservationReport:
         """Return what became of every sampled token, for one job and epoch (default: the job's current one).
+
+        `extent`: only of the calls in it.
 
         Reasons of choices that no step accounted for, the first that applies: `no run`, `eval`, `leased` (being
         trained), `arrived after the lease` (its run is trained, it came later), `other model`, `open`, `run failed`,
@@ -48,17 +75,28 @@ class Conservation(Noun):
             rule = None if job is None else rule_of(job.rule)
             if epoch is None:
                 epoch = 0 if rule is None else rule.epoch
-            stored = connection.execute(select(func.coalesce(func.sum(choices.c.n_tokens), 0))).scalar_one()
-            trained, excluded = _accounted(connection, job_id, epoch)
+            extent = extent or Extent()
+            stored = connection.execute(_stored(extent)).scalar_one()
+            trained, excluded = _accounted(connection, job_id, epoch, extent)
             model = None if job is None else str(job.model)
-            for reason, tokens in connection.execute(_unaccounted(connection, job_id, model, epoch, rule)):
+            unaccounted = _unaccounted(connection, job_id, model, epoch, rule=rule, extent=extent)
+            reasons = unaccounted.subquery("reasons")
+            counted = select(reasons.c.reason, func.sum(reasons.c.n_tokens)).group_by(reasons.c.reason)
+            for reason, tokens in connection.execute(counted):
                 excluded[reason] = excluded.get(reason, 0) + int(tokens)
             return ConservationReport(stored=int(stored), trained=trained, excluded=dict(sorted(excluded.items())))
 
 
-def _accounted(connection: Connection, job_id: str, epoch: int) -> tuple[int, dict[str, int]]:
+def _stored(extent: Extent) -> Select[Any]:
+    total = select(func.coalesce(func.sum(choices.c.n_tokens), 0))
+    if extent.whole:
+        return total
+    return total.join(calls, calls.c.call_id == choices.c.call_id).where(calls_within(extent))
+
+
+def _accounted(connection: Connection, job_id: str, epoch: int, extent: Extent) -> tuple[int, dict[str, int]]:
     mine = and_(consumption.c.job_id == job_id, consumption.c.epoch == epoch)
-    rows = connection.execute(
+    chosen = (
         select(
             consumption.c.reason,
             func.sum(consumption.c.trained_tokens).label("trained"),
@@ -66,15 +104,18 @@ def _accounted(connection: Connection, job_id: str, epoch: int) -> tuple[int, di
         )
         .where(mine)
         .group_by(consumption.c.reason)
-    ).all()
+    )
+    if not extent.whole:
+        chosen = chosen.join(calls, calls.c.call_id == consumption.c.call_id).where(calls_within(extent))
+    rows = connection.execute(chosen).all()
     trained = sum(int(row.trained) for row in rows)
     return trained, {row.reason: int(row.excluded) for row in rows if row.reason is not None}
 
 
 def _unaccounted(
-    connection: Connection, job_id: str, model: str | None, epoch: int, rule: LeaseRule | None
+    connection: Connection, job_id: str, model: str | None, epoch: int, *, rule: LeaseRule | None, extent: Extent
 ) -> Select[Any]:
-    """Select (reason, tokens) over the choices that have no consumption row of this job and epoch."""
+    """Select (reason, n_tokens) of the choices that have no consumption row of this job and epoch."""
     told = and_(
         consumption.c.job_id == job_id,
         consumption.c.epoch == epoch,
@@ -84,46 +125,44 @@ def _unaccounted(
     joined = choices.join(calls, calls.c.call_id == choices.c.call_id).outerjoin(runs, runs.c.run_id == calls.c.run_id)
     whens = _before_the_rule(job_id, model, epoch, rule)
     if rule is not None:
-        unit = units(members(job_id, replace(rule, epoch=epoch)))
+        unit = units(members(job_id, replace(rule, epoch=epoch), beside(extent.run_id)))
         joined = joined.outerjoin(unit, unit.c.unit == UNIT)
         step = live_step(connection, rule.model)
         whens += [
-            (not_(is_allowed(rule)), literal("other purpose")),
-            (not_(calls_that_count(rule)), literal("other role")),
-            (unit.c.trained == 1, literal("group trained without it")),
-            (unit.c.held == 1, literal("group trained without it")),
-            (not_(is_complete(unit)), literal("group open")),
-            (not_(is_large_enough(unit, rule)), literal("group too small")),
-            (not_(is_fresh(unit, rule, step)), literal("too stale")),
+            (not_(is_allowed(rule)), literal(OTHER_PURPOSE)),
+            (not_(calls_that_count(rule)), literal(OTHER_ROLE)),
+            (unit.c.trained == 1, literal(GROUP_TRAINED)),
+            (unit.c.held == 1, literal(GROUP_TRAINED)),
+            (not_(is_complete(unit)), literal(GROUP_OPEN)),
+            (not_(is_large_enough(unit, rule)), literal(GROUP_SMALL)),
+            (not_(is_fresh(unit, rule, step)), literal(TOO_STALE)),
         ]
-    reasons = (
-        select(case(*whens, else_=literal("not leased")).label("reason"), choices.c.n_tokens)
+    return (
+        select(case(*whens, else_=literal(NOT_LEASED)).label("reason"), choices.c.n_tokens)
         .select_from(joined.outerjoin(consumption, told))
-        .where(consumption.c.call_id.is_(None))
-        .subquery("reasons")
+        .where(consumption.c.call_id.is_(None), calls_within(extent))
     )
-    return select(reasons.c.reason, func.sum(reasons.c.n_tokens)).group_by(reasons.c.reason)
 
 
 def _before_the_rule(
     job_id: str, model: str | None, epoch: int, rule: LeaseRule | None
 ) -> list[tuple[ColumnElement[bool], ColumnElement[str]]]:
     whens: list[tuple[ColumnElement[bool], ColumnElement[str]]] = [
-        (calls.c.run_id.is_(None), literal("no run")),
-        (runs.c.purpose == "eval", literal("eval")),
-        (is_held(job_id), literal("leased")),
-        (is_trained(job_id, epoch), literal("arrived after the lease")),
+        (calls.c.run_id.is_(None), literal(NO_RUN)),
+        (runs.c.purpose == "eval", literal(EVAL)),
+        (is_held(job_id), literal(LEASED)),
+        (is_trained(job_id, epoch), literal(LATE)),
     ]
     if model is not None:
-        whens.append((calls.c.model != model, literal("other model")))
+        whens.append((calls.c.model != model, literal(OTHER_MODEL)))
     anything = LeaseRule(model="", max_staleness=0, min_group=1)
     return [
         *whens,
-        (runs.c.status == "open", literal("open")),
-        (runs.c.status == "failed", literal("run failed")),
-        (calls.c.status == "failed", literal("failed call")),
-        (calls.c.status == "aborted", literal("aborted")),
-        (calls.c.quarantine.is_not(None), literal("quarantined: ") + calls.c.quarantine),
-        (calls.c.version_dispatched.is_(None), literal("no version")),
-        (not_(is_rewarded(rule or anything)), literal("no reward")),
+        (runs.c.status == "open", literal(OPEN)),
+        (runs.c.status == "failed", literal(RUN_FAILED)),
+        (calls.c.status == "failed", literal(FAILED_CALL)),
+        (calls.c.status == "aborted", literal(ABORTED)),
+        (calls.c.quarantine.is_not(None), literal(QUARANTINED) + calls.c.quarantine),
+        (calls.c.version_dispatched.is_(None), literal(NO_VERSION)),
+        (not_(is_rewarded(rule or anything)), literal(NO_REWARD)),
     ]

@@ -1,11 +1,13 @@
 """What an operator asks first: which proxies there are, how many runs are open, since when.
 
 Counts and heartbeats only; reads no payload. Called by `tracegrad status` and by the proxy's `/metrics`,
-through `Store`.
+through `Store`; `drift_within` by `diagnosis` too.
 """
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
+from tracegrad.tracestore.diagnosis_extent import calls_within
+from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.migrate import revision
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import DriftCount, OpenRuns, ProxyRow
@@ -45,15 +47,15 @@ class Overview(Noun):
 
     def drift_counts(self, project: str) -> list[DriftCount]:
         """Return, by model and cause, how many calls of a project went on from an earlier call of their run."""
-        by = (calls.c.model, calls.c.drift, calls.c.token_in)
-        chosen = (
-            select(*by, func.count())
-            .where(calls.c.project == project, calls.c.continues.is_not(None))
-            .group_by(*by)
-            .order_by(*by)
-        )
         with self._db.read() as connection:
-            return [
-                DriftCount(model=model, drift=drift, token_in=bool(token_in), calls=int(count))
-                for model, drift, token_in, count in connection.execute(chosen)
-            ]
+            return drift_within(connection, Extent(project=project))
+
+
+def drift_within(connection: Connection, extent: Extent) -> list[DriftCount]:
+    """Return the calls that go on from an earlier call of their run, by model, cause and `token_in`."""
+    by = (calls.c.model, calls.c.drift, calls.c.token_in)
+    chosen = select(*by, func.count()).where(calls_within(extent), calls.c.continues.is_not(None))
+    return [
+        DriftCount(model=model, drift=drift, token_in=bool(token_in), calls=int(count))
+        for model, drift, token_in, count in connection.execute(chosen.group_by(*by).order_by(*by))
+    ]

@@ -78,7 +78,7 @@ class Publishes(Noun):
                 .values(version_id=version_id, model=version.model, state="requested", requested_at=self._db.now())
                 .returning(publishes)
             )
-            return _publish(connection.execute(statement).one())
+            return publish_of(connection.execute(statement).one())
 
     def advance_publish(
         self, publish_id: int, state: PublishState, *, error: str | None = None, probe: Json | None = None
@@ -110,7 +110,7 @@ class Publishes(Noun):
             row = connection.execute(
                 select(publishes).where(publishes.c.model == model).order_by(publishes.c.publish_id.desc()).limit(1)
             ).one_or_none()
-            return None if row is None else _publish(row)
+            return None if row is None else publish_of(row)
 
     def list_publishes(self, model: str | None = None) -> list[Publish]:
         """Return the publishes, of one model or of all, oldest first."""
@@ -118,7 +118,7 @@ class Publishes(Noun):
         if model is not None:
             chosen = chosen.where(publishes.c.model == model)
         with self._db.read() as connection:
-            return [_publish(row) for row in connection.execute(chosen)]
+            return [publish_of(row) for row in connection.execute(chosen)]
 
     def register_proxy(self, proxy_id: str, url: str) -> None:
         """Announce a proxy, or renew its announcement; it is waited for from now on.
@@ -202,10 +202,11 @@ def _existing_publish(connection: Connection, publish_id: int, *, lock: bool = F
     row = connection.execute(chosen.with_for_update() if lock else chosen).one_or_none()
     if row is None:
         raise NotFound(f"no publish {publish_id}: open one with request_publish")
-    return _publish(row)
+    return publish_of(row)
 
 
-def _publish(row: Any) -> Publish:
+def publish_of(row: Any) -> Publish:
+    """Return the row of a publish as a record."""
     times = {state: getattr(row, f"{state}_at") for state in STATES}
     return Publish(
         publish_id=row.publish_id,

@@ -9,12 +9,28 @@ What is ready is looked for among the runs that recent weights sampled (`in_reac
 what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
 """
 
-from sqlalchemy import ColumnElement, Subquery, and_, case, exists, func, literal, select, union
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Subquery,
+    and_,
+    case,
+    exists,
+    func,
+    literal,
+    select,
+    union,
+)
 
 from tracegrad.tracestore.records import LeaseRule
 from tracegrad.tracestore.schema import calls, groups, holds, ledger, policy_versions, rewards, runs
 
-UNIT = case((runs.c.group_id.is_not(None), literal("group:") + runs.c.group_id), else_=literal("run:") + runs.c.run_id)
+
+def _unit(run: FromClause) -> ColumnElement[str]:
+    return case((run.c.group_id.is_not(None), literal("group:") + run.c.group_id), else_=literal("run:") + run.c.run_id)
+
+
+UNIT = _unit(runs)
 """The key of the unit a run belongs to."""
 
 
@@ -69,6 +85,14 @@ def in_reach(job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnEleme
     beside = select(runs.c.group_id).where(runs.c.run_id.in_(select(near.c.run_id)), runs.c.group_id.is_not(None))
     reached = union(select(near.c.run_id), select(runs.c.run_id).where(runs.c.group_id.in_(beside))).subquery("reached")
     return runs.c.run_id.in_(select(reached.c.run_id))
+
+
+def beside(run_id: str | None) -> ColumnElement[bool] | None:
+    """Whether the run of the row is of the unit of one run; None of none, which is every run."""
+    if run_id is None:
+        return None
+    one = runs.alias("one")
+    return select(_unit(one)).where(one.c.run_id == run_id).scalar_subquery() == UNIT
 
 
 def members(job_id: str, rule: LeaseRule, among: ColumnElement[bool] | None = None) -> Subquery:

@@ -14,6 +14,10 @@ from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.continued import Continued
 from tracegrad.tracestore.database import Database
+from tracegrad.tracestore.diagnosis import Diagnosis
+from tracegrad.tracestore.diagnosis_jobs import JobDiagnosis
+from tracegrad.tracestore.diagnosis_payloads import PayloadDiagnosis
+from tracegrad.tracestore.diagnosis_siblings import SiblingDiagnosis
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.keys import Keys
 from tracegrad.tracestore.langsmith_runs import LangSmithRuns
@@ -48,6 +52,10 @@ class Store(
     Versions,
     Publishes,
     Overview,
+    Diagnosis,
+    SiblingDiagnosis,
+    JobDiagnosis,
+    PayloadDiagnosis,
     Keys,
 ):
     """A trace store. Made by `open_store`."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.reasons import sentences
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.credit import token_starts
@@ -146,8 +147,8 @@ class Learner:
         started = time.monotonic()
         if not samples.choices:
             raise StepRefused(
-                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs; "
-                f"sampled tokens excluded by reason: {samples.excluded_tokens}"
+                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. "
+                + ". ".join(sentences(samples.excluded_tokens))
             )
         self._probe = None
         proximal, probe = self._proximal(samples.choices, probe_tokens)

@@ -3,7 +3,8 @@
 `build_batch` reads traces (no I/O) and gives one `ChoiceSample` per trainable choice of one model, and one
 `Consumption` per choice of any kind: trained tokens + excluded tokens = the sampled tokens of these runs. It
 refuses runs that can never be leased (open, eval) and rewards given twice. It invents nothing: a choice that no
-counted reward reaches is excluded, not rewarded with 0. Called by the learner with the runs of one lease.
+counted reward reaches is excluded, not rewarded with 0. The words of its reasons are `tracestore.reasons`'s. Called by
+the learner with the runs of one lease.
 """
 
 import math
@@ -12,29 +13,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracegrad.tracestore.reasons import (
+    ABORTED,
+    CONSTRAINED,
+    EMPTY,
+    FAILED_CALL,
+    GREEDY,
+    LENGTH_MISMATCH,
+    NAN_LOGPROB,
+    NO_LOGPROBS,
+    NO_PROMPT,
+    NO_REWARD,
+    NO_ROLE,
+    NO_VERSION,
+    OTHER_MODEL,
+    PENALISED,
+    QUARANTINED,
+    RUN_FAILED,
+    SUPERSEDED,
+    TRUNCATED,
+    VERSION_CHANGED,
+)
 from tracegrad.tracestore.records import Call, Choice, Consumption, Reward, RunTrace, Span
 from tracegrad.trainer.errors import SampleError
-
-OTHER_MODEL = "other model"
-NO_ROLE = "no role"
-RUN_FAILED = "run failed"
-FAILED_CALL = "failed call"
-ABORTED = "aborted"
-QUARANTINED = "quarantined: "
-NO_VERSION = "no version"
-VERSION_CHANGED = "version changed"
-NO_PROMPT = "no prompt ids"
-EMPTY = "empty choice"
-NO_LOGPROBS = "no logprobs"
-LENGTH_MISMATCH = "length mismatch"
-NAN_LOGPROB = "nan logprob"
-GREEDY = "greedy"
-CONSTRAINED = "constrained"
-PENALISED = "penalised"
-TRUNCATED = "truncated sampling"
-NO_REWARD = "no reward"
-SUPERSEDED = "superseded by a retry"
-"""The answer did not reach the app, which sent the request again: what the app went on with is the retry's answer."""
 
 MIN_TEMPERATURE = 0.01
 """Below this a call counts as greedy: vLLM clamps smaller temperatures, so the recorded one was not used."""

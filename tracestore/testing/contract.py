@@ -5,6 +5,11 @@ empty store opened with that clock.
 """
 
 from tracegrad.tracestore.testing.continued import ContinuedContract
+from tracegrad.tracestore.testing.diagnosis import (
+    DiagnosisContract,
+    JobDiagnosisContract,
+    PayloadDiagnosisContract,
+)
 from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
@@ -34,6 +39,9 @@ class StoreContract(
     VersionContract,
     PublishContract,
     OverviewContract,
+    DiagnosisContract,
+    JobDiagnosisContract,
+    PayloadDiagnosisContract,
     KeyContract,
 ):
     """Every test of the contract."""

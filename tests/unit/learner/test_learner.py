@@ -171,7 +171,7 @@ def test_nothing_to_train_is_refused_with_the_reasons(learner: MakeLearner) -> N
     traces = recorded.traces_of(recorded.recorded_groups(1, score=made.score))
     silent = [replace(trace, rewards=()) for trace in traces]
     samples = build_batch(silent, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
-    with pytest.raises(StepRefused, match="no reward"):
+    with pytest.raises(StepRefused, match=r"no reward: \d+ tokens that no counted reward reaches; reward the runs"):
         apply(made, BatchPlan(step=1, epoch=0, seed=0, run_ids=("r",)), samples)
     assert equal(before, weights(made))
 

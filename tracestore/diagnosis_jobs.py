@@ -1,0 +1,140 @@
+"""What a training job did and what waits for it: steps with their metrics, staleness, leases, publishes.
+
+Read only, no payload. Conservation of a job's tokens is `Store.consumption`. Called by `tracegrad doctor`, through
+`Store`.
+"""
+
+from sqlalchemy import func, literal, select
+
+from tracegrad.tracestore.diagnosis_extent import calls_within
+from tracegrad.tracestore.diagnosis_records import (
+    Extent,
+    HeldLease,
+    JobFacts,
+    StepFacts,
+    Training,
+    WaitingGroups,
+)
+from tracegrad.tracestore.leases import rule_of
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.publishes import live_step, publish_of
+from tracegrad.tracestore.readiness import beside, is_complete, is_large_enough, members, units
+from tracegrad.tracestore.records import Publish
+from tracegrad.tracestore.schema import (
+    calls,
+    checkpoints,
+    consumption,
+    jobs,
+    leases,
+    ledger,
+    policy_versions,
+    publishes,
+)
+
+
+class JobDiagnosis(Noun):
+    """The part of the store that says how training goes."""
+
+    def list_jobs(self) -> list[JobFacts]:
+        """Return the training jobs, the oldest first."""
+        with self._db.read() as connection:
+            return [
+                JobFacts(job_id=row.job_id, model=row.model, config=row.config, rule=rule_of(row.rule))
+                for row in connection.execute(select(jobs).order_by(jobs.c.created_at, jobs.c.job_id))
+            ]
+
+    def trained_by(self, run_id: str) -> list[Training]:
+        """Return the steps that trained a run."""
+        chosen = (
+            select(ledger, checkpoints.c.version_id)
+            .join(checkpoints, (checkpoints.c.job_id == ledger.c.job_id) & (checkpoints.c.step == ledger.c.step))
+            .where(ledger.c.run_id == run_id)
+            .order_by(ledger.c.job_id, ledger.c.epoch)
+        )
+        with self._db.read() as connection:
+            return [
+                Training(
+                    job_id=row.job_id,
+                    epoch=row.epoch,
+                    step=row.step,
+                    checkpoint_hash=row.checkpoint_hash,
+                    version_id=row.version_id,
+                )
+                for row in connection.execute(chosen)
+            ]
+
+    def trained_staleness(self, job_id: str, extent: Extent) -> dict[int, int]:
+        """Return lag -> trained tokens: the step before the one that trained them minus the step that sampled them.
+
+        0 is on-policy. A negative lag is of weights that came later: those of another job.
+        """
+        lag = (ledger.c.step - 1 - policy_versions.c.step).label("lag")
+        chosen = (
+            select(lag, func.sum(consumption.c.trained_tokens))
+            .join_from(
+                consumption,
+                ledger,
+                (ledger.c.job_id == consumption.c.job_id)
+                & (ledger.c.run_id == consumption.c.run_id)
+                & (ledger.c.epoch == consumption.c.epoch),
+            )
+            .join(calls, calls.c.call_id == consumption.c.call_id)
+            .join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched)
+            .where(consumption.c.job_id == job_id, consumption.c.trained_tokens > 0, calls_within(extent))
+            .group_by(lag)
+            .order_by(lag)
+        )
+        with self._db.read() as connection:
+            return {int(steps): int(tokens) for steps, tokens in connection.execute(chosen)}
+
+    def waiting_groups(self, job_id: str, extent: Extent) -> WaitingGroups | None:
+        """Return the groups that the job could lease but for their age; None before its first lease.
+
+        Of the extent only the run narrows it: then its group alone is looked at.
+        """
+        with self._db.read() as connection:
+            rule = rule_of(connection.execute(select(jobs.c.rule).where(jobs.c.job_id == job_id)).scalar())
+            if rule is None:
+                return None
+            live = live_step(connection, rule.model)
+            unit = units(members(job_id, rule, beside(extent.run_id)))
+            free = (unit.c.held == 0) & (unit.c.trained == 0)
+            lag = (literal(0) if live is None else live - func.coalesce(unit.c.oldest, live)).label("lag")
+            ripe = select(lag).where(free, is_complete(unit), is_large_enough(unit, rule))
+            aged = ripe.subquery("aged")
+            rows = connection.execute(select(aged.c.lag, func.count()).group_by(aged.c.lag).order_by(aged.c.lag))
+            by_lag = {int(steps): int(groups) for steps, groups in rows}
+            return WaitingGroups(live_step=live, max_staleness=rule.max_staleness, by_lag=by_lag)
+
+    def held_leases(self, job_id: str) -> list[HeldLease]:
+        """Return the leases of a job that have not ended, the oldest first."""
+        now = self._db.now()
+        chosen = select(leases).where(leases.c.job_id == job_id, leases.c.state == "held").order_by(leases.c.lease_id)
+        with self._db.read() as connection:
+            return [
+                HeldLease(
+                    lease_id=row.lease_id,
+                    job_id=row.job_id,
+                    step=row.step,
+                    runs=len(row.run_ids),
+                    expired_s=now - row.expires_at,
+                )
+                for row in connection.execute(chosen)
+            ]
+
+    def last_steps(self, job_id: str, limit: int = 5) -> list[StepFacts]:
+        """Return the newest committed steps of a job with what the trainer measured, the newest first."""
+        chosen = (
+            select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step.desc()).limit(limit)
+        )
+        with self._db.read() as connection:
+            return [
+                StepFacts(step=row.step, version_id=row.version_id, created_at=row.created_at, metrics=row.metrics)
+                for row in connection.execute(chosen)
+            ]
+
+    def last_publishes(self, model: str, limit: int = 5) -> list[Publish]:
+        """Return the newest publishes of a model, the newest first."""
+        chosen = select(publishes).where(publishes.c.model == model).order_by(publishes.c.publish_id.desc())
+        with self._db.read() as connection:
+            return [publish_of(row) for row in connection.execute(chosen.limit(limit))]

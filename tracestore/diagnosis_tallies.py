@@ -1,0 +1,32 @@
+"""Counting by kind, with an example of each: by the database, or one by one. Called by the `diagnosis*` modules."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Select
+
+from tracegrad.tracestore.diagnosis_records import Tally
+
+
+class Tallier:
+    """Counts what is found one by one; the example of a kind is the greatest id."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, what: str, example: str) -> None:
+        """Count one more of a kind."""
+        count, greatest = self._found.get(what, (0, ""))
+        self._found[what] = (count + 1, max(greatest, example))
+
+    def tallies(self) -> list[Tally]:
+        """Return the kinds, the most frequent first."""
+        return _sorted([Tally(what=what, count=count, example=one) for what, (count, one) in self._found.items()])
+
+
+def tallied(connection: Connection, chosen: Select[Any]) -> list[Tally]:
+    """Return the rows (what, count, example) of a statement, the most frequent first."""
+    return _sorted([Tally(what=what, count=int(n), example=example) for what, n, example in connection.execute(chosen)])
+
+
+def _sorted(found: list[Tally]) -> list[Tally]:
+    return sorted(found, key=lambda one: (-one.count, one.what))

@@ -24,6 +24,7 @@ HELPS = {
     "runs": "List the newest runs.",
     "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
     "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
+    "doctor": "Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).",
     "keys": "Make, list and revoke API keys of the proxy.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",

@@ -62,7 +62,7 @@ def runs(
     as_json: bool,
 ) -> None:
     """List the newest runs."""
-    store = _open(config_path, url)
+    store = open_existing(config_path, url)
     try:
         found = store.list_runs(purpose=purpose, status=status, limit=limit, before=before)
     except NotFound as error:
@@ -95,7 +95,7 @@ def show(*, named: str, config_path: Path | None, url: str | None, full: bool, a
     A call has a run or none, and is named by its own id or by that of its completion.
     """
     longest = None if full else _SHORT
-    store = _open(config_path, url)
+    store = open_existing(config_path, url)
     try:
         if not _is_run(store, named):
             if as_mermaid:
@@ -294,7 +294,7 @@ def _is_run(store: Store, named: str) -> bool:
     return True
 
 
-def _open(config_path: Path | None, url: str | None) -> Store:
+def open_existing(config_path: Path | None, url: str | None) -> Store:
     """Open the store that the options name, without making one.
 
     Raises:

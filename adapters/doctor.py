@@ -1,0 +1,137 @@
+"""`tracegrad doctor [RUN]`: why tokens are or are not trained, and what to do about it.
+
+Reads the store itself, so it needs no proxy, and writes nothing. Exit status 0 where all is well, 1 where something
+wants action (or the store cannot be read), 2 for a command that cannot be understood: an unknown run or job is one.
+Only `--deep` reads payloads; everything else is counted from metadata.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as Bar
+
+from tracegrad.adapters.doctor_report import Progress, Report, as_json, gather
+from tracegrad.adapters.doctor_text import lines, verdict_lines
+from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
+from tracegrad.adapters.look import open_existing
+from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
+from tracegrad.tracestore.errors import NotFound, TraceStoreError
+from tracegrad.tracestore.store import Store
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
+
+
+@click.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--since", metavar="AGE|TIME", help="What came since: 30m, 2h, 7d, or an ISO time.")
+@click.option("--job", "job_id", help="This training job, and the calls to its model. Default: every job.")
+@click.option("--project", help="Only this project. Default: every project.")
+@click.option(
+    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+)
+@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@click.option("--deep", is_flag=True, help="Read every payload too: lengths, NaN, what is missing.")
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object.")
+def doctor(
+    *,
+    run_id: str | None,
+    since: str | None,
+    job_id: str | None,
+    project: str | None,
+    config_path: Path | None,
+    url: str | None,
+    deep: bool,
+    json_wanted: bool,
+) -> None:
+    """Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).
+
+    \b
+    tracegrad doctor                  the whole store
+    tracegrad doctor RUN              one run: was it trained, and if not, why
+    tracegrad doctor --since 2h       what came in the last two hours
+    """
+    if run_id is not None and since is not None:
+        raise click.UsageError("a run is looked at whole: give RUN or --since, not both")
+    began = None if since is None else moment(since, time.time())
+    store = open_existing(config_path, url)
+    try:
+        with _progress() as progress:
+            jobs = _jobs(store, job_id)
+            model = jobs[0].model if job_id is not None else None
+            extent = Extent(run_id=run_id, project=project, model=model, since=began)
+            report = gather(store, extent, jobs, deep=deep, progress=progress)
+    except NotFound as error:
+        raise click.UsageError(f"{error}; `tracegrad runs` lists what there is") from error
+    except TraceStoreError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        store.close()
+    findings = judge(report)
+    if json_wanted:
+        click.echo(json.dumps(told(report, findings), ensure_ascii=False))
+    else:
+        _print(Console(soft_wrap=True), report, findings)
+    sys.exit(0 if is_well(findings) else 1)
+
+
+def told(report: Report, findings: list[Finding]) -> dict[str, object]:
+    """Return the whole answer as JSON values."""
+    verdict = [{"level": one.level, "code": one.code, "text": one.text} for one in findings]
+    return {"ok": is_well(findings), "verdict": verdict, **as_json(report)}
+
+
+def moment(since: str, now: float) -> float:
+    """Return the Unix time that `--since` means.
+
+    Raises:
+        click.BadParameter: it is neither an age nor a time.
+    """
+    if (age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", since)) is not None:
+        return now - float(age[1]) * _UNITS[age[2]]
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError as error:
+        hint = f"--since {since!r} is no age (30m, 2h, 7d) and no ISO time (2026-01-31T12:00)"
+        raise click.BadParameter(hint) from error
+
+
+def _jobs(store: Store, job_id: str | None) -> list[JobFacts]:
+    """Return the jobs that are looked at. Raises click.UsageError for an unknown one."""
+    known = store.list_jobs()
+    if job_id is None:
+        return known
+    found = [job for job in known if job.job_id == job_id]
+    if not found:
+        names = ", ".join(job.job_id for job in known) or "none yet"
+        raise click.UsageError(f"no training job {job_id!r}; the store knows: {names}")
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A line on standard error while something is counted; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def say(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield say
+
+
+def _print(console: Console, report: Report, findings: list[Finding]) -> None:
+    for theme, text in lines(report):
+        console.print(f"[bold]{escape(theme):<11}[/] {escape(text)}", highlight=False)
+    for level, text in verdict_lines(findings):
+        console.print(f"[{_COLOURS[level]}]{level}:[/] {escape(text)}", highlight=False)

@@ -1,0 +1,126 @@
+"""What the doctor looked at: all counts of a part of the store, gathered one after another. No judgement.
+
+Made by `doctor` out of the store's diagnoses; judged by `doctor_verdict`, drawn by `doctor_text`. Payloads are read
+only where `deep` asks for it. Each count is a snapshot of its own: in a store in use they may differ by what just came.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tracegrad.tracestore.diagnosis_records import (
+    CallCounts,
+    ChoiceCount,
+    Extent,
+    FlatGroups,
+    GroupCounts,
+    HeldLease,
+    JobFacts,
+    PayloadReport,
+    RunCount,
+    StepFacts,
+    Tally,
+    Training,
+    WaitingGroups,
+)
+from tracegrad.tracestore.records import ConservationReport, DriftCount, Publish, Run
+from tracegrad.tracestore.store import Store
+
+Progress = Callable[[str, int, int], None]
+"""Hears (what is looked at, how much is done, of how much); 0 of 0 where nobody knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobReport:
+    """One training job: what became of its tokens, how old they were, what waits, what it measured."""
+
+    job: JobFacts
+    tokens: ConservationReport
+    trained_lags: Mapping[int, int] = field(default_factory=dict)
+    waiting: WaitingGroups | None = None
+    leases: Sequence[HeldLease] = ()
+    steps: Sequence[StepFacts] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything that was counted. `run` and `trainings` are of the run that was asked about, if one was."""
+
+    extent: Extent
+    run: Run | None = None
+    trainings: Sequence[Training] = ()
+    calls: CallCounts
+    quarantines: Sequence[Tally] = ()
+    drift: Sequence[DriftCount] = ()
+    forks: Sequence[Tally] = ()
+    choices: Sequence[ChoiceCount] = ()
+    conflicts: Sequence[Tally] = ()
+    duplicates: Tally
+    runs: Sequence[RunCount] = ()
+    groups: GroupCounts
+    flat_groups: FlatGroups
+    jobs: Sequence[JobReport] = ()
+    publishes: Mapping[str, Sequence[Publish]] = field(default_factory=dict)
+    payloads: PayloadReport | None = None
+
+    def choices_with(self, flag: str) -> int:
+        """How many choices have a flag."""
+        return sum(one.choices for one in self.choices if flag in one.flags)
+
+    def choices_ending(self, *reasons: str | None) -> int:
+        """How many choices ended for one of these reasons; None: without one."""
+        return sum(one.choices for one in self.choices if one.finish_reason in reasons)
+
+
+def gather(
+    store: Store, extent: Extent, jobs: Sequence[JobFacts], *, deep: bool = False, progress: Progress | None = None
+) -> Report:
+    """Count everything. Raises NotFound for an unknown run."""
+    say = progress or (lambda _what, _done, _total: None)
+
+    def asked(what: str) -> Extent:
+        say(what, 0, 0)
+        return extent
+
+    run = None if extent.run_id is None else store.get_run(extent.run_id)
+    names = {name for job in jobs for name in (job.rule.reward_names if job.rule is not None else ())}
+    return Report(
+        extent=extent,
+        run=run,
+        trainings=() if run is None else store.trained_by(run.run_id),
+        calls=store.count_calls(asked("calls")),
+        quarantines=store.count_quarantines(asked("quarantines")),
+        drift=store.count_drift(asked("drift")),
+        forks=store.count_forks(asked("forks")),
+        choices=store.count_choices(asked("choices")),
+        conflicts=store.count_conflicts(asked("conflicts")),
+        duplicates=store.count_duplicates(asked("duplicates")),
+        runs=store.count_runs(asked("runs")),
+        groups=store.count_groups(asked("groups")),
+        flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names))),
+        jobs=[_job(store, job, asked(f"job {job.job_id}")) for job in jobs],
+        publishes={model: store.last_publishes(model) for model in sorted({job.model for job in jobs})},
+        payloads=store.check_payloads(extent, lambda done, total: say("payloads", done, total)) if deep else None,
+    )
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the counts as JSON values; every reason for which tokens are excluded stands under `jobs`."""
+    told = asdict(report)
+    for job in told["jobs"]:
+        job["tokens"]["conserved"] = job["tokens"]["stored"] == job["tokens"]["trained"] + sum(
+            job["tokens"]["excluded"].values()
+        )
+        del job["job"]["config"]
+    return told
+
+
+def _job(store: Store, job: JobFacts, extent: Extent) -> JobReport:
+    return JobReport(
+        job=job,
+        tokens=store.consumption(job.job_id, extent=extent),
+        trained_lags=store.trained_staleness(job.job_id, extent),
+        waiting=store.waiting_groups(job.job_id, extent),
+        leases=store.held_leases(job.job_id),
+        steps=store.last_steps(job.job_id),
+    )

@@ -23,7 +23,16 @@ from sqlalchemy import (
 )
 
 from tracegrad.tracestore.records import LeaseRule
-from tracegrad.tracestore.schema import calls, groups, holds, ledger, policy_versions, rewards, runs
+from tracegrad.tracestore.schema import (
+    CONTENT_DELETED,
+    calls,
+    groups,
+    holds,
+    ledger,
+    policy_versions,
+    rewards,
+    runs,
+)
 
 
 def _unit(run: FromClause) -> ColumnElement[str]:
@@ -98,7 +107,8 @@ def beside(run_id: str | None) -> ColumnElement[bool] | None:
 def members(job_id: str, rule: LeaseRule, among: ColumnElement[bool] | None = None) -> Subquery:
     """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it."""
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
-    eligible = and_(runs.c.status == "closed", is_rewarded(rule), exists().where(counted, is_exact()))
+    whole = and_(runs.c.status == "closed", runs.c.error.is_distinct_from(CONTENT_DELETED))
+    eligible = and_(whole, is_rewarded(rule), exists().where(counted, is_exact()))
     oldest = (
         select(func.min(policy_versions.c.step))
         .select_from(calls.join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched))

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 
-HEAD = "0006"
+HEAD = "0007"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -46,6 +46,8 @@ metadata = MetaData(
     }
 )
 
+CONTENT_DELETED = "content deleted"
+"""The `error` of a run of which `removal` left a stub."""
 _Serial = BigInteger().with_variant(Integer, "sqlite")
 _LARGEST = "1.7976931348623157e308"
 
@@ -96,6 +98,7 @@ groups = Table(
     UniqueConstraint("group_id", "task_id"),
     _one_of("purpose", "train", "eval", "live"),
     CheckConstraint("planned_size >= 1", name="planned_size"),
+    Index(None, "task_id"),
 )
 
 runs = Table(
@@ -265,6 +268,8 @@ langsmith_runs = Table(
     Column("named", JsonText, nullable=False),
     Index(None, "project", "trace_id"),
 )
+_became_one = langsmith_runs.c.run_id.is_not(None)
+Index(None, langsmith_runs.c.run_id, sqlite_where=_became_one, postgresql_where=_became_one)
 
 call_payloads = Table(
     "call_payloads",
@@ -325,6 +330,8 @@ rewards = Table(
     Index(None, "run_id", "name"),
     sqlite_autoincrement=True,
 )
+_on_a_call = rewards.c.call_id.is_not(None)
+Index(None, rewards.c.call_id, sqlite_where=_on_a_call, postgresql_where=_on_a_call)
 
 leases = Table(
     "leases",
@@ -359,6 +366,7 @@ holds = Table(
     ForeignKeyConstraint(["run_id", "purpose"], ["runs.run_id", "runs.purpose"]),
     _never_eval(),
     Index(None, "lease_id"),
+    Index(None, "run_id"),
 )
 
 checkpoints = Table(
@@ -392,6 +400,7 @@ ledger = Table(
         ["job_id", "step", "checkpoint_hash"], ["checkpoints.job_id", "checkpoints.step", "checkpoints.hash"]
     ),
     _never_eval(),
+    Index(None, "run_id"),
 )
 
 consumption = Table(
@@ -414,6 +423,7 @@ consumption = Table(
     CheckConstraint("trained_tokens >= 0 AND excluded_tokens >= 0", name="counts"),
     CheckConstraint("trained_tokens + excluded_tokens = n_tokens", name="conserved"),
     CheckConstraint("excluded_tokens = 0 OR reason IS NOT NULL", name="reason"),
+    Index(None, "call_id"),
 )
 
 publishes = Table(

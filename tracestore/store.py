@@ -25,6 +25,8 @@ from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
 from tracegrad.tracestore.publishes import Publishes
+from tracegrad.tracestore.removal import Removal
+from tracegrad.tracestore.retention import Retention
 from tracegrad.tracestore.rewards import Rewards
 from tracegrad.tracestore.run_list import RunList
 from tracegrad.tracestore.runs import Runs
@@ -57,6 +59,8 @@ class Store(
     JobDiagnosis,
     PayloadDiagnosis,
     Keys,
+    Removal,
+    Retention,
 ):
     """A trace store. Made by `open_store`."""
 

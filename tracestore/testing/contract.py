@@ -4,6 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
+from tracegrad.tracestore.testing.care import RemovalContract, RetentionContract
 from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.diagnosis import (
     DiagnosisContract,
@@ -43,5 +44,7 @@ class StoreContract(
     JobDiagnosisContract,
     PayloadDiagnosisContract,
     KeyContract,
+    RemovalContract,
+    RetentionContract,
 ):
     """Every test of the contract."""

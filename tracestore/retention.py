@@ -1,0 +1,157 @@
+"""Which runs of a project have had their time: by age, and by how much newer content there is.
+
+Oldest first, in bounded pages; what is open or held by a lease is never chosen, nor a stub (see `removal`). The weight
+of a run is the bytes of its requests, token ids, logprobs, answers and spans: a database file is larger, by its
+indexes and by what is free inside. Reads only; `removal` deletes. Called by whoever cares for a store, through `Store`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, LargeBinary, and_, cast, func, or_, select, true, type_coerce
+from sqlalchemy.types import Text
+
+from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.schema import (
+    CONTENT_DELETED,
+    call_payloads,
+    calls,
+    choice_payloads,
+    holds,
+    runs,
+    spans,
+)
+
+PAGE = 100
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Place:
+    """A run's place in the order of age."""
+
+    opened_at: float
+    run_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighed:
+    """A run with its calls counted and its content weighed in bytes."""
+
+    place: Place
+    calls: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retired:
+    """The runs of a project that ended before a time, or whose place is `through` or an older one; None: all."""
+
+    project: str
+    ended_before: float | None = None
+    through: Place | None = None
+    busy_too: bool = False
+    """Also what is open or held: a project that is deleted by force."""
+
+
+class Retention(Noun):
+    """The part of the store that knows what is old."""
+
+    def retired_runs(self, which: Retired, *, after: Place | None = None, limit: int = PAGE) -> list[Weighed]:
+        """Return the oldest runs that have had their time, a page of them; `after` is the last of the page before."""
+        chosen = select(runs.c.opened_at, runs.c.run_id).where(*_conditions(which))
+        if after is not None:
+            chosen = chosen.where(
+                or_(runs.c.opened_at > after.opened_at, _same_moment(after, runs.c.run_id > after.run_id))
+            )
+        with self._db.read() as connection:
+            rows = connection.execute(chosen.order_by(runs.c.opened_at, runs.c.run_id).limit(limit)).all()
+            return _weigh(connection, [Place(row.opened_at, row.run_id) for row in rows])
+
+    def newest_runs(self, project: str, *, before: Place | None = None, limit: int = PAGE) -> list[Weighed]:
+        """Return the newest runs of a project, a page of them; `before` is the last of the page before."""
+        chosen = select(runs.c.opened_at, runs.c.run_id).where(runs.c.project == project)
+        if before is not None:
+            chosen = chosen.where(_not_newer(before), runs.c.run_id != before.run_id)
+        order = (runs.c.opened_at.desc(), runs.c.run_id.desc())
+        with self._db.read() as connection:
+            rows = connection.execute(chosen.order_by(*order).limit(limit)).all()
+            return _weigh(connection, [Place(row.opened_at, row.run_id) for row in rows])
+
+    def place_beyond(self, project: str, weight_bytes: int) -> Place | None:
+        """Return the newest run before which the newer ones weigh `weight_bytes` or more; None where all fit."""
+        total = 0
+        last: Place | None = None
+        while page := self.newest_runs(project, before=last):
+            for run in page:
+                total += run.weight_bytes
+                if total > weight_bytes:
+                    return run.place
+            last = page[-1].place
+        return None
+
+
+def _conditions(which: Retired) -> list[ColumnElement[bool]]:
+    conditions = [runs.c.project == which.project, runs.c.error.is_distinct_from(CONTENT_DELETED)]
+    if not which.busy_too:
+        held = select(holds.c.run_id).where(holds.c.run_id == runs.c.run_id).exists()
+        conditions += [runs.c.status != "open", ~held]
+    reasons = []
+    if which.ended_before is not None:
+        started = runs.c.opened_at < which.ended_before  # says the same again, to the index
+        reasons.append(and_(started, func.coalesce(runs.c.ended_at, runs.c.active_at) < which.ended_before))
+    if which.through is not None:
+        reasons.append(_not_newer(which.through))
+    return [*conditions, or_(*reasons) if reasons else true()]
+
+
+def _not_newer(place: Place) -> ColumnElement[bool]:
+    return or_(runs.c.opened_at < place.opened_at, _same_moment(place, runs.c.run_id <= place.run_id))
+
+
+def _same_moment(place: Place, by_id: ColumnElement[bool]) -> ColumnElement[bool]:
+    return and_(runs.c.opened_at == place.opened_at, by_id)
+
+
+def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
+    run_ids = [place.run_id for place in places]
+    within = calls.c.run_id.in_(run_ids)
+    weights = dict.fromkeys(run_ids, 0)
+    asked = [call_payloads.c[name] for name in ("prompt_ids", "request", "requested", "effective")]
+    answered = [choice_payloads.c[name] for name in ("token_ids", "logprobs", "message")]
+    made = select(calls.c.run_id, func.count(), _bytes(connection, asked))
+    counted = made.join(call_payloads, call_payloads.c.call_id == calls.c.call_id).where(within)
+    n_calls = dict.fromkeys(run_ids, 0)
+    for run_id, count, weight in connection.execute(counted.group_by(calls.c.run_id)):
+        n_calls[run_id] = int(count)
+        weights[run_id] += int(weight)
+    sampled = select(calls.c.run_id, _bytes(connection, answered))
+    sampled = sampled.join(choice_payloads, choice_payloads.c.call_id == calls.c.call_id).where(within)
+    told = select(spans.c.run_id, _bytes(connection, [spans.c.input, spans.c.output]))
+    told = told.where(spans.c.run_id.in_(run_ids))
+    for statement in (sampled.group_by(calls.c.run_id), told.group_by(spans.c.run_id)):
+        for run_id, weight in connection.execute(statement):
+            weights[run_id] += int(weight)
+    return [Weighed(place=place, calls=n_calls[place.run_id], weight_bytes=weights[place.run_id]) for place in places]
+
+
+def _bytes(connection: Connection, columns: Sequence[ColumnElement[object]]) -> ColumnElement[int]:
+    """Add up how many bytes the columns hold. (SQLite's length() of a text counts characters.)"""
+    total: ColumnElement[int] = func.coalesce(func.sum(_sum([_size(connection, one) for one in columns])), 0)
+    return total
+
+
+def _size(connection: Connection, column: ColumnElement[object]) -> ColumnElement[int]:
+    if isinstance(getattr(column.type, "impl", None), Text):
+        plain: ColumnElement[object] = type_coerce(column, Text)
+        if connection.dialect.name == "sqlite":
+            return func.coalesce(func.length(cast(plain, LargeBinary)), 0)
+        return func.coalesce(func.octet_length(plain), 0)
+    return func.coalesce(func.length(column), 0)
+
+
+def _sum(parts: Sequence[ColumnElement[int]]) -> ColumnElement[int]:
+    """Return their sum as one expression."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

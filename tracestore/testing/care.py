@@ -1,0 +1,254 @@
+"""Contract: runs are deleted whole and provably, what was trained stays true, and the old are found in order."""
+
+import pytest
+
+from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
+from tracegrad.tracestore.records import (
+    Attribution,
+    LangSmithRun,
+    LateAttribution,
+    Run,
+    Span,
+)
+from tracegrad.tracestore.removal import RUNS_AT_ONCE
+from tracegrad.tracestore.retention import Place, Retired
+from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.rows import (
+    JOB,
+    Clock,
+    account,
+    add_group,
+    finish_run,
+    make_call,
+    make_commit,
+    make_reward,
+    make_rule,
+    ready_group,
+    sql,
+    take,
+    train,
+)
+
+
+def rows_of(store: Store, table: str) -> int:
+    """Count the rows of a table."""
+    with store._db.read() as connection:
+        return int(connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one())
+
+
+def full_run(store: Store, run_id: str) -> None:
+    """A live run with a call, a retry of it, a span, rewards, facts of either kind and a LangSmith name; closed."""
+    store.append_calls([make_call(f"c1-{run_id}", run_id), make_call(f"c2-{run_id}", run_id, retry_of=f"c1-{run_id}")])
+    store.put_spans([Span(span_id="tool", run_id=run_id, name="search", kind="tool", output={"text": "secret"})])
+    store.add_rewards(
+        [make_reward(f"w1-{run_id}", run_id), make_reward(f"w2-{run_id}", run_id, call_id=f"c1-{run_id}")]
+    )
+    store.attribute_late(
+        [
+            LateAttribution(source="langsmith", completion_id=f"chatcmpl-c1-{run_id}", role="other"),
+            LateAttribution(source="inferred", call_id=f"c2-{run_id}", run_id=run_id),
+        ]
+    )
+    store.put_langsmith_runs([LangSmithRun(langsmith_id=f"ls-{run_id}", trace_id="t", run_id=run_id, named=("x",))])
+    store.end_run(run_id, status="closed", ended_by="explicit")
+
+
+class RemovalContract:
+    """Deletion."""
+
+    def test_a_run_goes_with_all_that_hangs_on_it_and_others_stay(self, store: Store) -> None:
+        """Every table that names it is empty of it; another run reads as before."""
+        full_run(store, "a")
+        full_run(store, "b")
+        before = store.trace("b")
+        done = store.delete_runs(["a"])
+        assert (done.deleted, done.stubs, done.left) == (("a",), (), {})
+        assert done.rows == {
+            "attributions": 2, "call_payloads": 2, "calls": 2, "choice_payloads": 2, "choices": 2,
+            "langsmith_runs": 1, "rewards": 2, "runs": 1, "spans": 2,
+        }  # fmt: skip
+        with pytest.raises(NotFound):
+            store.trace("a")
+        assert store.trace("b") == before
+        store.delete_runs(["b"])
+        for table in ("runs", "calls", "call_payloads", "choices", "choice_payloads", "spans", "rewards",
+                      "attributions", "langsmith_runs"):  # fmt: skip
+            assert rows_of(store, table) == 0, table
+
+    def test_facts_of_others_about_its_calls_go_and_retries_elsewhere_forget_it(self, store: Store) -> None:
+        """Late facts are about its calls, whichever run they name."""
+        full_run(store, "a")
+        store.append_calls([make_call("again", None, retry_of="c1-a")])
+        store.attribute_late([LateAttribution(source="langsmith", completion_id="chatcmpl-c2-a", run_id="elsewhere")])
+        store.delete_runs(["a"])
+        assert rows_of(store, "attributions") == 0
+        assert store.get_call("again").retry_of is None
+
+    def test_an_open_or_held_run_is_refused_and_nothing_is_deleted(self, store: Store) -> None:
+        """All or none, with the reason; `skip` leaves such runs alone instead."""
+        full_run(store, "a")
+        store.open_run(Run(run_id="open"))
+        with pytest.raises(Conflict, match="'open' is open"):
+            store.delete_runs(["a", "open"])
+        held = ready_group(store)
+        lease = take(store)
+        with pytest.raises(Conflict, match=f"is held by lease {lease.lease_id} of job 'job'"):
+            store.delete_runs(["a", *held])
+        assert store.trace("a").calls
+        done = store.delete_runs(["a", "open", *held], busy="skip")
+        assert done.deleted == ("a",) and set(done.skipped) == {"open", *held}
+
+    def test_force_releases_the_lease_and_fences_its_trainer(self, store: Store) -> None:
+        """What was computed from deleted runs is never committed (law 9)."""
+        held = ready_group(store)
+        lease = take(store)
+        commit = make_commit(account(store, lease))
+        assert store.delete_runs(held, busy="force").left == {}
+        with pytest.raises(LeaseLost):
+            store.commit_step(lease, commit)
+        assert store.reclaim(JOB, 60) is None
+        assert rows_of(store, "groups") == rows_of(store, "tasks") == rows_of(store, "holds") == 0
+        with store._db.read() as connection:  # nor does the plan of a released lease name them
+            assert connection.exec_driver_sql("SELECT run_ids FROM leases").scalar_one() == "[]"
+
+    def test_an_open_run_goes_by_force(self, store: Store) -> None:
+        """A run that nobody will end."""
+        store.append_calls([make_call("c", "r")])
+        assert store.delete_runs(["r"], busy="force").left == {}
+
+    def test_of_a_trained_run_a_stub_stays_and_the_books_stay_true(self, store: Store) -> None:
+        """Conservation and ledger say what they said; no content is left."""
+        runs = ready_group(store)
+        store.attribute_late([LateAttribution(source="langsmith", completion_id=f"chatcmpl-call-{runs[0]}", role="x")])
+        version = train(store)
+        before = store.consumption(JOB)
+        done = store.delete_runs(runs)
+        assert (done.deleted, done.stubs) == ((), tuple(runs))
+        assert done.left == {"runs": 2, "calls": 2, "choices": 2, "ledger": 2, "consumption": 2}
+        assert store.consumption(JOB) == before and before.trained == 6
+        with store._db.read() as connection:
+            kept = connection.exec_driver_sql("SELECT version_dispatched, completion_id, error, span_id FROM calls")
+            assert [tuple(row)[1:] for row in kept] == [(None, None, None)] * 2
+        assert store.get_run(runs[0]).error == "content deleted"
+        assert store.trace(runs[0]).calls == ()
+        assert version.version_id
+
+    def test_a_stub_is_never_leased_again_not_even_with_new_rewards(self, store: Store) -> None:
+        """Not by another job, nor in another epoch; a late call goes at the next deletion."""
+        runs = ready_group(store)
+        train(store)
+        store.delete_runs(runs)
+        store.append_calls([make_call(f"late-{run_id}", run_id, version=1) for run_id in runs])
+        store.add_rewards([make_reward(f"late-{run_id}", run_id) for run_id in runs])
+        store.register_job("second", "main", {})
+        for job, epoch in (("second", 0), (JOB, 1)):
+            assert store.lease(job, make_rule(), groups=1, lease_s=60, step=1, epoch=epoch, seed=0) is None
+        report = store.consumption("second")
+        assert report.stored == report.trained + sum(report.excluded.values())
+        assert store.delete_runs(runs).left == {"runs": 2, "calls": 2, "choices": 2, "ledger": 2, "consumption": 2}
+
+    def test_what_came_after_the_training_leaves_no_stub_of_its_call(self, store: Store) -> None:
+        """No ledger speaks of it."""
+        runs = ready_group(store)
+        train(store)
+        store.append_calls([make_call("late", runs[0]), make_call("failed", runs[1], tokens=[], status="failed")])
+        assert store.delete_runs(runs).left["calls"] == 2
+
+    def test_a_group_does_not_wait_for_a_deleted_member(self, store: Store) -> None:
+        """Its bare row stays until the last member goes, and then all goes."""
+        runs = ready_group(store, size=3)
+        assert store.delete_runs(runs[:1]).left == {"runs": 1}
+        lease = take(store)
+        assert set(lease.plan.run_ids) == set(runs[1:])
+        store.release(lease)
+        assert store.delete_runs(runs[1:]).left == {}
+        assert rows_of(store, "runs") == rows_of(store, "groups") == rows_of(store, "tasks") == 0
+
+    def test_a_task_stays_while_others_name_it(self, store: Store) -> None:
+        """It is shared."""
+        runs = ready_group(store)
+        store.open_run(Run(run_id="other", task_id="task-g"))
+        store.delete_runs(runs)
+        assert store.get_task("task-g")
+
+    def test_unknown_runs_and_too_many_are_refused(self, store: Store) -> None:
+        """A transaction is bounded."""
+        with pytest.raises(NotFound, match="'nobody'"):
+            store.delete_runs(["nobody"])
+        with pytest.raises(InvalidRecord, match="too many"):
+            store.delete_runs([str(number) for number in range(RUNS_AT_ONCE + 1)])
+        assert store.delete_runs([]).deleted == ()
+
+    def test_calls_without_a_run_go_by_age(self, store: Store) -> None:
+        """Those of one project, with the facts about them."""
+        store.append_calls([make_call(name, None, role=None, at=at) for name, at in (("old", 10.0), ("new", 20.0))])
+        store.append_calls([make_call("foreign", None, role=None, at=10.0, project="b")])
+        store.attribute_late([LateAttribution(source="langsmith", call_id="old", role="x")])
+        assert store.delete_unplaced_calls("default", 15.0) == 1
+        assert store.delete_unplaced_calls("default", 15.0) == 0
+        assert store.get_call("new") and store.get_call("foreign")
+        assert rows_of(store, "attributions") == 0
+
+
+class RetentionContract:
+    """What is old."""
+
+    def test_the_oldest_ended_runs_page_by_page(self, store: Store, clock: Clock) -> None:
+        """Open runs are left out, unless all is asked for."""
+        for number in range(5):
+            store.append_calls([make_call(f"c{number}", f"r{number}")])
+            if number != 1:
+                store.end_run(f"r{number}", status="closed", ended_by="explicit")
+            clock.advance(10)
+        which = Retired(project="default", ended_before=1_035.0)
+        first = store.retired_runs(which, limit=2)
+        assert [run.place.run_id for run in first] == ["r0", "r2"]  # r1 is open
+        rest = store.retired_runs(which, after=first[-1].place, limit=2)
+        assert [run.place.run_id for run in rest] == ["r3"]
+        assert store.retired_runs(Retired(project="other")) == []
+        assert len(store.retired_runs(Retired(project="default"))) == 4
+        assert len(store.retired_runs(Retired(project="default", busy_too=True))) == 5
+
+    def test_age_counts_from_the_end_of_a_run(self, store: Store, clock: Clock) -> None:
+        """A long run is not old while it works."""
+        store.append_calls([make_call("c", "r")])
+        clock.advance(100)
+        store.end_run("r", status="closed", ended_by="explicit")
+        assert store.retired_runs(Retired(project="default", ended_before=1_050.0)) == []
+
+    def test_what_is_held_or_a_stub_is_left_alone(self, store: Store) -> None:
+        """Neither is retention's business."""
+        trained = ready_group(store, "t")
+        train(store)
+        store.delete_runs(trained)
+        ready_group(store, "h")
+        take(store, step=2)
+        assert store.retired_runs(Retired(project="default")) == []
+
+    def test_the_place_beyond_which_there_is_too_much(self, store: Store, clock: Clock) -> None:
+        """Weights are the bytes of what was said; the walk goes over many pages."""
+        for number in range(250):
+            store.append_calls(
+                [make_call(f"c{number}", f"r{number:03}", attribution=Attribution(run_id=f"r{number:03}"))]
+            )
+            if number % 2:
+                clock.advance(1)
+        (first,) = store.newest_runs("default", limit=1)
+        # 3 prompt ids and 3 sampled ids with logprobs are 36 bytes; request, parameters and message are JSON.
+        texts = '{"messages":[{"role":"user","content":"hé"}]}', '{"temperature":0.0}', '{"temperature":1.0}'
+        message = '{"role":"assistant","content":"x"}'
+        one = 36 + sum(len(text.encode()) for text in (*texts, message))
+        assert (first.weight_bytes, first.calls, first.place) == (one, 1, Place(1_124.0, "r249"))
+        assert store.place_beyond("default", one * 250) is None
+        assert store.place_beyond("default", one * 130) == Place(1_059.0, "r119")
+        through = store.place_beyond("default", one * 249)
+        assert through == Place(1_000.0, "r000")
+        assert len(store.retired_runs(Retired(project="default", through=through, busy_too=True))) == 1
+
+    def test_an_empty_group_member_weighs_nothing(self, store: Store) -> None:
+        """A run without calls is a run."""
+        for run_id in add_group(store):
+            finish_run(store, run_id)
+        store.open_run(Run(run_id="empty"))
+        assert {run.place.run_id: run.calls for run in store.newest_runs("default")} == {"empty": 0, "g-0": 1, "g-1": 1}
+        assert sql(store, "UPDATE runs SET opened_at = opened_at") == 3

@@ -26,6 +26,7 @@ HELPS = {
     "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
     "doctor": "Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).",
     "keys": "Make, list and revoke API keys of the proxy.",
+    "store": "Care for the trace store: delete, prune, vacuum, check, back up.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",
 }

@@ -95,6 +95,20 @@ class Database:
             finally:
                 driver.execute("PRAGMA foreign_keys=ON")
 
+    @contextmanager
+    def outside(self) -> Iterator[Connection]:
+        """A connection without a transaction, for what the database refuses to do inside one (VACUUM)."""
+        if self.is_sqlite:  # the event that says BEGIN listens to the engine, so the driver is spoken to
+            alone = create_engine(self.url, connect_args={"timeout": BUSY_TIMEOUT_S}, isolation_level="AUTOCOMMIT")
+        else:
+            alone = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            with self._turn, _translated(self.url), alone.connect() as connection:
+                yield connection
+        finally:
+            if self.is_sqlite:
+                alone.dispose()
+
     def close(self) -> None:
         """Give the connections back."""
         self.engine.dispose()

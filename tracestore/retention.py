@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Connection, LargeBinary, and_, cast, func, or_, select, true, type_coerce
 from sqlalchemy.types import Text
 
+from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
@@ -75,6 +76,16 @@ class Retention(Noun):
         order = (runs.c.opened_at.desc(), runs.c.run_id.desc())
         with self._db.read() as connection:
             rows = connection.execute(chosen.order_by(*order).limit(limit)).all()
+            return _weigh(connection, [Place(row.opened_at, row.run_id) for row in rows])
+
+    def weigh_runs(self, run_ids: Sequence[str]) -> list[Weighed]:
+        """Return these runs weighed, oldest first. Raises NotFound."""
+        chosen = select(runs.c.opened_at, runs.c.run_id).where(runs.c.run_id.in_(run_ids))
+        with self._db.read() as connection:
+            rows = connection.execute(chosen.order_by(runs.c.opened_at, runs.c.run_id)).all()
+            missing = sorted(set(run_ids) - {row.run_id for row in rows})
+            if missing:
+                raise NotFound(f"no run {missing[0]!r}: `tracegrad runs` lists what there is")
             return _weigh(connection, [Place(row.opened_at, row.run_id) for row in rows])
 
     def place_beyond(self, project: str, weight_bytes: int) -> Place | None:

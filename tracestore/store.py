@@ -33,6 +33,7 @@ from tracegrad.tracestore.runs import Runs
 from tracegrad.tracestore.spans import Spans
 from tracegrad.tracestore.tasks import Tasks
 from tracegrad.tracestore.traces import Traces
+from tracegrad.tracestore.upkeep import Upkeep
 from tracegrad.tracestore.versions import Versions
 
 
@@ -61,12 +62,22 @@ class Store(
     Keys,
     Removal,
     Retention,
+    Upkeep,
 ):
     """A trace store. Made by `open_store`."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
         self.url = database.url.render_as_string(hide_password=False)
+
+    @property
+    def place(self) -> str:
+        """Where it is, without a password: for messages."""
+        return self._db.url.render_as_string(hide_password=True)
+
+    def now(self) -> float:
+        """Return the store's time, Unix seconds."""
+        return self._db.now()
 
     def close(self) -> None:
         """Give the connections back. The store is not used afterwards."""

@@ -252,3 +252,44 @@ class RetentionContract:
         store.open_run(Run(run_id="empty"))
         assert {run.place.run_id: run.calls for run in store.newest_runs("default")} == {"empty": 0, "g-0": 1, "g-1": 1}
         assert sql(store, "UPDATE runs SET opened_at = opened_at") == 3
+
+
+class UpkeepContract:
+    """Checks and space."""
+
+    def test_a_sound_store_has_no_faults(self, store: Store) -> None:
+        """Stubs of trained runs are none either."""
+        trained = ready_group(store, "t")
+        train(store)
+        full_run(store, "a")
+        store.append_calls([make_call("alone", None, role=None)])
+        store.delete_runs(trained)
+        assert store.check() == []
+
+    def test_what_is_wrong_is_counted_and_named(self, store: Store) -> None:
+        """Rows that no constraint forbids to be missing."""
+        full_run(store, "a")
+        sql(store, "DELETE FROM call_payloads WHERE call_id = 'c1-a'")
+        sql(store, "DELETE FROM choice_payloads WHERE call_id = 'c2-a'")
+        heard: list[str] = []
+        found = {fault.what: (fault.count, fault.examples) for fault in store.check(heard.append)}
+        assert found == {
+            "calls without their payload": (1, ("c1-a",)),
+            "choices without their tokens": (1, ("c2-a",)),
+        }
+        assert set(found) < set(heard)
+
+    def test_a_lease_that_is_over_holds_nothing(self, store: Store) -> None:
+        """Its runs could never be deleted."""
+        ready_group(store)
+        take(store)
+        sql(store, "UPDATE leases SET state = 'released'")
+        assert [fault.what for fault in store.check()] == ["runs held by a lease that is over"]
+
+    def test_a_vacuum_keeps_everything(self, store: Store) -> None:
+        """And says how large the database is."""
+        full_run(store, "a")
+        before = store.trace("a")
+        store.vacuum()
+        assert store.trace("a") == before
+        assert store.space().size_bytes > 0

@@ -4,7 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
-from tracegrad.tracestore.testing.care import RemovalContract, RetentionContract
+from tracegrad.tracestore.testing.care import RemovalContract, RetentionContract, UpkeepContract
 from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.diagnosis import (
     DiagnosisContract,
@@ -46,5 +46,6 @@ class StoreContract(
     KeyContract,
     RemovalContract,
     RetentionContract,
+    UpkeepContract,
 ):
     """Every test of the contract."""

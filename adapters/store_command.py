@@ -1,0 +1,222 @@
+"""`tracegrad store delete | prune | vacuum | check | backup`: the care of a trace store.
+
+Works on the store itself, so it needs no proxy, and beside proxies and trainers that are at work. Refuses to delete
+what is open or leased unless it is forced, and to make a store that is not there. `retiring` does the deleting.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tracegrad.adapters.amounts import age, in_bytes, moment, size
+from tracegrad.adapters.retiring import Retirement, give_space_back, retire, retire_named
+from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.retention import Retired
+from tracegrad.tracestore.store import Store, open_store
+
+_DEFAULT_CONFIG = Path("tracegrad.yaml")
+
+
+def _where(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name the store."""
+    options = [
+        click.option(
+            "--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+        ),
+        click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration."),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group()
+def store() -> None:
+    """Care for the trace store: delete, prune, vacuum, check, back up."""
+
+
+@store.command()
+@_where
+@click.argument("run_ids", metavar="[RUN]...", nargs=-1)
+@click.option("--project", help="All runs of a project, and its calls without a run.")
+@click.option("--before", type=moment, metavar="DATE", help="With --project: only what ended before this date.")
+@click.option("--force", is_flag=True, help="Also open runs, and leased ones: their leases are released.")
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(
+    *,
+    path: Path | None,
+    url: str | None,
+    as_json: bool,
+    run_ids: tuple[str, ...],
+    project: str | None,
+    before: float | None,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Delete runs with all that hangs on them, and look whether anything is left.
+
+    Of a run that was trained a stub stays: ids, counts and versions, so that the ledger stays true; no content.
+
+    \b
+    tracegrad store delete run_1 run_2
+    tracegrad store delete --project demo --before 2026-01-31
+    """
+    if bool(run_ids) == (project is not None) or (before is not None and project is None):
+        raise click.UsageError("which runs? name them, or give --project P (and with it --before DATE)")
+    with _opened(path, url) as opened:
+        if project is None:
+            with _progress() as told:
+                done = retire_named(opened, run_ids, force=force, dry_run=dry_run, told=told)
+        else:
+            if not (yes or dry_run):
+                click.confirm(f"Delete {_what(project, before)} from {opened.place}?", abort=True, err=True)
+            which = Retired(project=project, ended_before=before, busy_too=force)
+            with _progress() as told:
+                done = retire(opened, which, force=force, dry_run=dry_run, told=told)
+    _say(done, dry_run=dry_run, as_json=as_json)
+
+
+@store.command()
+@_where
+@click.option("--project", required=True, help="Whose runs.")
+@click.option("--older-than", "oldest_s", type=age, metavar="AGE", help="Runs that ended so long ago, such as 30d.")
+@click.option(
+    "--larger-than",
+    "largest",
+    type=size,
+    metavar="SIZE",
+    help="The oldest runs of a project whose content is larger: 10GB.",
+)
+@click.option("--dry-run", is_flag=True, help="Only count.")
+def prune(
+    *,
+    path: Path | None,
+    url: str | None,
+    as_json: bool,
+    project: str,
+    oldest_s: float | None,
+    largest: int | None,
+    dry_run: bool,
+) -> None:
+    """Delete the oldest runs of a project, by age or by size, and give the space back.
+
+    What is open or leased stays. Stop it at any time and start it again: each hundred runs are a transaction.
+
+    \b
+    tracegrad store prune --project demo --older-than 30d --larger-than 10GB --dry-run
+    """
+    if oldest_s is None and largest is None:
+        raise click.UsageError("how much may stay? give --older-than 30d, --larger-than 10GB, or both")
+    with _opened(path, url) as opened:
+        ended_before = None if oldest_s is None else opened.now() - oldest_s
+        through = None if largest is None else opened.place_beyond(project, largest)
+        done = Retirement()
+        if ended_before is not None or through is not None:
+            which = Retired(project=project, ended_before=ended_before, through=through)
+            with _progress() as told:
+                done = retire(opened, which, dry_run=dry_run, told=told)
+        space = None if dry_run else give_space_back(opened)
+    _say(done, dry_run=dry_run, as_json=as_json, space=space)
+
+
+@store.command()
+@_where
+@click.option("--incremental", is_flag=True, help="SQLite: from now on `prune` gives space back beside proxies.")
+@click.option("--force", is_flag=True, help="Although a proxy is at work: its commits wait for the end.")
+def vacuum(*, path: Path | None, url: str | None, as_json: bool, incremental: bool, force: bool) -> None:
+    """Give the space of what was deleted back to the disk.
+
+    A SQLite file is written anew: writers wait, and as much room again is needed meanwhile.
+    """
+    with _opened(path, url) as opened:
+        before = opened.space()
+        said = give_space_back(opened, force=force, incremental=incremental, always=True)
+        after = opened.space()
+    if as_json:
+        click.echo(json.dumps({"before_bytes": before.size_bytes, "after_bytes": after.size_bytes, "said": said}))
+    else:
+        click.echo(f"{in_bytes(before.size_bytes)} -> {in_bytes(after.size_bytes)}; {said}")
+
+
+@store.command()
+@_where
+def check(*, path: Path | None, url: str | None, as_json: bool) -> None:
+    """Look whether the store is whole: pages, keys, lengths, rows without their kin. Exit status 1 where it is not."""
+    with _opened(path, url) as opened, _progress() as told:
+        faults = opened.check(lambda what: told(0, 0, what))
+    if as_json:
+        click.echo(json.dumps([asdict(fault) for fault in faults]))
+    else:
+        for fault in faults:
+            click.echo(f"{fault.what}: {fault.count}, such as {', '.join(fault.examples)}")
+        click.echo("the store is whole" if not faults else "restore a backup, or delete the runs that are named here")
+    if faults:
+        sys.exit(1)
+
+
+@store.command()
+@_where
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+def backup(*, path: Path | None, url: str | None, as_json: bool, target: Path) -> None:
+    """Copy a SQLite store to a new FILE while proxies write to it. (PostgreSQL: pg_dump.)
+
+    FILE is a store like any other: `--store sqlite:///FILE` opens it, and moving it back restores it.
+    """
+    with _opened(path, url) as opened, _progress() as told:
+        copied = opened.backup(target, lambda done, total: told(done, total, "pages"))
+    click.echo(json.dumps({"file": str(target), "bytes": copied}) if as_json else f"{target}: {in_bytes(copied)}")
+
+
+def _say(done: Retirement, *, dry_run: bool, as_json: bool, space: str | None = None) -> None:
+    if as_json:
+        click.echo(json.dumps({"dry_run": dry_run, **asdict(done), "space": space}))
+        return
+    for run_id, why in done.skipped.items():
+        click.echo(f"{run_id} {why}: left alone", err=True)
+    verb = "would go" if dry_run else "are gone"
+    click.echo(f"{done.runs} runs and {done.calls} calls {verb}, {in_bytes(done.weight_bytes)} of content")
+    if done.stubs:
+        click.echo(f"of {done.stubs} of them a stub stays, without content: a ledger or a group names it")
+    if not dry_run and done.runs:
+        click.echo("checked afterwards: nothing else of them is left")
+    if space:
+        click.echo(space)
+
+
+def _what(project: str, before: float | None) -> str:
+    return f"every run of project {project!r}" + ("" if before is None else " that ended before then")
+
+
+@contextmanager
+def _opened(path: Path | None, url: str | None) -> Iterator[Store]:
+    if url is None and path is None and not _DEFAULT_CONFIG.exists():
+        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
+    opened = open_store(url if url is not None else load_config(path or _DEFAULT_CONFIG).store, create=False)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A line on a terminal that says how far it is; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, text: None
+        return
+    columns = (BarColumn(bar_width=24), TextColumn("{task.completed:,}"), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=None, text="")
+        yield lambda done, total, text: progress.update(task, completed=done, total=total or None, text=text)

@@ -22,7 +22,7 @@ def age(text: str) -> float:
 
 
 def moment(text: str) -> float:
-    """Return the Unix seconds of an ISO date or time; without a zone it is this machine's. Raises click.BadParameter."""
+    """Return the Unix seconds of an ISO date or time; without a zone, this machine's. Raises click.BadParameter."""
     try:
         return datetime.fromisoformat(text).astimezone().timestamp()
     except ValueError as error:

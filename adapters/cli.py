@@ -26,6 +26,8 @@ HELPS = {
     "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
     "doctor": "Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).",
     "keys": "Make, list and revoke API keys of the proxy.",
+    "export": "Write runs to a folder of Parquet files that HF datasets loads in one line.",
+    "import": "Put an exported folder into a store, byte for byte.",
     "store": "Care for the trace store: delete, prune, vacuum, check, back up.",
     "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",
@@ -34,6 +36,7 @@ _EXTRAS = {
     "train": {"torch", "transformers", "ray", "peft", "accelerate", "safetensors", "numpy", "tensorboard"},
     "examples": {"langgraph", "langchain_core", "langchain_openai", "bm25s", "gguf", "matplotlib"},
     "postgres": {"psycopg"},
+    "parquet": {"pyarrow"},
 }
 
 

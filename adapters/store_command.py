@@ -6,37 +6,15 @@ what is open or leased unless it is forced, and to make a store that is not ther
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tracegrad.adapters.amounts import age, in_bytes, moment, size
+from tracegrad.adapters.opening import opened_store, progress, which_store
 from tracegrad.adapters.retiring import Retirement, give_space_back, retire, retire_named
-from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.retention import Retired
-from tracegrad.tracestore.store import Store, open_store
-
-_DEFAULT_CONFIG = Path("tracegrad.yaml")
-
-
-def _where(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that name the store."""
-    options = [
-        click.option(
-            "--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
-        ),
-        click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration."),
-        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -45,7 +23,7 @@ def store() -> None:
 
 
 @store.command()
-@_where
+@which_store
 @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
 @click.option("--project", help="All runs of a project, and its calls without a run.")
 @click.option("--before", type=moment, metavar="DATE", help="With --project: only what ended before this date.")
@@ -74,21 +52,21 @@ def delete(
     """
     if bool(run_ids) == (project is not None) or (before is not None and project is None):
         raise click.UsageError("which runs? name them, or give --project P (and with it --before DATE)")
-    with _opened(path, url) as opened:
+    with opened_store(path, url) as opened:
         if project is None:
-            with _progress() as told:
+            with progress() as told:
                 done = retire_named(opened, run_ids, force=force, dry_run=dry_run, told=told)
         else:
             if not (yes or dry_run):
                 click.confirm(f"Delete {_what(project, before)} from {opened.place}?", abort=True, err=True)
             which = Retired(project=project, ended_before=before, busy_too=force)
-            with _progress() as told:
+            with progress() as told:
                 done = retire(opened, which, force=force, dry_run=dry_run, told=told)
     _say(done, dry_run=dry_run, as_json=as_json)
 
 
 @store.command()
-@_where
+@which_store
 @click.option("--project", required=True, help="Whose runs.")
 @click.option("--older-than", "oldest_s", type=age, metavar="AGE", help="Runs that ended so long ago, such as 30d.")
 @click.option(
@@ -118,20 +96,20 @@ def prune(
     """
     if oldest_s is None and largest is None:
         raise click.UsageError("how much may stay? give --older-than 30d, --larger-than 10GB, or both")
-    with _opened(path, url) as opened:
+    with opened_store(path, url) as opened:
         ended_before = None if oldest_s is None else opened.now() - oldest_s
         through = None if largest is None else opened.place_beyond(project, largest)
         done = Retirement()
         if ended_before is not None or through is not None:
             which = Retired(project=project, ended_before=ended_before, through=through)
-            with _progress() as told:
+            with progress() as told:
                 done = retire(opened, which, dry_run=dry_run, told=told)
         space = None if dry_run else give_space_back(opened)
     _say(done, dry_run=dry_run, as_json=as_json, space=space)
 
 
 @store.command()
-@_where
+@which_store
 @click.option("--incremental", is_flag=True, help="SQLite: from now on `prune` gives space back beside proxies.")
 @click.option("--force", is_flag=True, help="Although a proxy is at work: its commits wait for the end.")
 def vacuum(*, path: Path | None, url: str | None, as_json: bool, incremental: bool, force: bool) -> None:
@@ -139,7 +117,7 @@ def vacuum(*, path: Path | None, url: str | None, as_json: bool, incremental: bo
 
     A SQLite file is written anew: writers wait, and as much room again is needed meanwhile.
     """
-    with _opened(path, url) as opened:
+    with opened_store(path, url) as opened:
         before = opened.space()
         said = give_space_back(opened, force=force, incremental=incremental, always=True)
         after = opened.space()
@@ -150,10 +128,10 @@ def vacuum(*, path: Path | None, url: str | None, as_json: bool, incremental: bo
 
 
 @store.command()
-@_where
+@which_store
 def check(*, path: Path | None, url: str | None, as_json: bool) -> None:
     """Look whether the store is whole: pages, keys, lengths, rows without their kin. Exit status 1 where it is not."""
-    with _opened(path, url) as opened, _progress() as told:
+    with opened_store(path, url) as opened, progress() as told:
         faults = opened.check(lambda what: told(0, 0, what))
     if as_json:
         click.echo(json.dumps([asdict(fault) for fault in faults]))
@@ -166,14 +144,14 @@ def check(*, path: Path | None, url: str | None, as_json: bool) -> None:
 
 
 @store.command()
-@_where
+@which_store
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
 def backup(*, path: Path | None, url: str | None, as_json: bool, target: Path) -> None:
     """Copy a SQLite store to a new FILE while proxies write to it. (PostgreSQL: pg_dump.)
 
     FILE is a store like any other: `--store sqlite:///FILE` opens it, and moving it back restores it.
     """
-    with _opened(path, url) as opened, _progress() as told:
+    with opened_store(path, url) as opened, progress() as told:
         copied = opened.backup(target, lambda done, total: told(done, total, "pages"))
     click.echo(json.dumps({"file": str(target), "bytes": copied}) if as_json else f"{target}: {in_bytes(copied)}")
 
@@ -196,27 +174,3 @@ def _say(done: Retirement, *, dry_run: bool, as_json: bool, space: str | None = 
 
 def _what(project: str, before: float | None) -> str:
     return f"every run of project {project!r}" + ("" if before is None else " that ended before then")
-
-
-@contextmanager
-def _opened(path: Path | None, url: str | None) -> Iterator[Store]:
-    if url is None and path is None and not _DEFAULT_CONFIG.exists():
-        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
-    opened = open_store(url if url is not None else load_config(path or _DEFAULT_CONFIG).store, create=False)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A line on a terminal that says how far it is; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total, text: None
-        return
-    columns = (BarColumn(bar_width=24), TextColumn("{task.completed:,}"), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, text="")
-        yield lambda done, total, text: progress.update(task, completed=done, total=total or None, text=text)

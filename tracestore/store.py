@@ -18,6 +18,7 @@ from tracegrad.tracestore.diagnosis import Diagnosis
 from tracegrad.tracestore.diagnosis_jobs import JobDiagnosis
 from tracegrad.tracestore.diagnosis_payloads import PayloadDiagnosis
 from tracegrad.tracestore.diagnosis_siblings import SiblingDiagnosis
+from tracegrad.tracestore.interchange import Interchange
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.keys import Keys
 from tracegrad.tracestore.langsmith_runs import LangSmithRuns
@@ -63,6 +64,7 @@ class Store(
     Removal,
     Retention,
     Upkeep,
+    Interchange,
 ):
     """A trace store. Made by `open_store`."""
 

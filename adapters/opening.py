@@ -1,0 +1,57 @@
+"""What commands that work on a store itself share: the options that name it, opening it, and how far they are.
+
+Refuses to make a store that is not there, unless the command is told to. Called by `store_command`, `parquet_command`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.store import Store, open_store
+
+_DEFAULT_CONFIG = Path("tracegrad.yaml")
+
+
+def which_store(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name the store."""
+    options = [
+        click.option(
+            "--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
+        ),
+        click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration."),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def opened_store(path: Path | None, url: str | None, *, create: bool = False) -> Iterator[Store]:
+    """Open the store that the options name; without any, that of the tracegrad.yaml here."""
+    if url is None and path is None and not _DEFAULT_CONFIG.exists():
+        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
+    opened = open_store(url if url is not None else load_config(path or _DEFAULT_CONFIG).store, create=create)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A line on a terminal that says how far it is; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, text: None
+        return
+    columns = (BarColumn(bar_width=24), TextColumn("{task.completed:,}"), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as shown:
+        task = shown.add_task("", total=None, text="")
+        yield lambda done, total, text: shown.update(task, completed=done, total=total or None, text=text)

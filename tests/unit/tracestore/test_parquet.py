@@ -1,0 +1,229 @@
+"""Export and import: HF datasets reads it, and every byte comes back, on both backends and from one to the other."""
+
+import builtins
+import math
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.interchange import CARRIED, Chosen
+from tracegrad.tracestore.parquet import export_to, import_from
+from tracegrad.tracestore.records import Choice, Continues, Run, Span, Task
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.rows import (
+    Clock,
+    add_group,
+    finish_run,
+    live_version,
+    make_call,
+    make_choice,
+    make_reward,
+    ready_group,
+    train,
+)
+
+parquet = pytest.importorskip("pyarrow.parquet", reason="tracegrad[parquet] is not installed")
+EXACT = (-0.1, math.nan, -math.inf, -1e-45, 0.0, -0.0)
+
+
+def float32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    opened = open_store(store_url, clock=Clock())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """An empty store to import into."""
+    url = f"sqlite:///{tmp_path}/other.db"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    opened = open_store(url)
+    yield opened
+    opened.close()
+
+
+def world(store: Store) -> list[str]:
+    """Groups, tasks, versions, NaN and None, no prompt, no choices, choices of no token, spans, calls of no run."""
+    version = live_version(store).version_id
+    runs = [*ready_group(store, "g", version=version), *add_group(store, "e", purpose="eval")]
+    store.put_tasks([Task(task_id="t", input={"q": "ü\u2028"}, reference={"a": [1, None]}, project="p")])
+    store.open_run(Run(run_id="solo", project="p", task_id="t"))
+    odd = make_choice(0, range(len(EXACT)), EXACT)
+    none = Choice(
+        index=3, token_ids=(2**31 - 1, -(2**31)), logprobs=None, finish_reason=None, message={"content": None}
+    )
+    store.append_calls(
+        [
+            make_call("odd", "solo", choices=(odd, none), version=version, project="p", stream=True),
+            make_call("empty", "solo", choices=(make_choice(0, ()),), project="p", request_hash="h", retry_of="odd",
+                      continues=Continues(call_id="odd", choice=0, drift="template", token_in=True)),
+            make_call("failed", "solo", choices=(), prompt_ids=None, status="failed", error="5xx", project="p"),
+            make_call("alone", None, role=None, project="p"),
+            make_call("no-tokens", "solo", prompt_ids=(), project="p"),
+        ]
+    )  # fmt: skip
+    store.put_spans([Span(span_id="tool", run_id="solo", name="x", kind="tool", input={"n": 0.1}, wrote=("a",))])
+    store.add_rewards(
+        [make_reward("w1", "solo", 0.1), make_reward("w2", "solo", 0.25), make_reward("w3", "solo", call_id="odd")]
+    )
+    store.end_run("solo", status="failed", ended_by="hook", error="boom")
+    return [*runs, "solo"]
+
+
+def same(one: Any, two: Any) -> bool:
+    return repr(one) == repr(two)  # nan is not equal to itself; its word is
+
+
+def test_what_was_exported_comes_back_exactly(store: Store, other: Store, tmp_path: Path) -> None:
+    runs = world(store)
+    wrote = export_to(store, tmp_path / "out", Chosen())
+    assert wrote == {"tasks": 3, "policy_versions": 1, "groups": 2, "runs": 5, "spans": 4, "calls": 7, "rewards": 5}
+    assert import_from(other, tmp_path / "out") == wrote
+    for run_id in runs:
+        assert same(other.trace(run_id), store.trace(run_id)), run_id
+    assert same(other.get_call("alone"), store.get_call("alone"))
+    back = other.get_call("odd")
+    assert same(back.choices[0].logprobs, tuple(map(float32, EXACT))) and back.choices[1].logprobs is None
+    assert other.get_call("failed").prompt_ids is None and other.get_call("no-tokens").prompt_ids == ()
+    assert other.get_task("t") == store.get_task("t") and other.get_group("e") == store.get_group("e")
+    assert other.check() == []
+    export_to(other, tmp_path / "again", Chosen())
+    for name in CARRIED:  # row for row, value for value: also rewards that were overtaken
+        tables = [parquet.read_table(tmp_path / folder / f"{name}.parquet").to_pylist() for folder in ("out", "again")]
+        assert same(*tables), name
+
+
+def test_it_may_be_imported_twice_and_the_store_goes_on(store: Store, other: Store, tmp_path: Path) -> None:
+    world(store)
+    export_to(store, tmp_path / "out", Chosen())
+    import_from(other, tmp_path / "out")
+    assert set(import_from(other, tmp_path / "out").values()) == {0}
+    made = live_version(other, step=1)
+    assert made.version_id == 2
+    train(other)  # imported runs can be trained by a job of that store
+
+
+def test_what_is_there_and_says_otherwise_is_refused(store: Store, tmp_path: Path) -> None:
+    world(store)
+    export_to(store, tmp_path / "out", Chosen())
+    with open_store(f"sqlite:///{tmp_path}/third.db")._db.write() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO policy_versions (model, kind, checkpoint_path, checkpoint_hash, step, abandoned, created_at)"
+            " VALUES ('main', 'initial', 'x', 'x', 0, 0, 0)"
+        )
+    third = open_store(f"sqlite:///{tmp_path}/third.db")
+    with pytest.raises(Conflict, match="policy_versions 1 is here already with another checkpoint_hash"):
+        import_from(third, tmp_path / "out")
+    third.close()
+    changed = open_store(f"sqlite:///{tmp_path}/fourth.db")
+    import_from(changed, tmp_path / "out")
+    with changed._db.write() as connection:
+        connection.exec_driver_sql(
+            "UPDATE choice_payloads SET logprobs = zeroblob(24) WHERE call_id = 'odd' AND logprobs IS NOT NULL"
+        )
+    with pytest.raises(Conflict, match="choice_payloads odd 0 is here already with another logprobs"):
+        import_from(changed, tmp_path / "out")
+    changed.close()
+
+
+def test_a_part_of_a_store(store: Store, tmp_path: Path) -> None:
+    world(store)
+    one = export_to(store, tmp_path / "one", Chosen(run_ids=("solo",)))
+    assert (one["runs"], one["calls"], one["tasks"], one["groups"]) == (1, 4, 1, 0)
+    project = export_to(store, tmp_path / "project", Chosen(project="p"))
+    assert (project["runs"], project["calls"]) == (1, 5)
+    assert export_to(store, tmp_path / "since", Chosen(since=2_000.0))["calls"] == 0
+    with pytest.raises(NotFound, match="nobody"):
+        export_to(store, tmp_path / "nobody", Chosen(run_ids=("nobody",)))
+
+
+def test_the_stub_of_a_deleted_run_travels_as_one(store: Store, tmp_path: Path) -> None:
+    runs = ready_group(store, version=live_version(store).version_id)
+    train(store)
+    store.delete_runs(runs)
+    export_to(store, tmp_path / "out", Chosen())
+    other = open_store(f"sqlite:///{tmp_path}/other.db")
+    import_from(other, tmp_path / "out")
+    assert other.get_run(runs[0]).error == "content deleted" and other.trace(runs[0]).calls == ()
+    other.close()
+
+
+def test_memory_is_bounded_by_a_page(tmp_path: Path, store: Store) -> None:
+    pages = iter([len(page) for page in _many(store, 2_500)])
+    assert list(pages) == [1_000, 1_000, 500]
+
+
+def _many(store: Store, calls: int) -> Iterator[list[Any]]:
+    ids = random.Random(0).choices(range(50_000), k=50)
+    store.append_calls([make_call(f"c{number}", f"r{number // 4}", tokens=[ids]) for number in range(calls)])
+    return store.pages("calls", Chosen())
+
+
+def test_hf_datasets_loads_it_in_one_line(store: Store, tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="HF datasets is not installed")
+    world(store)
+    export_to(store, tmp_path / "out", Chosen())
+    code = f"""
+import os
+os.environ.update(HF_HOME={str(tmp_path / "hf")!r}, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+from datasets import load_dataset
+calls = load_dataset({str(tmp_path / "out")!r}, split="train")
+odd = next(call for call in calls if call["call_id"] == "odd")
+assert odd["prompt_ids"] == [1, 2, 3] and odd["role"] == "answerer", odd
+assert odd["choices"][0]["token_ids"] == [0, 1, 2, 3, 4, 5] and odd["choices"][1]["logprobs"] is None, odd
+assert calls.features["choices"].feature["logprobs"].feature.dtype == "float32"
+assert calls.features["prompt_ids"].feature.dtype == "int32"
+assert len(load_dataset({str(tmp_path / "out")!r}, "rewards", split="train")) == 5
+print(len(calls))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "7"
+
+
+def test_what_is_no_export_is_refused(store: Store, tmp_path: Path) -> None:
+    finish_run(store, "r", version=live_version(store).version_id)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("")
+    with pytest.raises(Conflict, match="not empty"):
+        export_to(store, tmp_path / "full", Chosen())
+    with pytest.raises(NotFound, match="is no whole export"):
+        import_from(store, tmp_path / "full")
+    out = tmp_path / "out"
+    export_to(store, out, Chosen())
+    table = parquet.read_table(out / "runs.parquet")
+    parquet.write_table(table.replace_schema_metadata({}), out / "runs.parquet")
+    with pytest.raises(InvalidRecord, match="not made by `tracegrad export`"):
+        import_from(store, out)
+    parquet.write_table(table.drop_columns(["error"]), out / "runs.parquet")
+    with pytest.raises(InvalidRecord, match="export again with this version"):
+        import_from(store, out)
+    (out / "tasks.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(InvalidRecord, match="cannot be read"):
+        import_from(store, out)
+
+
+def test_without_pyarrow_it_says_what_to_install(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = builtins.__import__
+
+    def without(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return known(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"pip install 'tracegrad\[parquet\]'"):
+        export_to(store, tmp_path / "out", Chosen())

@@ -6,34 +6,19 @@ seconds. The text of a key is printed once, by `create`. Refuses a role that the
 
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
+from tracegrad.adapters.opening import which_store
 from tracegrad.adapters.scope import ENV_API_KEY
 from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.records import KEY_SCOPES, ApiKey, KeyScope
 from tracegrad.tracestore.store import Store, open_store
 
 _DEFAULT_CONFIG = Path("tracegrad.yaml")
-
-
-def _where(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that name the store."""
-    options = [
-        click.option(
-            "--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
-        ),
-        click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration."),
-        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -50,7 +35,7 @@ def keys() -> None:
 
 
 @keys.command()
-@_where
+@which_store
 @click.option("--scope", "scopes", type=click.Choice(KEY_SCOPES), multiple=True, required=True, help="May be repeated.")
 @click.option("--name", default="", help="For people: who has it, and what for.")
 @click.option("--project", help="Where its calls belong. Default: the configuration's project.")
@@ -90,7 +75,7 @@ def create(
 
 
 @keys.command("list")
-@_where
+@which_store
 def list_(*, path: Path | None, url: str | None, as_json: bool) -> None:
     """List the keys: what each may do, never its text."""
     store = _existing(path, url)
@@ -109,7 +94,7 @@ def list_(*, path: Path | None, url: str | None, as_json: bool) -> None:
 
 
 @keys.command()
-@_where
+@which_store
 @click.argument("key_id")
 def revoke(*, path: Path | None, url: str | None, as_json: bool, key_id: str) -> None:
     """Revoke a key for good; running proxies refuse it within seconds."""

@@ -1,6 +1,7 @@
 """What commands that work on a store itself share: the options that name it, opening it, and how far they are.
 
-Refuses to make a store that is not there, unless the command is told to. Called by `store_command`, `parquet_command`.
+Refuses to make a store that is not there, unless the command is told to. Called by the
+commands `store`, `export`, `import` and `keys`.
 """
 
 from collections.abc import Callable, Iterator

@@ -32,7 +32,7 @@ _TOLD_APART = {
     *(reasons.NO_RUN, reasons.TOO_STALE, reasons.RUN_FAILED, reasons.FAILED_CALL, reasons.ABORTED),
 }
 """Reasons that calls, runs or groups are counted by, which says more than tokens do."""
-_MEANT = {"redacted", "echo", "several prompts", "reasoning hidden"}
+_MEANT = {reasons.DELETED, "redacted", "echo", "several prompts", "reasoning hidden"}
 """Quarantines that follow from what the operator or the client asked for."""
 
 

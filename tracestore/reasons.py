@@ -15,6 +15,7 @@ RUN_FAILED = "run failed"
 FAILED_CALL = "failed call"
 ABORTED = "aborted"
 QUARANTINED = "quarantined: "
+DELETED = "deleted"
 NO_VERSION = "no version"
 VERSION_CHANGED = "version changed"
 NO_PROMPT = "no prompt ids"
@@ -154,6 +155,7 @@ QUARANTINES: Mapping[str, Words] = {
     "reasoning hidden": Words(
         "whose thoughts the client told the engine to withhold", "leave `include_reasoning: false` out"
     ),
+    DELETED: Words("whose content was deleted on purpose", "nothing: what was trained of it stays accounted for"),
     "redacted": Words(
         "whose text was masked before it was stored",
         "nothing, if it should be masked; else make the patterns under `redact` narrower",

@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, delete, exists, f
 from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound, TraceStoreError
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.reasons import DELETED
 from tracegrad.tracestore.records import RoleSource
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.schema import (
@@ -235,7 +236,7 @@ def _empty(connection: Connection, trained: set[str]) -> None:
     connection.execute(
         update(calls)
         .where(calls.c.run_id.in_(trained))
-        .values(quarantine=func.coalesce(calls.c.quarantine, "deleted"), **emptied)
+        .values(quarantine=func.coalesce(calls.c.quarantine, DELETED), **emptied)
     )
 
 

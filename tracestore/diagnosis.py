@@ -24,7 +24,12 @@ from tracegrad.tracestore.diagnosis_tallies import tallied
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.overview import drift_within
 from tracegrad.tracestore.records import DriftCount
-from tracegrad.tracestore.schema import attributions, calls, choices, groups, rewards, runs
+from tracegrad.tracestore.schema import CONTENT_DELETED, attributions, calls, choices, groups, rewards, runs
+
+
+def _has_content() -> ColumnElement[bool]:
+    """Whether the run of the row is more than the stub that a deletion leaves: that one lacks things on purpose."""
+    return runs.c.error.is_distinct_from(CONTENT_DELETED)
 
 
 class Diagnosis(Noun):
@@ -111,8 +116,8 @@ class Diagnosis(Noun):
 
     def count_runs(self, extent: Extent) -> list[RunCount]:
         """Return the runs by purpose and state, with those that have no reward or no call."""
-        unrewarded = ~exists().where(rewards.c.run_id == runs.c.run_id)
-        empty = ~exists().where(calls.c.run_id == runs.c.run_id)
+        unrewarded = and_(_has_content(), ~exists().where(rewards.c.run_id == runs.c.run_id))
+        empty = and_(_has_content(), ~exists().where(calls.c.run_id == runs.c.run_id))
         chosen = (
             select(
                 runs.c.purpose,
@@ -132,7 +137,8 @@ class Diagnosis(Noun):
 
     def count_groups(self, extent: Extent) -> GroupCounts:
         """Return how many groups lack what."""
-        unrewarded = and_(runs.c.status == "closed", ~exists().where(rewards.c.run_id == runs.c.run_id))
+        silent = ~exists().where(rewards.c.run_id == runs.c.run_id)
+        unrewarded = and_(runs.c.status == "closed", _has_content(), silent)
         group = (
             select(
                 groups.c.group_id,

@@ -217,6 +217,15 @@ class DiagnosisContract:
             RunCount(purpose="live", status="closed", runs=3, unrewarded=2, empty=0, unrewarded_example="bare too"),
         ]
 
+    def test_stubs_lack_nothing(self, store: Store) -> None:
+        """What a deletion leaves of a trained run has no reward on purpose."""
+        members = ready_group(store)
+        train(store)
+        store.delete_runs(members)
+        (counted,) = store.count_runs(ALL)
+        assert (counted.runs, counted.unrewarded, counted.empty) == (2, 0, 0)
+        assert store.count_groups(ALL).unrewarded == 0
+
     def test_groups_are_counted_once_by_what_they_lack(self, store: Store) -> None:
         """Whole ones lack nothing."""
         ready_group(store, "whole")

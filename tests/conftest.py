@@ -4,6 +4,7 @@
 ``PYTHONPATH``, and by hand.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from ports import free_port  # noqa: E402
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig  # noqa: E402
 from tracegrad.trainer.engine import EngineProcess  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Who starts the tests in the background of a script ignores Ctrl-C, and so would all that they start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

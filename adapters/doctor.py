@@ -22,7 +22,7 @@ from rich.progress import Progress as Bar
 from tracegrad.adapters.doctor_report import Progress, Report, as_json, gather
 from tracegrad.adapters.doctor_text import lines, verdict_lines
 from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
-from tracegrad.adapters.look import open_existing
+from tracegrad.adapters.opening import open_existing
 from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
 from tracegrad.tracestore.errors import NotFound, TraceStoreError
 from tracegrad.tracestore.store import Store

@@ -18,10 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tracegrad.adapters.fingerprint import fingerprint_of
+from tracegrad.adapters.opening import open_existing
 from tracegrad.adapters.run_picture import mermaid, tree_of
-from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.edges import edges
-from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
+from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.records import (
     Attribution,
     AttributionConflict,
@@ -34,10 +34,9 @@ from tracegrad.tracestore.records import (
     RunSummary,
     RunTrace,
 )
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 
 _SHORT = 160
-_DEFAULT_CONFIG = Path("tracegrad.yaml")
 _COLOURS = {"open": "yellow", "closed": "green", "failed": "red"}
 
 
@@ -292,26 +291,6 @@ def _is_run(store: Store, named: str) -> bool:
     except NotFound:
         return False
     return True
-
-
-def open_existing(config_path: Path | None, url: str | None) -> Store:
-    """Open the store that the options name, without making one.
-
-    Raises:
-        click.ClickException: no store is named, or it is not there.
-    """
-    if url is None:
-        path = config_path or _DEFAULT_CONFIG
-        if config_path is None and not path.exists():
-            raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
-        try:
-            url = load_config(path).store
-        except TraceStoreError as error:
-            raise click.ClickException(str(error)) from error
-    try:
-        return open_store(url, create=False)
-    except TraceStoreError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _versions(versions: tuple[int, ...]) -> str:

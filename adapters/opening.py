@@ -1,7 +1,7 @@
 """What commands that work on a store itself share: the options that name it, opening it, and how far they are.
 
 Refuses to make a store that is not there, unless the command is told to. Called by the
-commands `store`, `export`, `import` and `keys`.
+commands `store`, `export`, `import`, `keys`, `runs`, `show` and `doctor`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
 
 _DEFAULT_CONFIG = Path("tracegrad.yaml")
@@ -33,12 +34,36 @@ def which_store(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def store_url(path: Path | None, url: str | None) -> str:
+    """Return the URL of the store that the options name; without any, of that of the tracegrad.yaml here.
+
+    Raises:
+        click.UsageError: nothing names one.
+        ConfigError: the configuration cannot be used.
+    """
+    if url is not None:
+        return url
+    if path is None and not _DEFAULT_CONFIG.exists():
+        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
+    return load_config(path or _DEFAULT_CONFIG).store
+
+
+def open_existing(path: Path | None, url: str | None) -> Store:
+    """Open the store that the options name, without making one.
+
+    Raises:
+        click.ClickException: no store is named, or it is not there.
+    """
+    try:
+        return open_store(store_url(path, url), create=False)
+    except TraceStoreError as error:
+        raise click.ClickException(str(error)) from error
+
+
 @contextmanager
 def opened_store(path: Path | None, url: str | None, *, create: bool = False) -> Iterator[Store]:
-    """Open the store that the options name; without any, that of the tracegrad.yaml here."""
-    if url is None and path is None and not _DEFAULT_CONFIG.exists():
-        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
-    opened = open_store(url if url is not None else load_config(path or _DEFAULT_CONFIG).store, create=create)
+    """Open the store that the options name, for the body of a command that lets the store's errors pass."""
+    opened = open_store(store_url(path, url), create=create)
     try:
         yield opened
     finally:

@@ -3,11 +3,13 @@
 SQLAlchemy's execution of a Core statement costs about 0.1 ms each time (cache key, parameter processing, result
 set-up) even when its SQL is cached, and 0.05 ms where it is handed to `exec_driver_sql`; `append_calls` runs seven of
 them while a client waits. Here the SQL text and the column encoders are looked up once per dialect and column set, and
-the driver's own cursor does the rest inside the same transaction, with the same errors. Refuses expanding parameters
-(IN lists). Called by `calls`, `runs` and `spans`.
+the driver itself does the rest inside the same transaction, with the same errors. Refuses expanding parameters
+(IN lists). Called by `calls`, `runs` and `spans`; `run_plain` by `database`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Executable
@@ -16,26 +18,49 @@ from sqlalchemy.exc import DBAPIError
 _Encode = Callable[[Any], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """SQL of one dialect, and how a row becomes its parameters: by position, or by name where `names` are given."""
+
+    sql: str
+    values_of: Callable[[dict[str, Any]], Sequence[Any]]
+    encoders: tuple[tuple[int, _Encode], ...]
+    names: tuple[str, ...] | None
+
+    def parameters(self, row: dict[str, Any]) -> Any:
+        """Return what the driver takes for `row`."""
+        values = list(self.values_of(row))
+        for place, encode in self.encoders:
+            values[place] = encode(values[place])
+        return values if self.names is None else dict(zip(self.names, values, strict=True))
+
+
 class HotStatement:
     """One Core statement; `run_hot` executes it. Every row of one execution has the same keys."""
 
     def __init__(self, statement: Executable) -> None:
         self._statement = statement
-        self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, list[tuple[str, _Encode | None]], bool]] = {}
+        self._prepared: dict[tuple[str, tuple[str, ...]], _Prepared] = {}
 
-    def prepared(
-        self, connection: Connection, names: tuple[str, ...]
-    ) -> tuple[str, list[tuple[str, _Encode | None]], bool]:
-        """Return SQL, the parameters in order with their encoders, and whether the driver wants them by position."""
+    def prepared(self, connection: Connection, names: tuple[str, ...]) -> _Prepared:
+        """Return the statement for the connection's dialect and rows with the keys `names`."""
         key = (connection.dialect.name, names)
         found = self._prepared.get(key)
         if found is None:
             compiled: Any = self._statement.compile(dialect=connection.dialect, column_keys=list(names))  # type: ignore[attr-defined]
-            order = compiled.positiontup if compiled.positional else list(compiled.bind_names.values())
+            order = tuple(compiled.positiontup if compiled.positional else compiled.bind_names.values())
             encoders = compiled._bind_processors
-            found = str(compiled), [(name, encoders.get(name)) for name in order], bool(compiled.positional)
-            self._prepared[key] = found
+            found = self._prepared[key] = _Prepared(
+                sql=str(compiled),
+                values_of=_one(order[0]) if len(order) == 1 else itemgetter(*order),
+                encoders=tuple((place, encoders[name]) for place, name in enumerate(order) if name in encoders),
+                names=None if compiled.positional else order,
+            )
         return found
+
+
+def _one(name: str) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    return lambda row: (row[name],)
 
 
 def run_hot(connection: Connection, hot: HotStatement, rows: Sequence[dict[str, Any]]) -> list[Any]:
@@ -43,27 +68,35 @@ def run_hot(connection: Connection, hot: HotStatement, rows: Sequence[dict[str, 
 
     Raises what SQLAlchemy's own execution would: a `DBAPIError` of the kind that the driver's error is.
     """
-    sql, order, positional = hot.prepared(connection, tuple(rows[0]))
-    parameters: list[Any]
-    if positional:
-        parameters = [
-            tuple(row[name] if encode is None else encode(row[name]) for name, encode in order) for row in rows
-        ]
-    else:
-        parameters = [
-            {name: row[name] if encode is None else encode(row[name]) for name, encode in order} for row in rows
-        ]
-    cursor = connection.connection.cursor()
+    prepared = hot.prepared(connection, tuple(rows[0]))
+    parameters = [prepared.parameters(row) for row in rows]
+    cursor = _driver(connection).cursor()
     try:
         if len(parameters) > 1:
-            cursor.executemany(sql, parameters)
+            cursor.executemany(prepared.sql, parameters)
         else:
-            cursor.execute(sql, parameters[0])
+            cursor.execute(prepared.sql, parameters[0])
         return list(cursor.fetchall()) if cursor.description else []
+    except _errors(connection) as error:
+        raise _translated(connection, prepared.sql, error) from error
+    finally:
+        cursor.close()
+
+
+def run_plain(connection: Connection, sql: str) -> None:
+    """Execute one statement that has neither parameters nor rows. Raises as `run_hot`."""
+    cursor = _driver(connection).cursor()
+    try:
+        cursor.execute(sql)
     except _errors(connection) as error:
         raise _translated(connection, sql, error) from error
     finally:
         cursor.close()
+
+
+def _driver(connection: Connection) -> Any:
+    """The driver's own connection: SQLAlchemy's proxy around it costs as much as a small statement."""
+    return connection.connection.driver_connection
 
 
 def _errors(connection: Connection) -> type[Exception]:

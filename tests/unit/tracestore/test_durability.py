@@ -68,6 +68,35 @@ def test_readers_do_not_wait_and_writers_take_turns(store_url: str) -> None:
     other.close()
 
 
+def test_writers_hand_one_connection_on_and_none_that_an_error_left(store_url: str) -> None:
+    store = open_store(store_url)
+    used: list[object] = []
+    for _ in range(3):
+        with store._db.write() as connection:
+            used.append(connection)
+    assert used[0] is used[1] is used[2]
+    with pytest.raises(ZeroDivisionError), store._db.write() as connection:
+        connection.exec_driver_sql("INSERT INTO proxies VALUES ('undone', 'u', 0, 0)")
+        raise ZeroDivisionError
+    with store._db.write() as connection:
+        assert connection is not used[0]
+        assert connection.exec_driver_sql("SELECT count(*) FROM proxies").scalar() == 0
+    store.close()
+    store.append_calls([make_call("c", "r")])  # whoever closed it may still hold it
+    assert store.find_call("c") == ("c", "r")
+    store.close()
+
+
+def test_a_wait_that_is_too_long_is_store_unavailable(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracegrad.tracestore.database.BUSY_TIMEOUT_S", 0.05)
+    store, other = open_store(store_url), open_store(store_url)
+    with store._db.write(), pytest.raises(StoreUnavailable, match="locked"):
+        other.append_calls([make_call("c", "r")])
+    other.append_calls([make_call("c", "r")])
+    for each in (store, other):
+        each.close()
+
+
 def test_threads_append_at_once(store_url: str) -> None:
     store = open_store(store_url)
     threads = [
@@ -108,7 +137,7 @@ def test_processes_never_lease_the_same_run(store_url: str) -> None:
 def test_a_full_disk_is_store_unavailable_and_commits_nothing(store_url: str) -> None:
     store = open_store(store_url)
     finish_run(store, "before")
-    with store._db.engine.connect() as connection:
+    with store._db.write() as connection:  # the bound is the connection's, and this one is handed on
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreUnavailable, match="full"):

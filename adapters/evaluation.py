@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tracegrad.adapters.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from tracegrad.adapters.control import Control
 from tracegrad.adapters.execution import RunExecutor, RunOutcome
 from tracegrad.adapters.schedule import run_id
 from tracegrad.adapters.scoring import run_scores
+from tracegrad.tracestore.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from tracegrad.tracestore.records import Run, RunStatus, Task
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from tracegrad.adapters.bootstrap import Interval
 from tracegrad.adapters.evaluation import EvalReport
 from tracegrad.adapters.rollout import RolloutSummary
+from tracegrad.tracestore.bootstrap import Interval
 
 _GREEDY = {True: "every call was greedy", False: "not every call was greedy", None: "greedy or not: unknown"}
 

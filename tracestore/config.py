@@ -171,6 +171,53 @@ class BatchConfig(_Section, frozen=True, kw_only=True):
     poll_s: float = 0.25
 
 
+class GateRule(_Section, frozen=True, kw_only=True):
+    """What a candidate must show in the gate's evaluation. At least one of `minimum` and `max_drop`."""
+
+    minimum: float | None = None
+    """The least mean score."""
+    max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """How much worse than the live version the mean score may be: by task, and at `confidence`."""
+    confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.9
+    """One-sided, of "not worse by more than max_drop"; 0.5 compares the means alone. Few tasks at a high confidence
+    reject also what is as good."""
+    max_failed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.05
+    """Share of the runs that may fail or stay without the score. They are in no mean."""
+
+
+class RejectedConfig(_Section, frozen=True, kw_only=True):
+    """What training does after a version was rejected."""
+
+    then: Literal["continue", "return"] = "continue"
+    """Train on from the rejected version, or from the live one, whose optimizer state comes back with it."""
+    stop_after: Annotated[int, msgspec.Meta(ge=1)] | None = 3
+    """So many rejections in a row end the trainer: the live version falls ever further behind what is trained."""
+
+
+class GateConfig(_Section, frozen=True, kw_only=True):
+    """A held-out evaluation that each new version must pass before it serves. `tracegrad gate` makes it."""
+
+    app: str
+    """The compiled graph, as module:attribute or file.py:attribute."""
+    tasks: str
+    """The held-out task file, JSON Lines."""
+    reward: str
+    """fn(task, output) -> rewards, as module:function or file.py:function."""
+    rule: GateRule
+    score: str = "reward"
+    """Which of the rewards decides."""
+    samples: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Runs per task; they are averaged."""
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    """How long the evaluation may take, and so how long a single engine may be closed to others. Then the candidate is
+    rejected."""
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of the other runs that the candidate serves while it is judged. With one engine 0 makes them wait and 1
+    lets all through; with replicas the rest of the runs stays with the live version."""
+    rejected: RejectedConfig = RejectedConfig()
+
+
 class PublishConfig(_Section, frozen=True, kw_only=True):
     """How weights reach the engine, and when a swap is refused."""
 
@@ -181,6 +228,7 @@ class PublishConfig(_Section, frozen=True, kw_only=True):
     canary: bool = True
     drain_timeout_s: float = 300.0
     swap_timeout_s: float = 120.0
+    gate: GateConfig | None = None
 
 
 class TrainerConfig(_Section, frozen=True, kw_only=True):
@@ -282,6 +330,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     _check_models(config, origin)
     _check_rules(config, origin)
     _check_redactions(config, origin)
+    _check_gate(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -346,6 +395,20 @@ def _check_redactions(config: Config, origin: str) -> None:
             raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
 
 
+def _check_gate(config: Config, origin: str) -> None:
+    gate, model = config.trainer.publish.gate, config.models.get(config.trainer.model)
+    if gate is None:
+        return
+    where = f"{origin}: trainer.publish.gate"
+    if gate.rule.minimum is None and gate.rule.max_drop is None:
+        raise ConfigError(f"{where}.rule lets everything pass: give it a minimum, a max_drop, or both")
+    if model is not None and not model.replicas and gate.share not in (0.0, 1.0):
+        raise ConfigError(
+            f"{where}.share is {gate.share:g}, and one engine serves one version at a time: write 0 (others wait while "
+            "the candidate is judged) or 1 (they get the candidate), or add replicas"
+        )
+
+
 def _wrong_model(model: ModelConfig) -> str | None:
     """Return what is wrong with the section of a model, None where nothing is."""
     if model.api is None:
@@ -387,7 +450,12 @@ def _resolve_paths(config: Config, base: Path) -> Config:
     if store.startswith("sqlite:///") and store != "sqlite:///:memory:":
         store = "sqlite:///" + absolute(store.removeprefix("sqlite:///"))
     models = {name: _resolve_model(model, absolute) for name, model in config.models.items()}
-    trainer = msgspec.structs.replace(config.trainer, output=absolute(config.trainer.output))
+    gate = config.trainer.publish.gate
+    if gate is not None:
+        app, reward = (absolute(name) if ".py:" in name else name for name in (gate.app, gate.reward))
+        gate = msgspec.structs.replace(gate, tasks=absolute(gate.tasks), app=app, reward=reward)
+    publish = msgspec.structs.replace(config.trainer.publish, gate=gate)
+    trainer = msgspec.structs.replace(config.trainer, output=absolute(config.trainer.output), publish=publish)
     return msgspec.structs.replace(config, store=store, models=models, trainer=trainer)
 
 

@@ -6,7 +6,8 @@ TraceStoreError
 ├── StoreUnavailable       the database cannot be reached or cannot commit (disk full, down)
 ├── NotFound               no such row
 ├── Conflict               the row exists and says something else, or the state forbids the change
-│   └── LeaseLost          the fencing token is no longer the holder's
+│   ├── LeaseLost          the fencing token is no longer the holder's
+│   └── Pinned             serving is held at another version
 └── InvalidRecord          a record breaks an invariant (lengths, NaN reward, purpose)
 """
 
@@ -37,6 +38,10 @@ class Conflict(TraceStoreError):
 
 class LeaseLost(Conflict):
     """The lease expired, was reclaimed or was released: what its holder computed must not be committed."""
+
+
+class Pinned(Conflict):
+    """Serving is held at another version, until somebody takes the pin off."""
 
 
 class InvalidRecord(TraceStoreError):

@@ -1,8 +1,14 @@
-"""Publishing as a state machine: requested -> draining -> swapping -> live | failed.
+"""Publishing as a state machine.
 
-One step at a time and never back; any unfinished state may fail. A model has at most one unfinished publish (a unique
-index says so too). Proxies are rows with a heartbeat: one that is alive and has not acknowledged is waited for, a dead
-one is not. Called by the publisher and by the proxy's poll, through `Store`.
+    requested -> draining -> swapping -> live | failed
+                                      -> evaluating -> live                                    it passed
+                                                    -> settling -> live | rejected | failed    engines change once more
+
+One step at a time and never back. A publish with a gate passes through `evaluating`, and goes live with a decision that
+passed only; one that nobody came to judge is rejected from `requested` on. `skipped` is a publish that was never tried.
+A model has at most one unfinished publish (a unique index says so too). Proxies are rows with a heartbeat: one that is
+alive and has not acknowledged the drain at hand (draining, settling) is waited for, a dead one is not. Called by the
+publisher and by the proxy's poll, through `Store`.
 """
 
 from collections.abc import Sequence
@@ -11,21 +17,28 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, case, delete, func, select, update
 
 from tracegrad.tracestore.database import insert
-from tracegrad.tracestore.errors import Conflict, NotFound
+from tracegrad.tracestore.errors import Conflict, NotFound, Pinned
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Json, ModelState, Publish, PublishState
-from tracegrad.tracestore.schema import policy_versions, proxies, publish_acks, publishes
+from tracegrad.tracestore.pins import pinned_version
+from tracegrad.tracestore.records import Json, ModelState, PolicyVersion, Publish, PublishState
+from tracegrad.tracestore.schema import (
+    PUBLISH_STATES,
+    UNFINISHED_STATES,
+    policy_versions,
+    proxies,
+    publish_acks,
+    publishes,
+)
 from tracegrad.tracestore.versions import existing
 
 SILENT_FOR_EVER_S = 86_400.0
-STATES: tuple[PublishState, ...] = ("requested", "draining", "swapping", "live", "failed")
-UNFINISHED: tuple[PublishState, ...] = ("requested", "draining", "swapping")
+UNFINISHED = UNFINISHED_STATES
 _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
-    "requested": ("draining", "failed"),
+    "requested": ("draining", "rejected", "failed"),
     "draining": ("swapping", "failed"),
-    "swapping": ("live", "failed"),
-    "live": (),
-    "failed": (),
+    "swapping": ("live", "evaluating", "failed"),
+    "evaluating": ("live", "settling"),
+    "settling": ("live", "rejected", "failed"),
 }
 
 
@@ -40,7 +53,17 @@ def _view() -> Select[Any]:
     )
     newest, live = publishes.alias("newest_publish"), publishes.alias("live_publish")
     return (
-        select(found.c.model, found.c.newest, newest.c.state, live.c.version_id)
+        select(
+            found.c.model,
+            found.c.newest,
+            newest.c.state,
+            newest.c.version_id.label("candidate"),
+            newest.c.gate,
+            newest.c.swapping_at,
+            newest.c.evaluating_at,
+            newest.c.settling_at,
+            live.c.version_id,
+        )
         .join(newest, newest.c.publish_id == found.c.newest)
         .outerjoin(live, live.c.publish_id == found.c.live)
     )
@@ -52,17 +75,20 @@ _VIEW = _view()
 class Publishes(Noun):
     """The part of the store that knows how weights reach the engine, and who must stand still for it."""
 
-    def request_publish(self, version_id: int) -> Publish:
-        """Open a publish of a version.
+    def request_publish(self, version_id: int, *, gate: Json | None = None) -> Publish:
+        """Open a publish of a version; with `gate` (its terms) it goes live only where an evaluation says so.
 
         Raises:
             NotFound: no such version.
+            Pinned: the model is held at another version.
             Conflict: the version is abandoned, or the model has an unfinished publish.
         """
         with self._db.write() as connection:
             version = existing(connection, version_id)
             if version.abandoned:
                 raise Conflict(f"version {version_id} is abandoned: publish another one")
+            if (pin := pinned_version(connection, version.model)) not in (None, version_id):
+                raise Pinned(f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)")
             unfinished = connection.execute(
                 select(publishes.c.publish_id, publishes.c.state).where(
                     publishes.c.model == version.model, publishes.c.state.in_(UNFINISHED)
@@ -73,34 +99,42 @@ class Publishes(Noun):
                     f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
                     "wait for it, or advance it to failed"
                 )
-            statement = (
-                insert(connection, publishes)
-                .values(version_id=version_id, model=version.model, state="requested", requested_at=self._db.now())
-                .returning(publishes)
-            )
-            return publish_of(connection.execute(statement).one())
+            return _add(connection, version, self._db.now(), state="requested", gate=gate)
+
+    def skip_publish(self, version_id: int, reason: str) -> Publish:
+        """Write down that a version is not published, and why. Raises NotFound."""
+        with self._db.write() as connection:
+            now = self._db.now()
+            version = existing(connection, version_id)
+            return _add(connection, version, now, state="skipped", skipped_at=now, error=reason)
 
     def advance_publish(
-        self, publish_id: int, state: PublishState, *, error: str | None = None, probe: Json | None = None
+        self,
+        publish_id: int,
+        state: PublishState,
+        *,
+        error: str | None = None,
+        probe: Json | None = None,
+        decision: Json | None = None,
     ) -> Publish:
-        """Move a publish to `state`; being there already is a no-op. `error` and `probe` are kept where given.
+        """Move a publish to `state`; being there already is a no-op. The other fields are kept where given.
 
         Raises:
             NotFound: no such publish.
-            Conflict: the state machine has no such step.
+            Conflict: the state machine has no such step, or the gate's decision forbids it.
         """
         with self._db.write() as connection:
             stored = _existing_publish(connection, publish_id, lock=True)
             if stored.state == state:
                 return stored
-            if state not in _NEXT[stored.state]:
-                legal = " or ".join(_NEXT[stored.state]) or "nothing: it is finished"
-                raise Conflict(f"publish {publish_id} is {stored.state} and cannot become {state}: next is {legal}")
-            values: dict[str, Any] = {"state": state, f"{state}_at": self._db.now()}
-            if error is not None:
-                values["error"] = error
-            if probe is not None:
-                values["probe"] = probe
+            legal = _NEXT.get(stored.state, ())
+            if state not in legal:
+                said = " or ".join(legal) or "nothing: it is finished"
+                raise Conflict(f"publish {publish_id} is {stored.state} and cannot become {state}: next is {said}")
+            _check_decision(stored, state, stored.decision if decision is None else decision)
+            given = {"error": error, "probe": probe, "decision": decision}
+            values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            values |= {"state": state, f"{state}_at": self._db.now()}
             connection.execute(update(publishes).where(publishes.c.publish_id == publish_id).values(**values))
             return _existing_publish(connection, publish_id)
 
@@ -147,8 +181,8 @@ class Publishes(Noun):
         with self._db.write() as connection:
             connection.execute(delete(proxies).where(proxies.c.proxy_id == proxy_id))
 
-    def ack_publish(self, publish_id: int, proxy_id: str) -> None:
-        """Say that `proxy_id` dispatches nothing and has nothing in flight for this publish. Twice is a no-op.
+    def ack_publish(self, publish_id: int, proxy_id: str, phase: PublishState = "draining") -> None:
+        """Say that `proxy_id` dispatches nothing and has nothing in flight for this drain. Twice is a no-op.
 
         Raises:
             NotFound: no such publish or proxy.
@@ -157,14 +191,20 @@ class Publishes(Noun):
             _existing_publish(connection, publish_id)
             if connection.execute(select(proxies.c.proxy_id).where(proxies.c.proxy_id == proxy_id)).first() is None:
                 raise NotFound(f"no proxy {proxy_id!r}: register it again with register_proxy")
-            row = {"publish_id": publish_id, "proxy_id": proxy_id, "acked_at": self._db.now()}
+            row = {"publish_id": publish_id, "proxy_id": proxy_id, "phase": phase, "acked_at": self._db.now()}
             connection.execute(insert(connection, publish_acks).on_conflict_do_nothing(), [row])
 
     def waiting_proxies(self, publish_id: int, expires_s: float) -> list[str]:
-        """Return the proxies with a heartbeat younger than `expires_s` that have not acknowledged. Raises NotFound."""
+        """Return the proxies with a heartbeat younger than `expires_s` that have not acknowledged the drain at hand.
+
+        Raises:
+            NotFound: no such publish.
+        """
         with self._db.read() as connection:
-            _existing_publish(connection, publish_id)
-            acked = select(publish_acks.c.proxy_id).where(publish_acks.c.publish_id == publish_id)
+            phase = "settling" if _existing_publish(connection, publish_id).state == "settling" else "draining"
+            acked = select(publish_acks.c.proxy_id).where(
+                publish_acks.c.publish_id == publish_id, publish_acks.c.phase == phase
+            )
             alive = proxies.c.beat_at >= self._db.now() - expires_s
             chosen = select(proxies.c.proxy_id).where(alive, proxies.c.proxy_id.not_in(acked))
             return list(connection.execute(chosen.order_by(proxies.c.proxy_id)).scalars())
@@ -172,10 +212,18 @@ class Publishes(Noun):
     def publish_view(self, models: Sequence[str]) -> dict[str, ModelState]:
         """Return, per model, the live version and the newest publish with its state: one query, for polling."""
         view = {model: ModelState(model=model, live_version=None, publish_id=None, state=None) for model in models}
+        now = self._db.now()
         with self._db.read() as connection:
             for row in connection.execute(_VIEW, {"models": list(models)}):
                 view[row.model] = ModelState(
-                    model=row.model, live_version=row.version_id, publish_id=row.newest, state=row.state
+                    model=row.model,
+                    live_version=row.version_id,
+                    publish_id=row.newest,
+                    state=row.state,
+                    candidate=row.candidate,
+                    gate=row.gate,
+                    overdue=row.state == "evaluating" and now > row.evaluating_at + row.gate["timeout_s"],
+                    swaps=(row.swapping_at is not None) + (row.settling_at is not None and row.state != "settling"),
                 )
         return view
 
@@ -205,9 +253,25 @@ def _existing_publish(connection: Connection, publish_id: int, *, lock: bool = F
     return publish_of(row)
 
 
+def _add(connection: Connection, version: PolicyVersion, now: float, **values: Any) -> Publish:
+    row = {"version_id": version.version_id, "model": version.model, "requested_at": now, **values}
+    return publish_of(connection.execute(insert(connection, publishes).values(**row).returning(publishes)).one())
+
+
+def _check_decision(stored: Publish, state: PublishState, decision: Json | None) -> None:
+    """What has a gate serves only after it passed, and is rejected only for a reason (law 9). Raises Conflict."""
+    passed = decision is not None and bool(decision["passed"])
+    if state == "evaluating" and stored.gate is None:
+        raise Conflict(f"publish {stored.publish_id} has no gate: nothing is to be evaluated")
+    if state == "live" and stored.gate is not None and not (passed and stored.state != "swapping"):
+        raise Conflict(f"publish {stored.publish_id} has a gate that version {stored.version_id} has not passed")
+    if state == "rejected" and (passed or decision is None):
+        raise Conflict(f"publish {stored.publish_id} cannot be rejected without a decision against it")
+
+
 def publish_of(row: Any) -> Publish:
     """Return the row of a publish as a record."""
-    times = {state: getattr(row, f"{state}_at") for state in STATES}
+    times = {state: getattr(row, f"{state}_at") for state in PUBLISH_STATES}
     return Publish(
         publish_id=row.publish_id,
         version_id=row.version_id,
@@ -215,5 +279,7 @@ def publish_of(row: Any) -> Publish:
         state=row.state,
         error=row.error,
         probe=row.probe,
+        gate=row.gate,
+        decision=row.decision,
         entered={state: at for state, at in times.items() if at is not None},
     )

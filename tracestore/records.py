@@ -15,7 +15,9 @@ RunStatus = Literal["open", "closed", "failed"]
 EndedBy = Literal["hook", "explicit", "idle"]
 CallStatus = Literal["complete", "aborted", "failed"]
 RoleSource = Literal["header", "path", "key", "hook", "langsmith", "rule", "inferred"]
-PublishState = Literal["requested", "draining", "swapping", "live", "failed"]
+PublishState = Literal[
+    "requested", "draining", "swapping", "evaluating", "settling", "live", "failed", "rejected", "skipped"
+]
 VersionKind = Literal["initial", "step", "canary"]
 LeaseState = Literal["held", "acknowledged", "released", "expired"]
 Endpoint = Literal["chat", "completions", "embeddings"]
@@ -292,7 +294,7 @@ class PolicyVersion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publish:
-    """One passage of a version through requested -> draining -> swapping -> live | failed."""
+    """One passage of a version through the states of `publishes`. `gate`, `decision`: None without a publish gate."""
 
     publish_id: int
     version_id: int
@@ -302,6 +304,8 @@ class Publish:
     probe: Json | None
     entered: Mapping[str, float]
     """State -> Unix time it was entered."""
+    gate: Json | None = None
+    decision: Json | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -425,6 +429,13 @@ class ModelState:
     live_version: int | None
     publish_id: int | None
     state: PublishState | None
+    candidate: int | None = None
+    """The version of the newest publish."""
+    gate: Json | None = None
+    overdue: bool = False
+    """Whether the candidate is being evaluated for longer than its gate allows."""
+    swaps: int = 0
+    """How often engines were (perhaps) given other weights by the newest publish: 0, 1, or 2 where it settled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

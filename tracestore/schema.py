@@ -12,6 +12,8 @@ counts do not read payload pages. `migrations/` makes the same tables; a test co
 of this package only.
 """
 
+from typing import get_args
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -32,8 +34,9 @@ from sqlalchemy import (
 )
 
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
+from tracegrad.tracestore.records import PublishState
 
-HEAD = "0007"
+HEAD = "0008"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -426,6 +429,8 @@ consumption = Table(
     Index(None, "call_id"),
 )
 
+PUBLISH_STATES: tuple[PublishState, ...] = get_args(PublishState)
+UNFINISHED_STATES = PUBLISH_STATES[:5]
 publishes = Table(
     "publishes",
     metadata,
@@ -435,17 +440,16 @@ publishes = Table(
     _word("state"),
     Column("error", Text),
     Column("probe", JsonText),
+    Column("gate", JsonText),
+    Column("decision", JsonText),
     _time("requested_at"),
-    _time("draining_at", null=True),
-    _time("swapping_at", null=True),
-    _time("live_at", null=True),
-    _time("failed_at", null=True),
+    *(_time(f"{state}_at", null=True) for state in PUBLISH_STATES[1:]),
     ForeignKeyConstraint(["version_id", "model"], ["policy_versions.version_id", "policy_versions.model"]),
-    _one_of("state", "requested", "draining", "swapping", "live", "failed"),
+    _one_of("state", *PUBLISH_STATES),
     Index(None, "model", "state"),
     sqlite_autoincrement=True,
 )
-_UNFINISHED = publishes.c.state.in_(("requested", "draining", "swapping"))
+_UNFINISHED = publishes.c.state.in_(UNFINISHED_STATES)
 Index("uq_publishes_unfinished", publishes.c.model, unique=True, sqlite_where=_UNFINISHED, postgresql_where=_UNFINISHED)
 
 proxies = Table(
@@ -462,6 +466,7 @@ publish_acks = Table(
     metadata,
     Column("publish_id", Integer, ForeignKey("publishes.publish_id"), primary_key=True, autoincrement=False),
     Column("proxy_id", String, ForeignKey("proxies.proxy_id", ondelete="CASCADE"), primary_key=True),
+    Column("phase", String, primary_key=True, server_default="draining"),
     _time("acked_at"),
 )
 

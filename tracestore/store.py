@@ -18,6 +18,7 @@ from tracegrad.tracestore.diagnosis import Diagnosis
 from tracegrad.tracestore.diagnosis_jobs import JobDiagnosis
 from tracegrad.tracestore.diagnosis_payloads import PayloadDiagnosis
 from tracegrad.tracestore.diagnosis_siblings import SiblingDiagnosis
+from tracegrad.tracestore.evaluations import Evaluations
 from tracegrad.tracestore.interchange import Interchange
 from tracegrad.tracestore.jobs import Jobs
 from tracegrad.tracestore.keys import Keys
@@ -25,6 +26,7 @@ from tracegrad.tracestore.langsmith_runs import LangSmithRuns
 from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
+from tracegrad.tracestore.pins import Pins
 from tracegrad.tracestore.publishes import Publishes
 from tracegrad.tracestore.removal import Removal
 from tracegrad.tracestore.retention import Retention
@@ -55,6 +57,8 @@ class Store(
     Conservation,
     Versions,
     Publishes,
+    Evaluations,
+    Pins,
     Overview,
     Diagnosis,
     SiblingDiagnosis,

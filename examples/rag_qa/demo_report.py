@@ -17,7 +17,7 @@ from rich.table import Table
 
 from examples.rag_qa.demo_processes import DemoError
 from examples.rag_qa.reward import best_f1
-from tracegrad.adapters.bootstrap import Interval, bootstrap_difference
+from tracegrad.tracestore.bootstrap import Interval, bootstrap_difference
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import PolicyVersion, Publish
 from tracegrad.tracestore.store import Store

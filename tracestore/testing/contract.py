@@ -11,6 +11,7 @@ from tracegrad.tracestore.testing.diagnosis import (
     JobDiagnosisContract,
     PayloadDiagnosisContract,
 )
+from tracegrad.tracestore.testing.gating import EvaluationContract, GateContract, PinContract
 from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
@@ -39,6 +40,9 @@ class StoreContract(
     LedgerContract,
     VersionContract,
     PublishContract,
+    GateContract,
+    EvaluationContract,
+    PinContract,
     OverviewContract,
     DiagnosisContract,
     JobDiagnosisContract,

@@ -8,6 +8,7 @@ from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import MODEL, Clock, live_version, make_rule, sql
 
 STATES: tuple[PublishState, ...] = ("requested", "draining", "swapping", "live", "failed")
+"""Of a publish without a gate."""
 
 
 def a_version(store: Store, step: int = 0, *, model: str = MODEL, parent_id: int | None = None) -> PolicyVersion:

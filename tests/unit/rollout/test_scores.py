@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tracegrad.adapters.bootstrap import bootstrap_difference, bootstrap_mean, quantile
 from tracegrad.adapters.rollout_errors import RewardShapeError
 from tracegrad.adapters.schedule import planned_groups, run_id, stable_id
 from tracegrad.adapters.scoring import RewardSpec, read_rewards, run_scores
+from tracegrad.tracestore.bootstrap import bootstrap_difference, bootstrap_mean, quantile
 from tracegrad.tracestore.records import Task
 
 

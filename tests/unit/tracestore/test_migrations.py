@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, inspect
 
 import tracegrad.tracestore.migrate
 from tracegrad.tracestore.errors import ConfigError, InvalidRecord, SchemaMismatch, StoreUnavailable
+from tracegrad.tracestore.gating import GateTerms, unjudged
 from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import open_store
@@ -247,3 +248,43 @@ def test_processes_that_open_an_empty_file_at_once_all_succeed(tmp_path: Path) -
     store = open_store(url_of(path), create=False)
     assert {summary.run.run_id for summary in store.list_runs()} == {"r0", "r1"}
     store.close()
+
+
+def test_publishes_come_through_with_their_acknowledgements_and_go_back(first_store: str) -> None:
+    """A drain that is waited for stays so, ids are not used again, and the gate's states have names that were known."""
+    rows = (
+        "INSERT INTO policy_versions (model, kind, checkpoint_path, checkpoint_hash, step, abandoned, created_at)"
+        " VALUES ('m', 'initial', '/w', 'w', 0, false, 1.0)",
+        *(
+            f"INSERT INTO publishes (version_id, model, state, requested_at) VALUES (1, 'm', '{state}', 1.0)"
+            for state in ("live", "draining", "failed")
+        ),
+        *(f"INSERT INTO proxies VALUES ('{name}', 'http://p', 1.0, 1e12)" for name in ("acked", "waits")),
+        "INSERT INTO publish_acks (publish_id, proxy_id, acked_at) VALUES (2, 'acked', 1.0)",
+        "DELETE FROM publishes WHERE publish_id = 3",
+    )
+    engine = create_engine(first_store)
+    with engine.begin() as connection:
+        for statement in rows:
+            connection.exec_driver_sql(statement)
+    store = open_store(first_store)
+    assert [(p.publish_id, p.state, p.gate) for p in store.list_publishes("m")] == [
+        (1, "live", None),
+        (2, "draining", None),
+    ]
+    assert store.waiting_proxies(2, 1.0) == ["waits"]
+    store.advance_publish(2, "failed")
+    terms = GateTerms(share=0.0, engines=("http://e",), timeout_s=1.0).as_json()
+    rejected = store.request_publish(1, gate=terms)
+    assert rejected.publish_id == 4
+    store.advance_publish(rejected.publish_id, "rejected", decision=unjudged("nobody came").as_json())
+    store.skip_publish(1, "pinned")
+    store.pin_version(1, "by hand")
+    store.close()
+    to_revision(first_store, "0007")
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SELECT publish_id, state FROM publishes ORDER BY publish_id").all()
+        acked = connection.exec_driver_sql("SELECT proxy_id FROM publish_acks").scalars().all()
+    engine.dispose()
+    assert [tuple(row) for row in found] == [(1, "live"), (2, "failed"), (4, "failed")]
+    assert acked == ["acked"]

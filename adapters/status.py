@@ -16,6 +16,7 @@ from tracegrad.adapters.status_report import Report, as_json, examine
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.records import Publish
 
 
 @click.command()
@@ -71,7 +72,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             f"; publish {publish.publish_id} of version {publish.version_id} is {publish.state} "
             f"since {state.publish_age_s:.0f} s"
             if publish is not None and publish.state in UNFINISHED
-            else ""
+            else _refused(publish)
         )
         rows.append(("model", f"{state.model}: {live}{step}{going_on}"))
     if report.open_runs is not None:
@@ -93,6 +94,14 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _refused(publish: Publish | None) -> str:
+    """Say why the newest version does not serve, where it was not an engine that failed."""
+    if publish is None or publish.state not in ("rejected", "skipped"):
+        return ""
+    why = publish.error if publish.decision is None else publish.decision["why"]
+    return f"; version {publish.version_id} was {publish.state}: {why}"
 
 
 def _drift(report: Report) -> str:

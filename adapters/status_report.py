@@ -146,15 +146,19 @@ def _publish_problem(state: ModelState, store: Store, config: Config) -> str | N
         kept = "nothing is live" if state.live_version is None else f"version {state.live_version} stays live"
         return f"{what} failed: {publish.error or 'it was given up'}; {kept}; start `tracegrad train` to publish again"
     limits = config.trainer.publish
+    judged_s = LONGEST_REQUESTED_S + (publish.gate["timeout_s"] if publish.gate is not None else 0.0)
     longest = {
-        "requested": LONGEST_REQUESTED_S,
+        "requested": judged_s,
         "draining": limits.drain_timeout_s,
         "swapping": limits.swap_timeout_s,
+        "evaluating": judged_s,
+        "settling": limits.drain_timeout_s + limits.swap_timeout_s,
     }.get(publish.state)
     if longest is None or age_s <= longest:
         return None
     waiting = store.waiting_proxies(publish.publish_id, config.proxy.heartbeat_expires_s)
-    blame = f"; not acknowledged by {', '.join(waiting)}" if publish.state == "draining" and waiting else ""
+    drains = publish.state in ("draining", "settling")
+    blame = f"; not acknowledged by {', '.join(waiting)}" if drains and waiting else ""
     return (
         f"{what} is {publish.state} since {age_s:.0f} s{blame}: calls are held; "
         "start `tracegrad train` (it ends what was left unfinished)"

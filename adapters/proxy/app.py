@@ -69,9 +69,14 @@ class ProxyApp:
         self._first = FirstWorker(sockets) if sockets is not None and sockets.own != 0 else None
         self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
         self._outside = outside_apis(config, environ)
+        self._engines = {
+            name: [each.engine.url for each in model.each_engine()]
+            for name, model in config.models.items()
+            if name not in self._outside
+        }
         self.hold = Hold(
             self.store,
-            [name for name in config.models if name not in self._outside],
+            self._engines,
             outside=self._outside,
             proxy_id=self.proxy_id,
             url=url,
@@ -109,14 +114,10 @@ class ProxyApp:
         await self.hold.start()
         gates = self.hold.gates
         self.upstream = Upstream(
-            {
-                name: [each.engine.url for each in model.each_engine()]
-                for name, model in self.config.models.items()
-                if name not in self._outside
-            },
+            self._engines,
             outside=self._outside,
             timeout_s=proxy.upstream_timeout_s,
-            wanted=lambda model: gates[model].live_version,
+            wanted=lambda model, engine: gates[model].version_on(frozenset((engine,))),
             changed=self._engine_is_back,
         )
         for name, pool in self.upstream.pools.items():
@@ -238,6 +239,7 @@ class ProxyApp:
                 "engine": pool.complaint or "ok",
                 "engines": [engine.report() for engine in pool.engines],
                 "live_version": gate.live_version,
+                "candidate": gate.view.candidate if gate.view.state == "evaluating" else None,
                 "holding": gate.holding,
                 "waiting": len(gate.line),
                 "in_flight": gate.in_flight,

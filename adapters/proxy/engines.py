@@ -31,7 +31,8 @@ class Engine:
     """One engine as the proxy sees it. `detail` says why it is not up; `contact` is when it last answered."""
 
     def __init__(self, url: str) -> None:
-        self.url = URL(url.rstrip("/"))
+        self.name = url.rstrip("/")
+        self.url = URL(self.name)
         self.state: EngineState = "up"
         self.detail = ""
         self.in_flight = 0
@@ -59,7 +60,7 @@ class Engine:
 
 
 class Pool:
-    """The engines of `model`. `wanted` gives the live version; `changed` is called when one is up again."""
+    """The engines of `model`. `wanted`: what the engine of a name is to serve; `changed` is called when one is back."""
 
     holds = True
     """Whether requests wait for an engine that is down."""
@@ -70,7 +71,7 @@ class Pool:
         engines: Iterable[Engine],
         session: aiohttp.ClientSession,
         *,
-        wanted: Callable[[], int | None] = lambda: None,
+        wanted: Callable[[str], int | None] = lambda _name: None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -81,18 +82,21 @@ class Pool:
         self._watchers: dict[Engine, asyncio.Task[None]] = {}
         self._checks: dict[Engine, asyncio.Task[tuple[EngineState, str]]] = {}
 
-    def is_up(self) -> bool:
-        """Return whether any engine takes calls."""
-        return any(engine.state == "up" for engine in self.engines)
+    def is_up(self, among: frozenset[str] | None = None) -> bool:
+        """Return whether any engine takes calls, of those named."""
+        return bool(self._usable(among))
 
     @property
     def complaint(self) -> str:
         """What is wrong, engine by engine; empty where all are up."""
         return "; ".join(f"{engine.url} {engine.detail}" for engine in self.engines if engine.state != "up")
 
-    def pick(self, run_id: str | None) -> Engine | None:
+    def _usable(self, among: frozenset[str] | None) -> list[Engine]:
+        return [each for each in self.engines if each.state == "up" and (among is None or each.name in among)]
+
+    def pick(self, run_id: str | None, among: frozenset[str] | None = None) -> Engine | None:
         """Return the engine for a call of `run_id` (None: the one with the least to do); None where none is up."""
-        usable = [engine for engine in self.engines if engine.state == "up"]
+        usable = self._usable(among)
         if len(usable) < 2:
             return usable[0] if usable else None
         if run_id is None:
@@ -101,7 +105,7 @@ class Pool:
 
     async def confirm(self, engine: Engine) -> bool:
         """Return whether a call may go to `engine`; marks it where not. Asks it only after a silence."""
-        if self._wanted() is None or time.monotonic() - engine.contact < CONTACT_S:
+        if self._wanted(engine.name) is None or time.monotonic() - engine.contact < CONTACT_S:
             return True
         check = self._checks.get(engine)
         if check is None:  # calls that arrive together share one question
@@ -159,7 +163,7 @@ class Pool:
         return await self._probe_version(engine)
 
     async def _probe_version(self, engine: Engine) -> tuple[EngineState, str]:
-        wanted = self._wanted()
+        wanted = self._wanted(engine.name)
         if wanted is None:
             return "up", ""
         try:
@@ -174,7 +178,7 @@ class Pool:
         if said == str(wanted):
             engine.heard()
             return "up", ""
-        what = f"serves the weights {said!r} while version {wanted} is live"
+        what = f"serves the weights {said!r} while version {wanted} is to be served"
         return "behind", f"{what}; it is loaded at the next publish, or when `tracegrad engine` restarts it"
 
 

@@ -17,6 +17,7 @@ import msgspec
 from tracegrad.adapters.proxy.attribution import without_ours
 from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, upstream_body
 from tracegrad.adapters.proxy.continuing import Continuing
+from tracegrad.adapters.proxy.courses import Caller
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
@@ -98,7 +99,9 @@ class Exchange:
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
         self._arrived = time.monotonic()
-        self._number = shared.hold.number()
+        judging, run_id = draft.judging, draft.attribution.run_id
+        self._caller = Caller(number=shared.hold.number(), run_id=run_id, judging=judging)
+        self._engines: frozenset[str] | None = None
         self._held: list[bytes] = []
         self._holding = self._done = False
 
@@ -116,7 +119,7 @@ class Exchange:
     async def _try(self, hangup: Hangup) -> bool:
         """Wait for admission and converse; False where no engine could be given the request after all."""
         ticket = await self._admit(hangup)
-        self._progress.version_dispatched = ticket.version
+        self._progress.version_dispatched, self._engines = ticket.version, ticket.engines
         try:
             await self._converse(hangup, ticket)
         except NotSent:
@@ -131,9 +134,9 @@ class Exchange:
         Raises Held before the client's own deadline.
         """
         hold, model = self._shared.hold, self._draft.model
-        if (ticket := hold.pass_through(model)) is not None:
+        if (ticket := hold.pass_through(model, self._caller)) is not None:
             return ticket
-        entering = asyncio.create_task(hold.enter(model, self._number))
+        entering = asyncio.create_task(hold.enter(model, self._caller))
         waited = False
         try:
             await self._wait(entering, hangup)
@@ -162,7 +165,8 @@ class Exchange:
     def _held_too_long(self) -> Held:
         model, waited_s = self._draft.model, time.monotonic() - self._arrived
         complaint = self._shared.upstream.pools[model].complaint
-        why = complaint or "new weights are being published"
+        state = self._shared.hold.gates[model].view.state
+        why = complaint or f"new weights are being {'judged' if state == 'evaluating' else 'published'}"
         later_s = retry_after_s(waited_s, retry_number(self._request.headers) or 0)
         return Held(f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=later_s)
 
@@ -191,7 +195,7 @@ class Exchange:
         except asyncio.CancelledError:  # the server is going down: leave a record, do not wait for it
             _abort(answer)
             if not self.submitted:
-                self._submit(ticket, ticket.gate.live_version, "aborted", "the proxy was shut down")
+                self._submit(ticket, ticket.version_now, "aborted", "the proxy was shut down")
             raise
         finally:
             if self._past is not None:
@@ -218,8 +222,8 @@ class Exchange:
 
     async def _post(self, body: bytes) -> EngineAnswer:
         headers = without_ours(self._request.raw_headers)
-        run_id = self._draft.attribution.run_id
-        return await self._shared.upstream.post(self._draft.model, self._shape.path, body, headers, run_id=run_id)
+        model, run_id, upstream = self._draft.model, self._draft.attribution.run_id, self._shared.upstream
+        return await upstream.post(model, self._shape.path, body, headers, run_id=run_id, among=self._engines)
 
     async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
         """The engine has said everything: commit, then let the client have the end."""

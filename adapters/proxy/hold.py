@@ -1,22 +1,24 @@
 """The proxy's side of the publish state machine (law 8): hold, drain, acknowledge, release.
 
-A proxy is a row with a heartbeat, registered before the publish state is first read. While a publish of a model is
-draining or swapping, or none of its engines is up, new calls of that model wait here, in line; when none is left with
-the engines, the publish is acknowledged. If our last successful contact with the store is older than half of the
-heartbeat's life, the publisher may soon count us as dead: nothing is dispatched, and no version is believed, before we
-have registered again and read the state again. Refuses (503) to dispatch while the store cannot be read.
-Called by `exchange`; runs inside `app`.
+A proxy is a row with a heartbeat, registered before the publish state is first read. While engines of a model are about
+to change weights, or none that a call may go to is up, new calls wait here, in line (`courses` says who may go where);
+when none is left with the engines, the drain is acknowledged. If our last successful contact with the store is older
+than half of the heartbeat's life, the publisher may soon count us as dead: nothing is dispatched, and no version is
+believed, before we have registered again and read the state again. Refuses (503) to dispatch while the store cannot be
+read. Called by `exchange`; runs inside `app`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from tracegrad.adapters.proxy.courses import HOLDING, Caller, Course, course_of, version_on
 from tracegrad.adapters.proxy.errors import StoreDown
 from tracegrad.adapters.proxy.line import Line
 from tracegrad.tracestore.errors import TraceStoreError
@@ -25,47 +27,88 @@ from tracegrad.tracestore.store import Store
 
 log = logging.getLogger("tracegrad.proxy")
 _T = TypeVar("_T")
-_HOLDING: tuple[PublishState, ...] = ("draining", "swapping")
+_DRAINS: tuple[PublishState, ...] = ("draining", "settling")
+"""The states that a proxy acknowledges: the n-th comes before engines change weights for the n-th time."""
+RUNS_KEPT = 16_384
 
 
 @dataclass(slots=True)
 class Gate:
-    """One model: what is live, what is being published, and how many calls are with the engine."""
+    """One model: what is live, what is being published, and how many calls are with the engines at `urls`."""
 
     model: str
-    live_version: int | None = None
-    publish_id: int | None = None
-    state: PublishState | None = None
+    urls: frozenset[str] = frozenset()
+    view: ModelState = field(init=False)
     in_flight: int = 0
-    acknowledged: int | None = None
+    acknowledged: set[PublishState] = field(default_factory=set)
+    """Of the newest publish."""
     surprises: int = 0
     """How often a swap began while calls were with the engine: those calls span two versions."""
-    ready: Callable[[], bool] = lambda: True
-    """Whether an engine of the model is up."""
+    ready: Callable[[frozenset[str] | None], bool] = lambda _engines: True
+    """Whether an engine of the model is up, one of these."""
     line: "Line[Ticket]" = field(default_factory=Line)
+    stayed: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
+    """Runs that have been with the live version, where there are engines to choose from: they are not moved."""
+
+    def __post_init__(self) -> None:
+        self.view = ModelState(model=self.model, live_version=None, publish_id=None, state=None)
+
+    @property
+    def live_version(self) -> int | None:
+        """The version that everybody is served."""
+        return self.view.live_version
 
     @property
     def holding(self) -> bool:
-        """Whether a publish makes new calls wait."""
-        return self.state in _HOLDING
+        """Whether a publish makes new calls wait, but those that judge it."""
+        return course_of(self.view, self.urls, Caller(number=0)) is None
 
-    @property
-    def open(self) -> bool:
-        """Whether a call may be dispatched now."""
-        return not self.holding and self.ready()
+    def course(self, caller: Caller) -> Course | None:
+        """Where a call may be dispatched to now; None: nowhere."""
+        course = course_of(self.view, self.urls, caller, stays=caller.run_id in self.stayed)
+        return course if course is not None and self.ready(course.engines) else None
 
     @property
     def owes_acknowledgement(self) -> bool:
         """Whether a publish waits for us and nothing is in flight any more."""
-        return self.state == "draining" and self.in_flight == 0 and self.acknowledged != self.publish_id
+        state = self.view.state
+        return state in _DRAINS and self.in_flight == 0 and state not in self.acknowledged
+
+    def version_on(self, engines: frozenset[str] | None) -> int | None:
+        """The version that these engines serve."""
+        return version_on(self.view, engines)
+
+    def admit(self, caller: Caller, course: Course) -> "Ticket":
+        """Count a call in."""
+        if len(self.urls) > 1 and caller.run_id is not None and course.version == self.live_version:
+            self.stayed[caller.run_id] = None
+            self.stayed.move_to_end(caller.run_id)
+            if len(self.stayed) > RUNS_KEPT:
+                self.stayed.popitem(last=False)
+        self.in_flight += 1
+        return Ticket(self, course.version, course.engines, self.surprises)
+
+    def see(self, view: ModelState, was_fresh: bool) -> None:
+        """Take in a model's state. Weights that changed without waiting for us mark what is in flight."""
+        same = self.view.publish_id == view.publish_id
+        if not same:
+            self.acknowledged.clear()
+        unasked = [drain for drain in _DRAINS[: view.swaps] if drain not in self.acknowledged]
+        changed = view.swaps > (self.view.swaps if same else 0)
+        blind = view.state == "failed" and not was_fresh and (not same or self.view.state != "failed")
+        if self.in_flight and ((changed and unasked) or (blind and "draining" not in self.acknowledged)):
+            self.surprises += 1
+            log.error("publish %s swapped %s with %d calls in flight", view.publish_id, self.model, self.in_flight)
+        self.view = view
 
 
 @dataclass(slots=True)
 class Ticket:
-    """The right to one call to the engine. `leave` it exactly once (a second time is nothing)."""
+    """The right to one call to one of `engines`. `leave` it exactly once (a second time is nothing)."""
 
     gate: Gate
     version: int | None
+    engines: frozenset[str] | None
     surprises: int
     left: bool = False
 
@@ -74,14 +117,22 @@ class Ticket:
         """Whether a swap began behind our back since the ticket was given."""
         return self.gate.surprises != self.surprises
 
+    @property
+    def version_now(self) -> int | None:
+        """The version that its engines serve by now."""
+        return self.gate.version_on(self.engines)
+
 
 class Hold:
-    """Every model's gate, kept up to date by polling the store. Nothing is ever published to those `outside`."""
+    """Every model's gate, kept up to date by polling the store. Nothing is ever published to those `outside`.
+
+    `models`: the URLs of the engines of each.
+    """
 
     def __init__(
         self,
         store: Store,
-        models: Iterable[str],
+        models: Mapping[str, Iterable[str]],
         *,
         outside: Iterable[str] = (),
         proxy_id: str,
@@ -91,7 +142,8 @@ class Hold:
     ) -> None:
         self.proxy_id = proxy_id
         self._published = tuple(models)
-        self.gates = {model: Gate(model) for model in (*self._published, *outside)}
+        self.gates = {model: Gate(model, frozenset(url.rstrip("/") for url in models[model])) for model in models}
+        self.gates |= {model: Gate(model) for model in outside}
         self._store = store
         self._url = url
         self._poll_s = poll_s
@@ -130,23 +182,23 @@ class Hold:
         self.arrivals += 1
         return self.arrivals
 
-    def pass_through(self, model: str) -> Ticket | None:
+    def pass_through(self, model: str, caller: Caller) -> Ticket | None:
         """Count a call in where it need not wait at all; None where it has to `enter`."""
         gate = self.gates[model]
-        return self._admit(gate) if self.fresh and gate.open and not gate.line else None
+        course = gate.course(caller) if self.fresh and not gate.line else None
+        return None if course is None else gate.admit(caller, course)
 
-    async def enter(self, model: str, number: int) -> Ticket:
-        """Wait until it is this number's turn and `model` takes calls, and count one in. Cancel it to stop waiting.
+    async def enter(self, model: str, caller: Caller) -> Ticket:
+        """Wait until it is the caller's turn and `model` takes its calls, and count it in. Cancel it to stop waiting.
 
         Raises:
             StoreDown: the publish state cannot be read, so nothing may be dispatched.
         """
         if not self.fresh:
             await self.refresh()
-        if (ticket := self.pass_through(model)) is not None:
-            return ticket
         line = self.gates[model].line
-        place = line.join(number)
+        place = line.join(caller)
+        self.advance(model)
         try:
             return await place
         except asyncio.CancelledError:
@@ -159,20 +211,20 @@ class Hold:
     def advance(self, model: str) -> None:
         """Let through who may pass, in order. Call it whenever a gate may have opened."""
         gate = self.gates[model]
-        while gate.line and gate.open and self.fresh:
-            place = gate.line.first()
-            if place is not None:
-                place.set_result(self._admit(gate))
-
-    def _admit(self, gate: Gate) -> Ticket:
-        gate.in_flight += 1
-        return Ticket(gate, gate.live_version, gate.surprises)
+        while gate.line and gate.view.state not in HOLDING and self.fresh:
+            found = gate.line.first(lambda caller: gate.course(caller) is not None)
+            if found is None:
+                return
+            caller, place = found
+            course = gate.course(caller)
+            assert course is not None
+            place.set_result(gate.admit(caller, course))
 
     async def version_after(self, ticket: Ticket) -> int | None:
-        """Return the version live now that the engine has finished the call of `ticket`. Raises as `enter`."""
+        """Return the version that its engines serve now that one has finished the call. Raises as `enter`."""
         if not self.fresh:
             await self.refresh()
-        return ticket.gate.live_version
+        return ticket.version_now
 
     def leave(self, ticket: Ticket) -> None:
         """Count the call of `ticket` out; a publish that waited for it is acknowledged at once."""
@@ -225,11 +277,12 @@ class Hold:
         if beat_due:
             self._beat, self._registered = began, True
         for view in views.values():
-            self._see(view, was_fresh)
+            self.gates[view.model].see(view, was_fresh)
         for gate in self.gates.values():
-            if gate.owes_acknowledgement and gate.publish_id is not None:
-                await self._in_thread(partial(self._store.ack_publish, gate.publish_id, self.proxy_id))
-                gate.acknowledged = gate.publish_id
+            publish_id, state = gate.view.publish_id, gate.view.state
+            if gate.owes_acknowledgement and publish_id is not None and state is not None:
+                await self._in_thread(partial(self._store.ack_publish, publish_id, self.proxy_id, state))
+                gate.acknowledged.add(state)
             self.advance(gate.model)
 
     def _contact_store(self, beat_due: bool) -> dict[str, ModelState]:
@@ -239,16 +292,6 @@ class Hold:
         elif beat_due:
             self._store.beat_proxy(self.proxy_id)
         return self._store.publish_view(self._published)
-
-    def _see(self, view: ModelState, was_fresh: bool) -> None:
-        """Take in a model's state. A swap that did not wait for us marks what is in flight."""
-        gate = self.gates[view.model]
-        swapped = view.state in ("swapping", "live") or (view.state == "failed" and not was_fresh)
-        news = (gate.publish_id, gate.state) != (view.publish_id, view.state)
-        if swapped and news and gate.in_flight and gate.acknowledged != view.publish_id:
-            gate.surprises += 1
-            log.error("publish %s swapped %s with %d calls in flight", view.publish_id, gate.model, gate.in_flight)
-        gate.live_version, gate.publish_id, gate.state = view.live_version, view.publish_id, view.state
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

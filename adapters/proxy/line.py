@@ -1,4 +1,4 @@
-"""Who waits for one model, in the order in which the requests arrived.
+"""Who waits for one model, in the order in which the requests arrived; who may not go yet lets others past.
 
 A request keeps its number when it leaves the line for a moment (to send a heartbeat, or because the engine it was given
 to had just gone), and comes back to its old place. Refuses nothing. Called by `hold`.
@@ -6,34 +6,37 @@ to had just gone), and comes back to its old place. Refuses nothing. Called by `
 
 import asyncio
 from bisect import insort
+from collections.abc import Callable
 from typing import Generic, TypeVar
+
+from tracegrad.adapters.proxy.courses import Caller
 
 _T = TypeVar("_T")
 
 
 class Line(Generic[_T]):
-    """Futures by number; `first` gives the one with the lowest number."""
+    """Futures by their caller's number; `first` gives the one with the lowest number."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, asyncio.Future[_T]]] = []
+        self._waiting: list[tuple[Caller, asyncio.Future[_T]]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def join(self, number: int) -> "asyncio.Future[_T]":
-        """Take the place that `number` gives; the future is resolved by who lets it through."""
+    def join(self, caller: Caller) -> "asyncio.Future[_T]":
+        """Take the place that its number gives; the future is resolved by who lets it through."""
         place: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-        insort(self._waiting, (number, place), key=lambda entry: entry[0])
+        insort(self._waiting, (caller, place), key=lambda entry: entry[0].number)
         return place
 
     def leave(self, place: "asyncio.Future[_T]") -> None:
         """Give the place up; harmless where it was let through already."""
         self._waiting = [entry for entry in self._waiting if entry[1] is not place]
 
-    def first(self) -> "asyncio.Future[_T] | None":
-        """Take the first one that still waits out of the line, and return it; None where nobody does."""
-        while self._waiting:
-            place = self._waiting.pop(0)[1]
-            if not place.done():
-                return place
+    def first(self, may_go: Callable[[Caller], bool]) -> "tuple[Caller, asyncio.Future[_T]] | None":
+        """Take the first one out of the line that still waits and may go, and return it; None where nobody may."""
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+        for index, (caller, _) in enumerate(self._waiting):
+            if may_go(caller):
+                return self._waiting.pop(index)
         return None

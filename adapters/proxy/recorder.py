@@ -236,6 +236,8 @@ class Draft:
     retry_of: str | None = None
     outside: str | None = None
     """The name by which somebody else's API knows the model; None where the engine is ours."""
+    judging: int | None = None
+    """The publish whose candidate its run evaluates."""
 
 
 @dataclass(slots=True)

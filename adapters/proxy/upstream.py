@@ -99,7 +99,7 @@ class EngineAnswer:
 class Upstream:
     """The engines by model name. Make it inside the event loop that uses it.
 
-    `wanted` returns the live version of a model; `changed` is told the model of an engine that came back.
+    `wanted` returns the version that an engine of a model is to serve; `changed` is told the model of one that is back.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Upstream:
         *,
         outside: Mapping[str, OutsideApi] = MappingProxyType({}),
         timeout_s: float,
-        wanted: Callable[[str], int | None] = lambda model: None,
+        wanted: Callable[[str, str], int | None] = lambda model, engine: None,
         changed: Callable[[str], None] = lambda model: None,
     ) -> None:
         self._session = aiohttp.ClientSession(
@@ -140,8 +140,9 @@ class Upstream:
         headers: Iterable[tuple[bytes, bytes]],
         *,
         run_id: str | None = None,
+        among: frozenset[str] | None = None,
     ) -> EngineAnswer:
-        """Send a request to an engine of `model`, to the same one for the same run.
+        """Send a request to an engine of `model` (one of those named), to the same one for the same run.
 
         Raises:
             NotSent: no engine is up, or the one chosen refused the connection or serves other weights.
@@ -149,7 +150,7 @@ class Upstream:
             EngineTimeout: the engine sent nothing in time.
         """
         pool = self.pools[model]
-        engine = pool.pick(run_id)
+        engine = pool.pick(run_id, among)
         if engine is None or not await pool.confirm(engine):
             raise NotSent(pool.complaint)
         return await self._ask(pool, engine, "POST", path, data=body, headers=_to_send(engine.headers(headers)))

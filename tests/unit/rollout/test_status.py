@@ -187,6 +187,13 @@ def test_a_publish_that_hangs_names_who_holds_it_and_one_that_failed_says_why(
     store.advance_publish(publish_id, "failed", error="the probe saw stale weights")
     (problem,) = ask()[1]["problems"]
     assert "failed: the probe saw stale weights; version 1 stays live" in problem
+    rejected = store.request_publish(1, gate={"timeout_s": 60.0, "share": 0.0, "engines": []}).publish_id
+    store.advance_publish(rejected, "rejected", decision={"passed": False, "judged": True, "why": "it lost 0.2"})
+    _, found, text = ask()
+    assert found["problems"] == [], "the gate does what it is for"
+    assert "version 1 was rejected: it lost 0.2" in " ".join(text.split())
+    store.skip_publish(1, "the model is pinned")
+    assert "version 1 was skipped: the model is pinned" in " ".join(ask()[2].split())
 
 
 def test_a_trainer_that_is_gone_while_runs_wait(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:

@@ -125,7 +125,7 @@ def test_a_swap_that_did_not_wait_for_us_quarantines_what_was_in_flight(
     if seen == "live":
         store.advance_publish(publish_id, "live")
     gate = proxy.app.hold.gates["main"]
-    wait_for(lambda: (gate.publish_id, gate.state) == (publish_id, seen), "the proxy sees it")
+    wait_for(lambda: (gate.view.publish_id, gate.view.state) == (publish_id, seen), "the proxy sees it")
     engine_app.gate.set()
     engine_app.gate = None
     assert spanning.result(10).status_code == 200, "the app is answered all the same"

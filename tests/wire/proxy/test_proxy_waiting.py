@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tracegrad.adapters.proxy import deadlines, engines, exchange, hold
+from tracegrad.adapters.proxy.courses import Caller
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
@@ -192,9 +193,9 @@ def test_held_requests_go_in_the_order_of_their_arrival(
     released: list[int] = []
     enter = hold.Hold.enter
 
-    async def noted(self: hold.Hold, model: str, number: int) -> hold.Ticket:
-        ticket = await enter(self, model, number)
-        released.append(number)
+    async def noted(self: hold.Hold, model: str, caller: Caller) -> hold.Ticket:
+        ticket = await enter(self, model, caller)
+        released.append(caller.number)
         return ticket
 
     monkeypatch.setattr(hold.Hold, "enter", noted)
@@ -270,7 +271,7 @@ def test_an_engine_that_came_back_with_other_weights_gets_no_calls(
     wait_for(lambda: models.engines[0].state == "behind", "the engine is back, with other weights")
     time.sleep(0.05)
     assert len(engine.app.requests) == 1 and not held.done()
-    assert f"serves the weights 'default' while version {version} is live" in models.complaint
+    assert f"serves the weights 'default' while version {version} is to be served" in models.complaint
     engine.app.version = str(version)  # `tracegrad engine` has caught up
     assert held.result(10).status_code == 200
     (call,) = store.trace("held").calls

@@ -1,0 +1,64 @@
+"""Where a call may go now: to which version, on which engines, or nowhere yet.
+
+Normally every engine of a model serves its live version. While a candidate is judged, the engines that have it take the
+runs of its evaluation and the share of other runs that the gate gives it (by a hash of the run's id, so that all calls
+of a run and all proxies agree), the rest of the engines goes on with the live version. Where there is no rest, others
+wait, or all pass with a share of 1. Once its time is over, or where an engine is not known here, the candidate gets
+nothing. Pure. Called by `hold`.
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from tracegrad.tracestore.records import ModelState, PublishState
+
+HOLDING: tuple[PublishState, ...] = ("draining", "swapping", "settling")
+_JUDGED: tuple[PublishState, ...] = ("evaluating", "settling")
+"""States in which the engines of the candidate serve it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who wants to be dispatched. `number` is its place in line, `judging` the publish whose candidate it evaluates."""
+
+    number: int
+    run_id: str | None = None
+    judging: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A version and the engines that serve it (None: any of the model's)."""
+
+    version: int | None
+    engines: frozenset[str] | None = None
+
+
+def course_of(state: ModelState, urls: frozenset[str], caller: Caller, *, stays: bool = False) -> Course | None:
+    """Return where a call goes, None where it has to wait. `stays`: its run has been with the live version."""
+    if state.state in HOLDING:
+        return None
+    if state.state != "evaluating" or state.gate is None:
+        return Course(state.live_version)
+    mine = frozenset(state.gate["engines"])
+    rest, candidate = urls - mine, Course(state.candidate, mine)
+    if not mine <= urls:
+        return None
+    share = 0.0 if state.overdue else state.gate["share"]
+    if caller.judging == state.publish_id and not state.overdue:
+        return candidate
+    if not rest:
+        return candidate if share >= 1 else None
+    chosen = caller.run_id is not None and not stays and _place(caller.run_id) < share
+    return candidate if chosen else Course(state.live_version, rest)
+
+
+def version_on(state: ModelState, engines: frozenset[str] | None) -> int | None:
+    """Return the version that these engines serve."""
+    mine = state.gate["engines"] if state.state in _JUDGED and state.gate is not None else ()
+    return state.candidate if engines and engines <= frozenset(mine) else state.live_version
+
+
+def _place(run_id: str) -> float:
+    """Return where in [0, 1) a run lies: the same in every proxy and at every publish."""
+    return int.from_bytes(blake2b(run_id.encode(), digest_size=6).digest(), "big") / 2**48

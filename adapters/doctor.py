@@ -6,12 +6,10 @@ Only `--deep` reads payloads; everything else is counted from metadata.
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import click
@@ -24,10 +22,10 @@ from tracegrad.adapters.doctor_text import lines, verdict_lines
 from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
 from tracegrad.adapters.opening import open_existing
 from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
-from tracegrad.tracestore.errors import NotFound, TraceStoreError
+from tracegrad.tracestore.errors import ConfigError, NotFound, TraceStoreError
+from tracegrad.tracestore.moments import moment_of
 from tracegrad.tracestore.store import Store
 
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
 
 
@@ -96,13 +94,10 @@ def moment(since: str, now: float) -> float:
     Raises:
         click.BadParameter: it is neither an age nor a time.
     """
-    if (age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", since)) is not None:
-        return now - float(age[1]) * _UNITS[age[2]]
     try:
-        return datetime.fromisoformat(since).timestamp()
-    except ValueError as error:
-        hint = f"--since {since!r} is no age (30m, 2h, 7d) and no ISO time (2026-01-31T12:00)"
-        raise click.BadParameter(hint) from error
+        return moment_of(since, "--since", now)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _jobs(store: Store, job_id: str | None) -> list[JobFacts]:

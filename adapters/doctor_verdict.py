@@ -25,7 +25,8 @@ DEFAULT_BOUND = 0.05
 
 _EXPECTED = {
     *(reasons.EVAL, reasons.LEASED, reasons.OTHER_MODEL, reasons.OTHER_PURPOSE, reasons.SUPERSEDED),
-    *(reasons.NOT_LEASED, reasons.EMPTY, reasons.OPEN, reasons.GROUP_OPEN),
+    *(reasons.NOT_LEASED, reasons.EMPTY, reasons.OPEN, reasons.GROUP_OPEN, reasons.GRACE),
+    *(reasons.OTHER_PROJECT, reasons.OUTSIDE_WINDOW),
 }
 """Why tokens may wait or stay out with nothing being wrong."""
 _TOLD_APART = {

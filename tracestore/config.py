@@ -15,10 +15,21 @@ import msgspec
 import yaml
 
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.moments import moment_of
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
 _FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its own type for times: ours are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -158,9 +169,30 @@ class OptimizerConfig(_Section, frozen=True, kw_only=True):
     minibatches: int = 1
 
 
+class RunsConfig(_Section, frozen=True, kw_only=True):
+    """Which runs a job takes, and which of their rewards count."""
+
+    purposes: tuple[Literal["train", "live"], ...] = ("train", "live")
+    roles: tuple[str, ...] = ()
+    """Only calls of these roles train. Empty: every role that the role map gives to `trainer.model`."""
+    since: str | None = None
+    """ISO time: only runs opened from then on; `until`: before then."""
+    until: str | None = None
+    reward_sources: tuple[str, ...] = ()
+    """Only rewards from these sources count, such as `langsmith` for feedback. Empty: from every one."""
+    grace_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """A run is trained so long after its end at the earliest: rewards that come meanwhile are in."""
+    epoch: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """A run trains once in each epoch of a job: raise it to train everything once more, with its newest rewards."""
+    recorded_models: tuple[str, ...] = ()
+    """Offline only: other models whose calls train, by their roles in the present role map. They must have the
+    tokenizer of `trainer.model`."""
+
+
 class BatchConfig(_Section, frozen=True, kw_only=True):
     """What one step trains, and how it is laid into rows."""
 
+    runs: RunsConfig = RunsConfig()
     groups: int = 8
     max_staleness: int = 1
     """A run is too stale when the live step minus the oldest step that sampled it exceeds this."""
@@ -309,7 +341,7 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; name another file with --config") from error
     except yaml.YAMLError as error:
@@ -331,6 +363,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     _check_rules(config, origin)
     _check_redactions(config, origin)
     _check_gate(config, origin)
+    _check_runs(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -407,6 +440,18 @@ def _check_gate(config: Config, origin: str) -> None:
             f"{where}.share is {gate.share:g}, and one engine serves one version at a time: write 0 (others wait while "
             "the candidate is judged) or 1 (they get the candidate), or add replicas"
         )
+
+
+def _check_runs(config: Config, origin: str) -> None:
+    runs, where = config.trainer.batch.runs, f"{origin}: trainer.batch.runs"
+    ours = {role for role, model in config.roles.items() if model == config.trainer.model}
+    for role in runs.roles:
+        if role not in ours and ("*" not in ours or role in config.roles):
+            near = _near(role, ours - {"*"})
+            raise ConfigError(f"{where}.roles names {role!r}, which `roles` does not map to trainer.model{near}")
+    for name, time in (("since", runs.since), ("until", runs.until)):
+        if time is not None:
+            moment_of(time, f"{where}.{name}")
 
 
 def _wrong_model(model: ModelConfig) -> str | None:

@@ -97,7 +97,7 @@ class JobDiagnosis(Noun):
             if rule is None:
                 return None
             live = live_step(connection, rule.model)
-            unit = units(members(job_id, rule, beside(extent.run_id)))
+            unit = units(members(job_id, rule, self._db.now(), beside(extent.run_id)))
             free = (unit.c.held == 0) & (unit.c.trained == 0)
             lag = (literal(0) if live is None else live - func.coalesce(unit.c.oldest, live)).label("lag")
             ripe = select(lag).where(free, is_complete(unit), is_large_enough(unit, rule))

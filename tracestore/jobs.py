@@ -6,15 +6,15 @@ Called by the trainer and by the proxy's backlog endpoint, through `Store`.
 
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import is_publishing, live_step
-from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
+from tracegrad.tracestore.readiness import in_reach, is_allowed, is_exact, is_ready, members, units
 from tracegrad.tracestore.records import Backlog, Json, LeaseRule
-from tracegrad.tracestore.schema import jobs
+from tracegrad.tracestore.schema import calls, jobs, runs
 
 
 class Jobs(Noun):
@@ -40,7 +40,7 @@ class Jobs(Noun):
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
         with self._db.read() as connection:
             live = live_step(connection, rule.model)
-            unit = units(members(job_id, rule, in_reach(job_id, rule, live)))
+            unit = units(members(job_id, rule, self._db.now(), in_reach(job_id, rule, live)))
             ready = is_ready(unit, rule, live)
             leased = and_(unit.c.held == 1, unit.c.eligible > 0)
             counts = [func.coalesce(func.sum(case((kind, 1), else_=0)), 0) for kind in (ready, leased)]
@@ -50,6 +50,21 @@ class Jobs(Noun):
                 leased_groups=int(found[1]),
                 publishing=is_publishing(connection, rule.model),
             )
+
+    def recorded_elsewhere(self, rule: LeaseRule) -> dict[str, int]:
+        """Return, by model, how many of the runs that `rule` allows have exact calls by its roles to other models."""
+        by_role: list[ColumnElement[bool]] = [] if rule.roles is None else [calls.c.role.in_(rule.roles)]
+        if rule.other_roles:
+            by_role.append(or_(calls.c.role.is_(None), calls.c.role.not_in(rule.other_roles)))
+        chosen = (
+            select(calls.c.model, func.count(func.distinct(calls.c.run_id)))
+            .join(runs, runs.c.run_id == calls.c.run_id)
+            .where(calls.c.model.not_in(rule.models), is_exact(), is_allowed(rule), runs.c.status == "closed", *by_role)
+            .group_by(calls.c.model)
+            .order_by(calls.c.model)
+        )
+        with self._db.read() as connection:
+            return {str(model): int(count) for model, count in connection.execute(chosen)}
 
 
 def existing_job(connection: Connection, job_id: str, *, lock: bool = False) -> Any:

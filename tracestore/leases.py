@@ -45,7 +45,7 @@ class Leases(Noun):
                 raise InvalidRecord(f"job {job_id!r} trains {job.model!r}, its lease rule says {rule.model!r}")
             if rule_of(job.rule) != rule:
                 connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(rule=rule))
-            taken = _take(connection, job_id, rule, groups)
+            taken = _take(connection, job_id, rule, groups, self._db.now())
             if taken is None:
                 return None
             return self._hold(
@@ -139,10 +139,10 @@ def drop_holds(connection: Connection, lease_id: int) -> None:
     connection.execute(delete(holds).where(holds.c.lease_id == lease_id))
 
 
-def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int) -> dict[str, str] | None:
+def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now: float) -> dict[str, str] | None:
     """Return run id -> purpose of the eligible members of `wanted` ready groups, locked; None where fewer are ready."""
     live = live_step(connection, rule.model)
-    member = members(job_id, rule, in_reach(job_id, rule, live))
+    member = members(job_id, rule, now, in_reach(job_id, rule, live))
     unit = units(member)
     ready = select(unit.c.unit).where(is_ready(unit, rule, live))
     chosen = list(connection.execute(ready.order_by(unit.c.opened_at, unit.c.unit).limit(wanted)).scalars())

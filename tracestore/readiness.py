@@ -1,9 +1,10 @@
 """Which groups a job could train, as one SQL expression that leasing, the backlog and conservation share.
 
-A unit is a group, or a run without a group (a group of one). It is ready when every planned member has ended, enough
-members are eligible (closed, rewarded, with an exactly recorded call to the model), none is held or trained by the
-job in this epoch, and the oldest weights that sampled it are recent enough. Purpose `eval`
-is refused here, and by the schema again.
+A unit is a group, or a run without a group (a group of one). It is ready when every planned member is settled (it
+failed, or closed and its grace time is over), enough members are eligible (closed, rewarded, with an exactly recorded
+call to the model), none is held or trained by the job in this epoch, and the oldest weights that sampled it are recent
+enough. Purpose `eval` is refused here, and by the schema again. What a rule means for one call and one reward stands in
+`rules` as well, for the trainer.
 
 What is ready is looked for among the runs that recent weights sampled (`in_reach`): a queue does not become slower with
 what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
@@ -18,7 +19,9 @@ from sqlalchemy import (
     exists,
     func,
     literal,
+    or_,
     select,
+    true,
     union,
 )
 
@@ -43,24 +46,67 @@ UNIT = _unit(runs)
 """The key of the unit a run belongs to."""
 
 
+def rewards_that_count(rule: LeaseRule) -> ColumnElement[bool]:
+    """Whether the reward of the row has a name and a source that the rule counts: `rules.reward_counts` in SQL."""
+    named = rewards.c.name.in_(rule.reward_names) if rule.reward_names else true()
+    return and_(named, _from_a_source(rule))
+
+
 def is_rewarded(rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the run of the row has what the rule asks for: every named reward, or any."""
+    given = exists().where(rewards.c.run_id == runs.c.run_id, _from_a_source(rule))
     if not rule.reward_names:
-        return exists().where(rewards.c.run_id == runs.c.run_id)
-    return and_(
-        *(exists().where(rewards.c.run_id == runs.c.run_id, rewards.c.name == name) for name in rule.reward_names)
-    )
+        return given
+    return and_(*(given.where(rewards.c.name == name) for name in rule.reward_names))
+
+
+def _from_a_source(rule: LeaseRule) -> ColumnElement[bool]:
+    return rewards.c.source.in_(rule.reward_sources) if rule.reward_sources else true()
+
+
+def is_wanted(rule: LeaseRule) -> ColumnElement[bool]:
+    """Whether the purpose of the run is the rule's."""
+    return and_(runs.c.purpose.in_(rule.purposes), runs.c.purpose != "eval")
+
+
+def is_of_project(rule: LeaseRule) -> ColumnElement[bool]:
+    """Whether the project of the run is the rule's."""
+    return true() if rule.project is None else runs.c.project == rule.project
+
+
+def is_in_window(rule: LeaseRule) -> ColumnElement[bool]:
+    """Whether the run was opened in the rule's time."""
+    after = true() if rule.since is None else runs.c.opened_at >= rule.since
+    return after if rule.until is None else and_(after, runs.c.opened_at < rule.until)
 
 
 def is_allowed(rule: LeaseRule) -> ColumnElement[bool]:
-    """Whether the purpose and the project of the run are the rule's."""
-    allowed = and_(runs.c.purpose.in_(rule.purposes), runs.c.purpose != "eval")
-    return allowed if rule.project is None else and_(allowed, runs.c.project == rule.project)
+    """Whether purpose, project and time of the run are the rule's."""
+    return and_(is_wanted(rule), is_of_project(rule), is_in_window(rule))
+
+
+def is_settled(rule: LeaseRule, now: float) -> ColumnElement[bool]:
+    """Whether nothing of the run is waited for any more: it failed, or closed and its grace time is over.
+
+    The grace time passes whatever rewards are there already: a newer one of the same name, or one on another role or
+    call, may still come, and only a rule that wants to wait for such has a grace time.
+    """
+    if not rule.grace_s:
+        return runs.c.status != "open"
+    return or_(runs.c.status == "failed", and_(runs.c.status == "closed", runs.c.ended_at <= now - rule.grace_s))
+
+
+def is_of_models(rule: LeaseRule) -> ColumnElement[bool]:
+    """Whether the call of the row is to a model of the rule, and by no role that the role map gives to another one."""
+    models = calls.c.model == rule.model if not rule.recorded_models else calls.c.model.in_(rule.models)
+    if not rule.other_roles:
+        return models
+    return and_(models, or_(calls.c.role.is_(None), calls.c.role.not_in(rule.other_roles)))
 
 
 def calls_that_count(rule: LeaseRule) -> ColumnElement[bool]:
-    """Whether the call of the row is to the rule's model, by one of its roles."""
-    counts = calls.c.model == rule.model
+    """Whether the call of the row is to a model of the rule, by one of its roles: `rules.wrong_owner` in SQL."""
+    counts = is_of_models(rule)
     return counts if rule.roles is None else and_(counts, calls.c.role.in_(rule.roles))
 
 
@@ -83,7 +129,7 @@ def is_trained(job_id: str, epoch: int) -> ColumnElement[bool]:
 def in_reach(job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
     """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds."""
     if live_step is None or live_step <= rule.max_staleness:
-        return literal(1) == literal(1)
+        return true()
     recent = select(policy_versions.c.version_id).where(
         policy_versions.c.model == rule.model, policy_versions.c.step >= live_step - rule.max_staleness
     )
@@ -104,10 +150,14 @@ def beside(run_id: str | None) -> ColumnElement[bool] | None:
     return select(_unit(one)).where(one.c.run_id == run_id).scalar_subquery() == UNIT
 
 
-def members(job_id: str, rule: LeaseRule, among: ColumnElement[bool] | None = None) -> Subquery:
+def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool] | None = None) -> Subquery:
     """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it."""
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
+    settled = is_settled(rule, now)
     whole = and_(runs.c.status == "closed", runs.c.error.is_distinct_from(CONTENT_DELETED))
+    if rule.grace_s:
+        whole = and_(whole, settled)
+    trainable = and_(whole, exists().where(counted, is_exact()))
     eligible = and_(whole, is_rewarded(rule), exists().where(counted, is_exact()))
     oldest = (
         select(func.min(policy_versions.c.step))
@@ -123,8 +173,9 @@ def members(job_id: str, rule: LeaseRule, among: ColumnElement[bool] | None = No
             runs.c.opened_at,
             UNIT.label("unit"),
             func.coalesce(groups.c.planned_size, 1).label("planned"),
-            case((runs.c.status != "open", 1), else_=0).label("ended"),
+            case((settled, 1), else_=0).label("settled"),
             case((eligible, 1), else_=0).label("eligible"),
+            case((trainable, 1), else_=0).label("trainable"),
             case((eligible, oldest)).label("oldest"),
             case((is_held(job_id), 1), else_=0).label("held"),
             case((is_trained(job_id, rule.epoch), 1), else_=0).label("trained"),
@@ -141,8 +192,9 @@ def units(member: Subquery) -> Subquery:
         select(
             member.c.unit,
             func.max(member.c.planned).label("planned"),
-            func.sum(member.c.ended).label("ended"),
+            func.sum(member.c.settled).label("settled"),
             func.sum(member.c.eligible).label("eligible"),
+            func.sum(member.c.trainable).label("trainable"),
             func.min(member.c.oldest).label("oldest"),
             func.max(member.c.held).label("held"),
             func.max(member.c.trained).label("trained"),
@@ -154,8 +206,8 @@ def units(member: Subquery) -> Subquery:
 
 
 def is_complete(unit: Subquery) -> ColumnElement[bool]:
-    """Whether every planned member has ended."""
-    return unit.c.ended >= unit.c.planned
+    """Whether every planned member is settled."""
+    return unit.c.settled >= unit.c.planned
 
 
 def is_large_enough(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
@@ -166,7 +218,7 @@ def is_large_enough(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
 def is_fresh(unit: Subquery, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
     """Whether the oldest step that sampled the unit is within the bound. Nothing live: nothing is stale."""
     if live_step is None:
-        return literal(1) == literal(1)
+        return true()
     return func.coalesce(unit.c.oldest, live_step) >= live_step - rule.max_staleness
 
 

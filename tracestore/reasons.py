@@ -41,6 +41,11 @@ OTHER_ROLE = "other role"
 GROUP_TRAINED = "group trained without it"
 GROUP_OPEN = "group open"
 GROUP_SMALL = "group too small"
+GROUP_UNREWARDED = "group awaits rewards"
+NO_GROUP = "no group"
+GRACE = "in grace time"
+OTHER_PROJECT = "other project"
+OUTSIDE_WINDOW = "outside the window"
 TOO_STALE = "too stale"
 NOT_LEASED = "not leased"
 
@@ -59,8 +64,8 @@ _REPORT = "`tracegrad show CALL` has the details; if it goes on, update the engi
 REASONS: Mapping[str, Words] = {
     OTHER_MODEL: Words("of calls to another model than the job trains", "nothing: that model's own job takes them"),
     NO_ROLE: Words(
-        "of callers whose role the role map does not know",
-        "name the role (header, path, `role_rules`), or map it (or `*`) to a model under `roles`",
+        "of calls without a role",
+        "name the role (header, path, `role_rules`), or map `*` to a model under `roles`",
     ),
     RUN_FAILED: Words("of runs that failed", "read the error with `tracegrad show RUN`; a failed run is never trained"),
     FAILED_CALL: Words("of calls that the engine answered with an error", "read it with `tracegrad show CALL`"),
@@ -102,7 +107,8 @@ REASONS: Mapping[str, Words] = {
     ),
     NO_REWARD: Words(
         "that no counted reward reaches",
-        "reward the runs (POST /tracegrad/v1/rewards), and compare the names with `trainer.algorithm.reward_weights`",
+        "reward the runs (POST /tracegrad/v1/rewards), and compare names and sources with "
+        "`trainer.algorithm.reward_weights` and `trainer.batch.runs.reward_sources`",
     ),
     SUPERSEDED: Words("of calls that the client sent again", "nothing: the retry's answer is trained"),
     NO_RUN: Words(
@@ -117,17 +123,34 @@ REASONS: Mapping[str, Words] = {
     ),
     OPEN: Words("of runs that are still open", "close runs, or wait for `proxy.idle_close_s`"),
     OTHER_PURPOSE: Words("of runs with a purpose the job does not take", "nothing, unless the purpose is wrong"),
+    OTHER_PROJECT: Words("of runs of another project than the job's", "nothing: a job of that project takes them"),
+    OUTSIDE_WINDOW: Words(
+        "of runs opened before or after the time that the job looks at",
+        "nothing, unless `trainer.batch.runs.since` or `until` is wrong",
+    ),
+    GRACE: Words(
+        "of runs that ended a moment ago, whose rewards may still come",
+        "wait: `trainer.batch.runs.grace_s` says how long",
+    ),
     OTHER_ROLE: Words("of roles that the job does not train", "map the role to the job's model under `roles`"),
     GROUP_TRAINED: Words(
         "of runs whose group was trained without them", "end and reward all runs of a group before the next step"
     ),
     GROUP_OPEN: Words(
-        "of groups whose planned members have not all ended",
+        "of groups whose planned members have not all ended, or are in their grace time",
         "let the rollout finish; start `tracegrad rollout` again to fill what is missing",
     ),
     GROUP_SMALL: Words(
-        "of groups with fewer eligible members than the job asks for",
+        "of groups with fewer members that can be trained than the job asks for",
         "look at failed and unrewarded members, or lower `trainer.batch.min_group`",
+    ),
+    GROUP_UNREWARDED: Words(
+        "of groups in which too few members are rewarded yet",
+        "reward the other members (POST /tracegrad/v1/rewards)",
+    ),
+    NO_GROUP: Words(
+        "of single runs, which group advantages compare with nobody",
+        "sample groups (`tracegrad rollout`), or train with `trainer.algorithm.advantage: gae`",
     ),
     TOO_STALE: Words(
         "sampled by weights older than the job accepts",

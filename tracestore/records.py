@@ -356,20 +356,35 @@ class StepCommit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRule:
-    """Which groups a job takes. `roles` are those whose calls count (None: every call to `model`).
+    """Which groups a job takes, and what of them counts; `rules` and `readiness` read it, in Python and in SQL.
 
+    `roles` are those whose calls count (None: all but `other_roles`, which the role map gives to other models).
+    `recorded_models` are further models whose calls count: their tokenizer must be `model`'s.
     `max_staleness` is in steps of the live version; `min_group` is the fewest closed, rewarded members;
-    with `reward_names` a member needs every one of them, else any reward; `project` None means every project.
+    with `reward_names` a member needs every one of them, else any reward; with `reward_sources` only rewards that come
+    from one of these count, for readiness and for credit. A run is taken `grace_s` after it ended at the earliest, and
+    only if it was opened from `since` on and before `until` (Unix seconds). `project` None means every project.
     """
 
     model: str
     roles: tuple[str, ...] | None = None
+    other_roles: tuple[str, ...] = ()
+    recorded_models: tuple[str, ...] = ()
     purposes: tuple[Purpose, ...] = ("train", "live")
     max_staleness: int
     min_group: int
     reward_names: tuple[str, ...] = ()
+    reward_sources: tuple[str, ...] = ()
+    grace_s: float = 0.0
+    since: float | None = None
+    until: float | None = None
     epoch: int = 0
     project: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models whose calls count."""
+        return (self.model, *self.recorded_models)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

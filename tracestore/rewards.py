@@ -14,7 +14,8 @@ from sqlalchemy import Connection, and_, func, select, true
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Reward
+from tracegrad.tracestore.readiness import rewards_that_count
+from tracegrad.tracestore.records import LeaseRule, Reward
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.schema import calls, ledger, rewards, runs
 
@@ -54,9 +55,16 @@ class Rewards(Noun):
         return [reward for reward in found if reward.call_id == call_id]
 
 
-def current_rewards(connection: Connection, run_ids: Sequence[str], through: int | None = None) -> list[Reward]:
-    """Return the newest reward of each target and name of these runs, by arrival; `through` is the last to count."""
+def current_rewards(
+    connection: Connection, run_ids: Sequence[str], through: int | None = None, rule: LeaseRule | None = None
+) -> list[Reward]:
+    """Return the newest reward of each target and name of these runs, by arrival; `through` is the last to count.
+
+    With a rule only what counts by it is looked at: a newer reward from elsewhere hides none of those.
+    """
     within = and_(rewards.c.run_id.in_(run_ids), true() if through is None else rewards.c.seq <= through)
+    if rule is not None:
+        within = and_(within, rewards_that_count(rule))
     newest = (
         select(func.max(rewards.c.seq))
         .where(within)

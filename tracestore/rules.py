@@ -1,27 +1,58 @@
-"""What a configured training job may lease, as a rule for the store.
+"""What a configured training job may lease and what of it counts, as a rule for store and trainer.
 
-The proxy's backlog and the trainer's leases must mean the same groups, so both read it here.
+The proxy's backlog, the trainer's leases and its credit must mean the same runs, calls and rewards, so all read the
+rule that is made here. What it means in SQL stands in `readiness`, what it means for one call and one reward here; a
+contract test holds the two together. Refuses nothing: the configuration is checked when it is read.
 """
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.records import LeaseRule
+from tracegrad.tracestore.moments import moment_of
+from tracegrad.tracestore.reasons import NO_ROLE, OTHER_MODEL, OTHER_ROLE
+from tracegrad.tracestore.records import Call, LeaseRule, Reward
 
 ANY_STALENESS = 2**31 - 1
 
 
 def lease_rule(config: Config, *, offline: bool = False) -> LeaseRule:
-    """Return which groups the job takes: its roles, its rewards, its bound on staleness.
+    """Return which groups the job takes: its roles, its rewards, its window, its bound on staleness.
 
-    Offline there is no bound: whoever trains from stored runs has asked for what older weights sampled.
+    Offline there is no bound, and other models' calls may count: whoever trains from stored runs has asked for what
+    older or other weights sampled.
     """
-    trainer = config.trainer
+    trainer, runs = config.trainer, config.trainer.batch.runs
     grouped = trainer.algorithm.advantage == "group"
     by_name = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
+    others = tuple(sorted(role for role, model in config.roles.items() if model != trainer.model and role != "*"))
+    mapped = None if config.roles.get("*") == trainer.model else by_name
     return LeaseRule(
         model=trainer.model,
-        roles=None if config.roles.get("*") == trainer.model else by_name,
+        roles=tuple(sorted(runs.roles)) if runs.roles else mapped,
+        other_roles=others,
+        recorded_models=tuple(sorted({*runs.recorded_models} - {trainer.model})) if offline else (),
+        purposes=runs.purposes,
         max_staleness=ANY_STALENESS if offline else trainer.batch.max_staleness,
         min_group=trainer.batch.min_group if grouped else 1,
         reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
+        reward_sources=tuple(sorted(runs.reward_sources)),
+        grace_s=runs.grace_s,
+        since=None if runs.since is None else moment_of(runs.since, "trainer.batch.runs.since"),
+        until=None if runs.until is None else moment_of(runs.until, "trainer.batch.runs.until"),
+        epoch=runs.epoch,
         project=config.project,
     )
+
+
+def wrong_owner(rule: LeaseRule, call: Call) -> str | None:
+    """Return the reason for which a call is not the rule's, by its model and its role; None where it is."""
+    role = call.attribution.role
+    if call.model not in rule.models or role in rule.other_roles:
+        return OTHER_MODEL
+    if rule.roles is None or role in rule.roles:
+        return None
+    return NO_ROLE if role is None else OTHER_ROLE
+
+
+def reward_counts(rule: LeaseRule, reward: Reward) -> bool:
+    """Whether a reward makes a run ready, and is credit."""
+    named = not rule.reward_names or reward.name in rule.reward_names
+    return named and (not rule.reward_sources or reward.source in rule.reward_sources)

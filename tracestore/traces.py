@@ -21,6 +21,7 @@ from tracegrad.tracestore.records import (
     Choice,
     Continues,
     Lease,
+    LeaseRule,
     Reward,
     Run,
     RunTrace,
@@ -55,17 +56,18 @@ class Traces(Noun):
             known = {} if span is None else {(span.run_id, span.span_id): span}
             return next(_calls(connection, named, None, known))
 
-    def lease_traces(self, lease: Lease) -> list[RunTrace]:
+    def lease_traces(self, lease: Lease, rule: LeaseRule | None = None) -> list[RunTrace]:
         """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.
 
-        A reclaimed lease therefore gives the same data as the first claim did. Raises NotFound.
+        With the rule of the lease, the rewards are those that count by it. A reclaimed lease therefore gives the same
+        data as the first claim did. Raises NotFound.
         """
         with self._db.read() as connection:
             row = connection.execute(select(leases).where(leases.c.lease_id == lease.lease_id)).one_or_none()
             if row is None:
                 raise NotFound(f"no lease {lease.lease_id}: lease again")
             until = _Until(row.calls_through, row.rewards_through, row.attributions_through)
-            return _traces(connection, lease.plan.run_ids, until)
+            return _traces(connection, lease.plan.run_ids, until, rule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ def stood_when_leased(calls_through: Any, attributions_through: Any) -> ColumnEl
     return and_(calls.c.seq <= calls_through, placed)
 
 
-def _traces(connection: Connection, run_ids: Sequence[str], until: _Until | None) -> list[RunTrace]:
+def _traces(
+    connection: Connection, run_ids: Sequence[str], until: _Until | None, rule: LeaseRule | None = None
+) -> list[RunTrace]:
     found: dict[str, Run] = {}
     spans: dict[str, list[Span]] = {}
     by_run: dict[str, list[Call]] = defaultdict(list)
@@ -99,7 +103,7 @@ def _traces(connection: Connection, run_ids: Sequence[str], until: _Until | None
         stood = true() if until is None else stood_when_leased(until.calls, until.attributions)
         for call in _calls(connection, and_(calls.c.run_id.in_(some), stood), until, known):
             by_run[str(call.attribution.run_id)].append(call)
-        for reward in current_rewards(connection, some, None if until is None else until.rewards):
+        for reward in current_rewards(connection, some, None if until is None else until.rewards, rule):
             rewards[reward.run_id].append(reward)
     missing = [run_id for run_id in wanted if run_id not in found]
     if missing:

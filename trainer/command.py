@@ -9,10 +9,11 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from threading import Event
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,22 +27,42 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 @click.option("--config", "path", type=click.Path(dir_okay=False), default="tracegrad.yaml", show_default=True)
 @click.option("--steps", type=click.IntRange(min=0), help="Train until this step instead of trainer.steps.")
 @click.option("--offline", is_flag=True, help="Train from stored runs; publish nothing, need no engine.")
+@click.option("--job", help="Train this job instead of trainer.job: it has a ledger and checkpoints of its own.")
+@click.option("--epoch", type=click.IntRange(min=0), help="Train every run once more: it trains once in each epoch.")
+@click.option("--since", metavar="AGE|TIME", help="Only runs opened since: 30m, 2h, 7d, or an ISO time.")
+@click.option("--until", metavar="AGE|TIME", help="Only runs opened before.")
+@click.option("--recorded-model", "recorded_models", multiple=True, help="Offline: train calls of this model as well.")
 @click.option("--show-config", is_flag=True, help="Print the resolved configuration and leave.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--ray-address", help="Join this Ray cluster instead of starting a local Ray.")
 def train(
-    *, path: str, steps: int | None, offline: bool, show_config: bool, as_json: bool, ray_address: str | None
+    *,
+    path: str,
+    steps: int | None,
+    offline: bool,
+    job: str | None,
+    epoch: int | None,
+    since: str | None,
+    until: str | None,
+    recorded_models: tuple[str, ...],
+    show_config: bool,
+    as_json: bool,
+    ray_address: str | None,
 ) -> None:
-    """Train a model from recorded, rewarded runs and publish each step's weights."""
-    import msgspec
+    """Train a model from recorded, rewarded runs and publish each step's weights.
 
+    \b
+    tracegrad train --offline --job again --since 7d            stored runs once more, by a job of its own
+    tracegrad train --offline --epoch 1                         the same job once more, with newer rewards
+    tracegrad train --offline --job split --recorded-model main calls of `main`, by another role map
+    """
     from tracegrad.tracestore.config import dump_config, load_config
     from tracegrad.tracestore.errors import TraceStoreError
 
     try:
         config = load_config(path)
-        if steps is not None:
-            config = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, steps=steps))
+        said = {"epoch": epoch, "since": since, "until": until, "recorded_models": recorded_models or None}
+        config = _overridden(config, {"steps": steps, "job": job}, said)
         if show_config:
             click.echo(dump_config(config), nl=False)
             return
@@ -54,6 +75,26 @@ def train(
         click.echo(f"tracegrad train: {error}", err=True)
         code = EXIT_ERROR
     sys.exit(code)
+
+
+def _overridden(config: "Config", trainer: dict[str, Any], runs: dict[str, Any]) -> "Config":
+    """Put what the command line says (what is None it does not say) in place of the file's, under the same checks.
+
+    Raises:
+        ConfigError: as for the file.
+    """
+    import msgspec
+
+    from tracegrad.tracestore.config import parse_config
+    from tracegrad.tracestore.moments import iso_time, moment_of
+
+    for name in ("since", "until"):
+        if runs[name] is not None:
+            runs[name] = iso_time(moment_of(runs[name], f"--{name}", time.time()))
+    raw = msgspec.to_builtins(config)
+    for section, said in ((raw["trainer"], trainer), (raw["trainer"]["batch"]["runs"], runs)):
+        section |= {name: value for name, value in said.items() if value is not None}
+    return parse_config(raw, origin="command line")
 
 
 def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str | None) -> int:

@@ -25,7 +25,7 @@ from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.errors import EngineError, PublishError
+from tracegrad.trainer.errors import EngineError, PublishError, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.metrics import Console, MetricsLog
@@ -39,6 +39,7 @@ from tracegrad.trainer.startup import (
     probe_set,
     wait_for_engines,
 )
+from tracegrad.trainer.tokenizer_match import check_recorded_models
 from tracegrad.trainer.workers import Trains
 
 _COMMIT_TRIES = 5
@@ -92,6 +93,7 @@ class Controller:
     def _start(self) -> Lease | None:
         """Bring the job to where its ledger says it is; return the lease that a former process left unfinished."""
         console, root = self._around.console, self._around.folder.checkpoints
+        self._check_recorded_models()
         self._store.register_job(self._job, self._model, msgspec.to_builtins(self.config.trainer))
         lease = self._store.reclaim(self._job, self.config.trainer.batch.lease_s)
         for name in clear_orphans(self._store, self.config, root):
@@ -108,6 +110,16 @@ class Controller:
             lease = None
         self._idle_since = time.monotonic()
         return lease
+
+    def _check_recorded_models(self) -> None:
+        """Staleness and versions are one model's: other models' calls train offline only, and with its tokens only."""
+        named = self.config.trainer.batch.runs.recorded_models
+        if named and self._around.engines:
+            raise TrainerError(
+                f"trainer.batch.runs.recorded_models names {', '.join(named)}: calls of other models can be trained "
+                "with --offline only"
+            )
+        check_recorded_models(self._store, self.config, self._rule)
 
     def _start_publishing(self, version: PolicyVersion) -> None:
         console, engines = self._around.console, self._around.engines
@@ -155,6 +167,11 @@ class Controller:
                 self._around.console.say(
                     f"stopped after step {self._step}: {ready} ready groups are left, a step takes {batch.groups}"
                 )
+                for model, runs in self._store.recorded_elsewhere(self._rule).items():
+                    self._around.console.say(
+                        f"{runs} runs have calls of these roles that {model!r} answered: --recorded-model {model} "
+                        "trains them too"
+                    )
                 return None
             self._around.console.say(f"step {step} waits for runs: {ready} of {batch.groups} groups are ready")
             self._around.stop.wait(batch.poll_s)
@@ -189,12 +206,7 @@ class Controller:
         config, crash, step = self.config.trainer, self._around.crash_points, lease.plan.step
         probe_tokens = config.publish.probe_tokens if self._publisher is not None else 0
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
-            samples = build_batch(
-                self._store.lease_traces(lease),
-                model=self._model,
-                role_model=self.config.model_of,
-                reward_weights=config.algorithm.reward_weights,
-            )
+            samples = build_batch(self._store.lease_traces(lease, self._rule), self._rule)
             parent = self._current
             result = self._workers.step(lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens)
             crash.reached("after-step", step)

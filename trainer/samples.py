@@ -9,7 +9,7 @@ the learner with the runs of one lease.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,7 @@ from tracegrad.tracestore.reasons import (
     NO_LOGPROBS,
     NO_PROMPT,
     NO_REWARD,
-    NO_ROLE,
     NO_VERSION,
-    OTHER_MODEL,
     PENALISED,
     QUARANTINED,
     RUN_FAILED,
@@ -34,7 +32,8 @@ from tracegrad.tracestore.reasons import (
     TRUNCATED,
     VERSION_CHANGED,
 )
-from tracegrad.tracestore.records import Call, Choice, Consumption, Reward, RunTrace, Span
+from tracegrad.tracestore.records import Call, Choice, Consumption, LeaseRule, Reward, RunTrace, Span
+from tracegrad.tracestore.rules import reward_counts, wrong_owner
 from tracegrad.trainer.errors import SampleError
 
 MIN_TEMPERATURE = 0.01
@@ -113,17 +112,11 @@ class Samples:
         return totals
 
 
-def build_batch(
-    traces: Sequence[RunTrace],
-    *,
-    model: str,
-    role_model: Callable[[str | None], str | None],
-    reward_weights: Mapping[str, float] | None = None,
-) -> Samples:
-    """Turn the traces of a lease into samples of `model`.
+def build_batch(traces: Sequence[RunTrace], rule: LeaseRule) -> Samples:
+    """Turn the traces of a lease into samples of the rule's model.
 
-    `role_model` is the role map (`Config.model_of`). `reward_weights`: reward name -> weight; empty or None counts
-    every name. The order of `traces` is the order of the plan and is kept.
+    `rule` is what they were leased by: the calls and rewards that count there count here. The order of `traces` is the
+    order of the plan and is kept.
 
     Raises:
         SampleError: an open or eval run, or two current rewards of one name on one target.
@@ -135,13 +128,13 @@ def build_batch(
     for trace in traces:
         _check_run(trace)
         run_id = trace.run.run_id
-        counted = counted_rewards(trace, reward_weights)
+        counted = counted_rewards(trace, rule)
         if trace.run.status == "closed":
             rewards[run_id] = counted
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
-                reason = exclusion(trace, call, choice, model=model, role_model=role_model, rewards=counted)
+                reason = exclusion(trace, call, choice, rule, counted)
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -158,8 +151,8 @@ def build_batch(
     return Samples(choices=tuple(choices), consumption=tuple(consumption), rewards=rewards, run_groups=run_groups)
 
 
-def counted_rewards(trace: RunTrace, weights: Mapping[str, float] | None) -> tuple[Reward, ...]:
-    """Return the run's rewards whose name counts.
+def counted_rewards(trace: RunTrace, rule: LeaseRule) -> tuple[Reward, ...]:
+    """Return the run's rewards that count by the rule.
 
     Raises:
         SampleError: two rewards of one name on one target; the store's current view holds the newest only.
@@ -167,7 +160,7 @@ def counted_rewards(trace: RunTrace, weights: Mapping[str, float] | None) -> tup
     seen: set[tuple[str, str | None, str | None]] = set()
     counted = []
     for reward in trace.rewards:
-        if weights and reward.name not in weights:
+        if not reward_counts(rule, reward):
             continue
         target = (reward.name, reward.call_id, None if reward.call_id is not None else reward.role)
         if target in seen:
@@ -187,19 +180,11 @@ def reaches(reward: Reward, *, role: str | None, call_id: str) -> bool:
     return reward.role is None or reward.role == role
 
 
-def exclusion(
-    trace: RunTrace,
-    call: Call,
-    choice: Choice,
-    *,
-    model: str,
-    role_model: Callable[[str | None], str | None],
-    rewards: Sequence[Reward],
-) -> str | None:
+def exclusion(trace: RunTrace, call: Call, choice: Choice, rule: LeaseRule, rewards: Sequence[Reward]) -> str | None:
     """Return why the choice must not train, or None. The first reason that holds is the one counted."""
     role = call.attribution.role
     return (
-        _wrong_owner(call, model, role_model)
+        wrong_owner(rule, call)
         or (RUN_FAILED if trace.run.status == "failed" else None)
         or _bad_call(call, choice)
         or _bad_tokens(call, choice)
@@ -229,16 +214,6 @@ def _check_run(trace: RunTrace) -> None:
         raise SampleError(f"run {run.run_id} is still open: only closed runs are leased")
     if run.purpose == "eval":
         raise SampleError(f"run {run.run_id} has purpose eval: it is never trained")
-
-
-def _wrong_owner(call: Call, model: str, role_model: Callable[[str | None], str | None]) -> str | None:
-    role = call.attribution.role
-    owner = role_model(role)
-    if call.model != model:
-        return OTHER_MODEL
-    if owner is None:
-        return NO_ROLE
-    return None if owner == model else OTHER_MODEL
 
 
 def _bad_call(call: Call, choice: Choice) -> str | None:

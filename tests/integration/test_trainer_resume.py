@@ -108,6 +108,7 @@ def check(config: Config, job: str, undisturbed: list[tuple[int, str]]) -> None:
 def test_ray_learns_what_one_process_learns(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
     """The first step by a bare learner, from the same plan: the actor adds nothing."""
     from tracegrad.tracestore.records import BatchPlan
+    from tracegrad.tracestore.rules import lease_rule
     from tracegrad.trainer.controller import step_seed
     from tracegrad.trainer.samples import build_batch
 
@@ -116,7 +117,7 @@ def test_ray_learns_what_one_process_learns(setting: tuple[Config, Path], undist
     assert learner.create(str(folder / "alone")).hash == undisturbed[0][1]
     with closing(open_store(config.store)) as store:
         run_ids = [f"run-s0-g{group:03d}-{member}" for group in range(2) for member in range(4)]
-        samples = build_batch(store.traces(run_ids), model=recorded.MODEL, role_model=config.model_of)
+        samples = build_batch(store.traces(run_ids), lease_rule(config))
     plan = BatchPlan(step=1, epoch=0, seed=step_seed(0, 1), run_ids=tuple(run_ids))
     learner.step(plan, samples, version_id=None)
     assert learner.save(str(folder / "alone"), 1).checkpoint.hash == undisturbed[1][1]

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from tracegrad.tracestore.config import Config, parse_config
-from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Group, Reward, Run, RunTrace, Task
+from tracegrad.tracestore.records import (
+    Attribution,
+    Call,
+    CallTiming,
+    Choice,
+    Group,
+    LeaseRule,
+    Reward,
+    Run,
+    RunTrace,
+    Task,
+)
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.results import Scored
 
@@ -19,6 +30,7 @@ MODEL = "tiny"
 VOCABULARY = 24
 LUCKY = 7
 ROLES = ("planner", "writer")
+RULE = LeaseRule(model=MODEL, max_staleness=1, min_group=1)
 Score = Callable[[Sequence[Scored], float], Sequence[Scored]]
 
 

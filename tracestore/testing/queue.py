@@ -9,8 +9,11 @@ import pytest
 from sqlalchemy import select
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
-from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
+from tracegrad.tracestore.readiness import calls_that_count, in_reach, is_ready, members, units
 from tracegrad.tracestore.records import Lease, Purpose, Run, RunStatus
+from tracegrad.tracestore.rewards import current_rewards
+from tracegrad.tracestore.rules import reward_counts, wrong_owner
+from tracegrad.tracestore.schema import calls
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
@@ -75,8 +78,8 @@ class ReadinessContract:
                             select(unit.c.unit).where(is_ready(unit, chosen, step) | (unit.c.held == 1))
                         ).scalars()
                         for unit in (
-                            units(members(JOB, chosen, in_reach(JOB, chosen, step))),
-                            units(members(JOB, chosen)),
+                            units(members(JOB, chosen, store.now(), in_reach(JOB, chosen, step))),
+                            units(members(JOB, chosen, store.now())),
                         )
                     )
                     assert sorted(near) == sorted(everything)
@@ -144,6 +147,127 @@ class ReadinessContract:
         finish_run(store, "r")
         assert self.ready(store, min_group=1, project="default") == 1
         assert self.ready(store, min_group=1, project="other") == 0
+
+    def test_late_rewards_come_within_the_grace_time(self, store: Store, clock: Clock) -> None:
+        """Until it is over a closed run is waited for, rewarded or not; a failed one is not."""
+        rewarded, late, failed = add_group(store, size=3)
+        finish_run(store, rewarded)
+        finish_run(store, late, reward=None)
+        store.end_run(failed, status="failed", ended_by="hook")
+        assert (self.ready(store, min_group=1), self.ready(store, min_group=1, grace_s=60)) == (1, 0)
+        store.register_job(JOB, MODEL, {})
+        asked = make_rule(min_group=1, grace_s=60)
+        assert store.lease(JOB, asked, groups=1, lease_s=9, step=1, epoch=0, seed=0) is None
+        assert store.consumption(JOB).excluded == {"in grace time": 6}
+        clock.advance(59)
+        store.add_rewards([make_reward("late", late)])
+        assert self.ready(store, grace_s=60) == 0
+        clock.advance(1)
+        assert take(store, grace_s=60).plan.run_ids == (rewarded, late)
+
+    def test_the_grace_time_is_each_runs_own(self, store: Store, clock: Clock) -> None:
+        """The last to end is waited for; a run without a group waits alone; named rewards that are there change it not:
+        a newer one may still come, and is the one that counts."""
+        first, second = add_group(store)
+        finish_run(store, first)
+        clock.advance(50)
+        finish_run(store, second)
+        finish_run(store, "alone")
+        clock.advance(10)
+        assert self.ready(store, grace_s=60, min_group=1, reward_names=("f1",)) == 0
+        clock.advance(50)
+        assert self.ready(store, grace_s=60, min_group=1, reward_names=("f1",)) == 2
+
+    def test_only_a_humans_reward(self, store: Store) -> None:
+        """Rewards of other sources make nothing ready and are no credit, also where they are newer."""
+        runs = ready_group(store)
+        human = make_rule(reward_sources=("human", "langsmith"))
+        assert store.backlog(JOB, human).ready_groups == 0
+        store.add_rewards([make_reward(f"h-{run}", run, 0.25, source="human") for run in runs])
+        store.add_rewards([make_reward(f"newer-{run}", run, 0.75) for run in runs])
+        lease = take(store, reward_sources=human.reward_sources)
+        counted = [trace.rewards for trace in store.lease_traces(lease, human)]
+        assert [[(one.value, one.source) for one in given] for given in counted] == [[(0.25, "human")]] * 2
+        assert [[one.value for one in trace.rewards] for trace in store.lease_traces(lease)] == [[0.75]] * 2
+        both = {"reward_names": ("f1", "em"), "reward_sources": ("human",)}
+        store.release(lease)
+        store.add_rewards([make_reward(f"em-{run}", run, name="em") for run in runs])
+        assert self.ready(store, **both) == 0
+        store.add_rewards([make_reward(f"hem-{run}", run, name="em", source="human") for run in runs])
+        assert self.ready(store, **both) == 1
+
+    def test_runs_of_a_time(self, store: Store, clock: Clock) -> None:
+        """Opened from `since` on and before `until`; the rest is outside the window."""
+        for name in ("early", "within", "late"):
+            finish_run(store, name)
+            clock.advance(10)
+        assert self.ready(store, min_group=1) == 3
+        assert self.ready(store, min_group=1, since=1_010.0, until=1_020.0) == 1
+        assert take(store, min_group=1, since=1_010.0, until=1_020.0).plan.run_ids == ("within",)
+        assert store.consumption(JOB).excluded == {"leased": 3, "outside the window": 6}
+
+    def test_purposes_and_sizes_mix(self, store: Store) -> None:
+        """Single live runs beside groups: units of one and whole groups, as the rule asks."""
+        ready_group(store, "g")
+        finish_run(store, "live")
+        assert [self.ready(store, min_group=n) for n in (1, 2)] == [2, 1]
+        assert self.ready(store, min_group=1, purposes=("live",)) == 1
+        assert take(store, min_group=1, groups=2).plan.run_ids == ("g-0", "g-1", "live")
+        store.register_job("grouped", MODEL, {})
+        asked = make_rule(min_group=2)
+        assert store.lease("grouped", asked, groups=2, lease_s=9, step=1, epoch=0, seed=0) is None
+        assert store.consumption("grouped").excluded == {"no group": 3, "not leased": 6}
+
+    def test_calls_recorded_for_another_model(self, store: Store) -> None:
+        """The roles choose them, where the rule names that model; a role of yet another model stays out."""
+        ready_group(store)
+        other = {"model": "new", "roles": ("answerer",)}
+        assert self.ready(store, **other) == 0
+        assert self.ready(store, **other, recorded_models=(MODEL,)) == 1
+        assert self.ready(store, model="new", recorded_models=(MODEL,), other_roles=("answerer",)) == 0
+        assert self.ready(store, model="new", recorded_models=(MODEL,), roles=("writer",)) == 0
+
+    def test_python_and_sql_mean_the_same(self, store: Store) -> None:
+        """Which calls and which rewards a rule counts: `rules` and `readiness`, over all there are."""
+        roles, models, names = ("a", "b", None), (MODEL, "other"), ("f1", "em")
+        store.append_calls([make_call(f"{m}-{r}", "r", model=m, role=r) for m in models for r in roles])
+        given = [make_reward(f"{n}-{s}", "r", name=n, source=s, role=s) for n in names for s in ("t", "human")]
+        store.add_rewards(given)
+        rules = [
+            make_rule(roles=only, other_roles=others, recorded_models=more, reward_names=named, reward_sources=sources)
+            for only in (None, ("a",))
+            for others in ((), ("b",))
+            for more in ((), ("other",))
+            for named in ((), ("f1",))
+            for sources in ((), ("human",))
+        ]
+        trace = store.trace("r")
+        for rule in rules:
+            with store._db.read() as connection:
+                found = set(connection.execute(select(calls.c.call_id).where(calls_that_count(rule))).scalars())
+                credit = {one.reward_id for one in current_rewards(connection, ["r"], rule=rule)}
+            assert found == {one.call_id for one in trace.calls if wrong_owner(rule, one) is None}
+            assert credit == {one.reward_id for one in trace.rewards if reward_counts(rule, one)}
+
+    def test_what_a_group_waits_for(self, store: Store) -> None:
+        """Rewards that may come, or members that never will count."""
+        for run_id in add_group(store, "silent"):
+            finish_run(store, run_id, reward=None if run_id.endswith("1") else 1.0)
+        for run_id in add_group(store, "short"):
+            finish_run(store, run_id)
+        first, second = add_group(store, "failing")
+        finish_run(store, first)
+        store.end_run(second, status="failed", ended_by="hook")
+        finish_run(store, "other-role")
+        store.append_calls([make_call("bare", "short-0", role=None, version=first_version(store))])
+        take(store, roles=("answerer",))
+        assert store.consumption(JOB).excluded == {
+            "group awaits rewards": 3,
+            "no reward": 3,
+            "group too small": 3,
+            "leased": 6 + 3,
+            "no group": 3,
+        }
 
     def test_stale_groups_are_not_leased(self, store: Store) -> None:
         """live step - oldest step that sampled the group <= max_staleness; a version that is not live is no measure."""

@@ -7,6 +7,7 @@ import yaml
 
 from tracegrad.tracestore.config import dump_config, load_config, parse_config
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.rules import lease_rule
 
 GOOD = {
     "store": "sqlite:///trace.db",
@@ -104,3 +105,41 @@ def test_what_is_not_trained_cannot_be_named_by_the_trainer() -> None:
         parse_config({**GOOD, "models": models, "trainer": {"model": "big"}})
     only = parse_config({"models": {"big": models["big"]}, "roles": {"*": "big"}})
     assert only.trainer.model not in only.models, "with nothing to train, trainer.model names nothing"
+
+
+def runs(**which: object) -> dict[str, object]:
+    return {**GOOD, "trainer": {"model": "small", "batch": {"runs": which}}}
+
+
+def test_which_runs_a_job_takes_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    """Bare dates in YAML are text here; an unknown role, purpose or time is said at once."""
+    path = tmp_path / "tracegrad.yaml"
+    path.write_text(yaml.safe_dump(GOOD) + "  batch: {runs: {since: 2026-01-31, until: 2026-01-31T12:00+00:00}}\n")
+    read = load_config(path)
+    assert read.trainer.batch.runs.since == "2026-01-31"
+    assert lease_rule(read).until == 1_769_860_800.0
+    assert parse_config(yaml.safe_load(dump_config(read))) == read
+    for which, says in (
+        ({"since": "yesterday"}, "no ISO time"),
+        ({"purposes": ["eval"]}, "Invalid enum value"),
+        ({"grace_s": -1}, ">= 0"),
+        ({"source": ["human"]}, "did you mean .*reward_sources"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            parse_config(runs(**which))
+    with pytest.raises(ConfigError, match="names 'writer', which `roles` does not map"):
+        parse_config({**runs(roles=["writer"]), "roles": {"planner": "small"}})
+
+
+def test_the_lease_rule_takes_roles_from_the_map_and_from_the_job() -> None:
+    """`*` means every role but those of other models; what the job names is fewer; other models' calls offline only."""
+    models = {"small": {"checkpoint": "w"}, "big": {"checkpoint": "v"}}
+    raw = {
+        **runs(recorded_models=["old"]),
+        "models": models,
+        "roles": {"*": "small", "judge": "big", "planner": "small"},
+    }
+    online, offline = lease_rule(parse_config(raw)), lease_rule(parse_config(raw), offline=True)
+    assert (online.roles, online.other_roles, online.models) == (None, ("judge",), ("small",))
+    assert offline.models == ("small", "old")
+    assert lease_rule(parse_config({**raw, **runs(roles=["planner"])})).roles == ("planner",)

@@ -1,14 +1,18 @@
 """A random Llama in a folder, learners on it, and stores with recorded runs."""
 
-from collections.abc import Callable
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import recorded_runs
+import recorded_runs as recorded
 import torch
 
 from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.learner import Learner
 
 MakeLearner = Callable[..., Learner]
@@ -16,19 +20,19 @@ MakeLearner = Callable[..., Learner]
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return recorded_runs.random_llama(tmp_path_factory.mktemp("llama"))
+    return recorded.random_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return recorded_runs.random_llama(tmp_path_factory.mktemp("tied"), tied=True)
+    return recorded.random_llama(tmp_path_factory.mktemp("tied"), tied=True)
 
 
 @pytest.fixture
 def configure(llama: Path, tmp_path: Path) -> Callable[..., Config]:
     def make(base: Path = llama, output: Path = tmp_path / "out", **trainer: Any) -> Config:
         store = f"sqlite:///{tmp_path}/store.db"
-        return recorded_runs.configuration(base, output, store=store, **trainer)
+        return recorded.configuration(base, output, store=store, **trainer)
 
     return make
 
@@ -43,3 +47,35 @@ def learner(configure: Callable[..., Config], tmp_path: Path) -> MakeLearner:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def recorded_store(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with eight groups that another job's weights (equal to the base) sampled."""
+    folder = tmp_path_factory.mktemp("recorded")
+    config = recorded.configuration(llama, folder / "out", store=f"sqlite:///{folder}/store.db")
+    learner = Learner(config)
+    made = learner.create(str(folder / "sampler"))
+    with closing(open_store(config.store)) as opened:
+        version = opened.add_version(
+            model=recorded.MODEL,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.path,
+            checkpoint_hash=made.hash,
+            step=0,
+            job_id=None,
+        )
+        recorded.fill(opened, recorded.recorded_groups(8, score=learner.score, version_id=version.version_id))
+    with closing(sqlite3.connect(folder / "store.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "store.db"
+
+
+@pytest.fixture
+def store(recorded_store: Path, configure: Callable[..., Config]) -> Iterator[Store]:
+    """A copy of it, where `configure` says."""
+    url = configure().store
+    shutil.copyfile(recorded_store, url.removeprefix("sqlite:///"))
+    with closing(open_store(url, create=False)) as opened:
+        yield opened

@@ -2,8 +2,7 @@
 
 import hashlib
 import shutil
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from threading import Event
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import recorded_runs as recorded
+from offline_training import train
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
@@ -18,46 +18,13 @@ from tracegrad.tracestore.records import Lease
 from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.checkpoints import list_checkpoints
-from tracegrad.trainer.controller import Controller, Surroundings, step_seed
+from tracegrad.trainer.controller import step_seed
 from tracegrad.trainer.errors import CheckpointError, JobBusy, StepRefused, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.lease_keeper import LeaseKeeper
-from tracegrad.trainer.metrics import Console
 
 Configure = Callable[..., Config]
-
-
-@pytest.fixture(scope="session")
-def recorded_store(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with eight groups that another job's weights (equal to the base) sampled."""
-    folder = tmp_path_factory.mktemp("recorded")
-    config = recorded.configuration(llama, folder / "out", store=f"sqlite:///{folder}/store.db")
-    learner = Learner(config)
-    made = learner.create(str(folder / "sampler"))
-    with closing(open_store(config.store)) as opened:
-        version = opened.add_version(
-            model=recorded.MODEL,
-            kind="initial",
-            parent_id=None,
-            checkpoint_path=made.path,
-            checkpoint_hash=made.hash,
-            step=0,
-            job_id=None,
-        )
-        recorded.fill(opened, recorded.recorded_groups(8, score=learner.score, version_id=version.version_id))
-    with closing(sqlite3.connect(folder / "store.db")) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "store.db"
-
-
-@pytest.fixture
-def store(recorded_store: Path, configure: Configure) -> Iterator[Store]:
-    """A copy of it, where `configure` says."""
-    url = configure().store
-    shutil.copyfile(recorded_store, url.removeprefix("sqlite:///"))
-    with closing(open_store(url, create=False)) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="session")
@@ -69,21 +36,6 @@ def undisturbed(llama: Path, recorded_store: Path, tmp_path_factory: pytest.Temp
     with closing(open_store(config.store, create=False)) as opened:
         train(config, opened)
         return hashes(opened, "undisturbed")
-
-
-def train(config: Config, store: Store, learner: Learner | None = None, stop: Event | None = None) -> list[str]:
-    """Run a controller to its end; return what it said."""
-    said: list[str] = []
-    with JobFolder(config.trainer).held() as folder:
-        around = Surroundings(
-            store=store,
-            workers=learner or Learner(config),
-            folder=folder,
-            console=Console(said.append, steps=config.trainer.steps, as_json=False),
-            stop=stop or Event(),
-        )
-        Controller(config, around).run()
-    return said
 
 
 class Dies(Exception):

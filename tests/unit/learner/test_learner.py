@@ -24,7 +24,7 @@ GROUP = {"algorithm": {"advantage": "group"}}
 def samples_of(learner: Learner, groups: int = 3, **kwargs: Any) -> tuple[BatchPlan, Samples]:
     traces = recorded.traces_of(recorded.recorded_groups(groups, score=learner.score, **kwargs))
     plan = BatchPlan(step=1, epoch=0, seed=5, run_ids=tuple(trace.run.run_id for trace in traces))
-    return plan, build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+    return plan, build_batch(traces, recorded.RULE)
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
         for member, (token, answer) in enumerate(zip(drawn, answers, strict=True)):
             draft = recorded.bandit_trace(f"s{step}", member, answer, reward=float(token == recorded.LUCKY))
             traces.append(draft)
-        samples = build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+        samples = build_batch(traces, recorded.RULE)
         apply(made, BatchPlan(step=step, epoch=0, seed=step, run_ids=("r",)), samples)
     assert probability() > 0.75
 
@@ -170,7 +170,7 @@ def test_nothing_to_train_is_refused_with_the_reasons(learner: MakeLearner) -> N
     before = weights(made)
     traces = recorded.traces_of(recorded.recorded_groups(1, score=made.score))
     silent = [replace(trace, rewards=()) for trace in traces]
-    samples = build_batch(silent, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+    samples = build_batch(silent, recorded.RULE)
     with pytest.raises(StepRefused, match=r"no reward: \d+ tokens that no counted reward reaches; reward the runs"):
         apply(made, BatchPlan(step=1, epoch=0, seed=0, run_ids=("r",)), samples)
     assert equal(before, weights(made))

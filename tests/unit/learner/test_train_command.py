@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from tracegrad.tracestore.config import parse_config
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.command import train
 from tracegrad.trainer.crash_points import CrashPoints
 
@@ -28,6 +30,26 @@ def test_show_config_prints_what_is_resolved(tmp_path: Path) -> None:
     shown = parse_config(yaml.safe_load(result.output))
     assert shown.trainer.steps == 3
     assert shown.models["main"].checkpoint == str(tmp_path / "base")
+
+
+def test_the_command_line_says_which_runs(tmp_path: Path) -> None:
+    """Under the checks of the file; an age becomes a time, which is printed."""
+    path = write(tmp_path)
+    said = ["--job", "again", "--epoch", "2", "--until", "2026-01-31", "--since", "7d", "--recorded-model", "old"]
+    result = CliRunner().invoke(train, ["--config", path, *said, "--show-config"])
+    shown = parse_config(yaml.safe_load(result.output)).trainer
+    assert (shown.job, shown.steps, shown.batch.runs.epoch, shown.batch.runs.recorded_models) == (
+        "again",
+        7,
+        2,
+        ("old",),
+    )
+    rule = lease_rule(parse_config(yaml.safe_load(result.output)), offline=True)
+    assert rule.since is not None and rule.until is not None
+    assert abs(time.time() - 7 * 86_400 - rule.since) < 60
+    assert (rule.models, rule.epoch) == (("main", "old"), 2)
+    wrong = CliRunner().invoke(train, ["--config", path, "--since", "last week"])
+    assert (wrong.exit_code, "--since 'last week' is no age" in wrong.output) == (1, True)
 
 
 def test_unknown_keys_and_missing_files_are_said_plainly(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_probe_is_scored_before_and_after(learner: Callable[..., Learner], t
 
     made = learner()
     traces = recorded.traces_of(recorded.recorded_groups(3, score=made.score, temperature=0.7))
-    samples = build_batch(traces, model=recorded.MODEL, role_model=lambda _role: recorded.MODEL)
+    samples = build_batch(traces, recorded.RULE)
     plan = BatchPlan(step=1, epoch=0, seed=0, run_ids=("r",))
     chains = [_plain(chain) for chain in choose_probe(samples.choices, 10, made._max_model_len - 1)]
     before = {s.ids: s.logprobs for s in made.score(chains)}

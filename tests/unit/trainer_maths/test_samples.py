@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from tracegrad.tracestore.records import Attribution, Choice, Consumption, Reward
+from tracegrad.tracestore.records import Attribution, Choice, Consumption, LeaseRule, Reward
 from tracegrad.trainer.errors import SampleError
 from tracegrad.trainer.samples import Turn, build_batch, turn_of
 
-ROLES = {"planner": "main", "writer": "main", "judge": "other"}
+RULE = LeaseRule(
+    model="main", roles=("planner", "writer"), other_roles=("judge",), max_staleness=1, min_group=1
+)  # of the role map {planner: main, writer: main, judge: other}
 
 
 def score(run_id="run_a", value=1.0, name="f1", **target):
@@ -16,7 +18,7 @@ def score(run_id="run_a", value=1.0, name="f1", **target):
 
 
 def batch(traces, weights=None):
-    return build_batch(traces, model="main", role_model=ROLES.get, reward_weights=weights)
+    return build_batch(traces, replace(RULE, reward_names=tuple(weights or ())))
 
 
 def test_a_sound_call_becomes_a_sample_with_what_was_recorded(make_call, make_trace):
@@ -47,7 +49,7 @@ def choice(**changes):
         ("other model", {"model": "other"}),
         ("other model", {"attribution": Attribution(role="judge")}),
         ("no role", {"attribution": Attribution()}),
-        ("no role", {"attribution": Attribution(role="stranger")}),
+        ("other role", {"attribution": Attribution(role="stranger")}),
         ("failed call", {"status": "failed"}),
         ("aborted", {"status": "aborted"}),
         ("aborted", {"choices": choice(finish_reason="abort")}),

@@ -1,0 +1,25 @@
+"""A controller run to its end in this process, without engine or Ray."""
+
+from threading import Event
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.store import Store
+from tracegrad.trainer.controller import Controller, Surroundings
+from tracegrad.trainer.job_folder import JobFolder
+from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.metrics import Console
+
+
+def train(config: Config, store: Store, learner: Learner | None = None, stop: Event | None = None) -> list[str]:
+    """Run a controller to its end; return what it said."""
+    said: list[str] = []
+    with JobFolder(config.trainer).held() as folder:
+        around = Surroundings(
+            store=store,
+            workers=learner or Learner(config),
+            folder=folder,
+            console=Console(said.append, steps=config.trainer.steps, as_json=False),
+            stop=stop or Event(),
+        )
+        Controller(config, around).run()
+    return said

@@ -11,6 +11,7 @@ from typing import Any
 from tracegrad.tracestore.diagnosis_records import (
     CallCounts,
     ChoiceCount,
+    ConservationReport,
     Extent,
     FlatGroups,
     GroupCounts,
@@ -23,7 +24,7 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
-from tracegrad.tracestore.records import ConservationReport, DriftCount, Publish, Run
+from tracegrad.tracestore.records import DriftCount, Publish, Run
 from tracegrad.tracestore.store import Store
 
 Progress = Callable[[str, int, int], None]

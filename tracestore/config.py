@@ -6,7 +6,6 @@ resolves its configuration once, and `--show-config` prints the result.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +14,9 @@ import msgspec
 import yaml
 
 from tracegrad.tracestore.errors import ConfigError
-from tracegrad.tracestore.moments import moment_of
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
-_FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -355,15 +352,13 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     Raises:
         ConfigError: as `load_config`.
     """
+    from tracegrad.tracestore.config_checks import check  # it reads the sections of this module
+
     try:
         config = msgspec.convert(raw, Config, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
-    _check_models(config, origin)
-    _check_rules(config, origin)
-    _check_redactions(config, origin)
-    _check_gate(config, origin)
-    _check_runs(config, origin)
+    check(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -385,104 +380,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
 
 
-def _check_models(config: Config, origin: str) -> None:
-    for name, settings in config.models.items():
-        if (wrong := _wrong_model(settings)) is not None:
-            raise ConfigError(f"{origin}: models.{name} {wrong}")
-    named = [(f"role {role!r}", model) for role, model in config.roles.items()]
-    if any(model.trained for model in config.models.values()):
-        named.append(("trainer.model", config.trainer.model))
-    for who, model in named:
-        if model not in config.models:
-            near = _near(model, config.models)
-            raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
-        if who == "trainer.model" and not config.models[model].trained:
-            can = ", ".join(name for name, each in config.models.items() if each.trained)
-            raise ConfigError(f"{origin}: trainer.model names {model!r}, which is not trained; name one of {can}")
-    for role in config.proxy.sampling:
-        if role != "*" and role not in config.roles and "*" not in config.roles:
-            near = _near(role, config.roles)
-            raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
-
-
-def _check_rules(config: Config, origin: str) -> None:
-    for number, rule in enumerate(config.role_rules):
-        where = f"{origin}: role_rules[{number}]"
-        if config.roles and rule.role not in config.roles and "*" not in config.roles:
-            near = _near(rule.role, config.roles)
-            raise ConfigError(f"{where} gives the role {rule.role!r}, which `roles` does not have{near}")
-        if (rule.agent, rule.node, rule.model, rule.fingerprint) == (None,) * 4 and not rule.header:
-            raise ConfigError(f"{where} has no condition; give it an agent, node, model, header or fingerprint")
-        if rule.fingerprint is not None and not _FINGERPRINT.fullmatch(rule.fingerprint):
-            raise ConfigError(f"{where}: {rule.fingerprint!r} is no fingerprint; copy one from `tracegrad show --json`")
-
-
-def _check_redactions(config: Config, origin: str) -> None:
-    for number, redaction in enumerate(config.redact):
-        where = f"{origin}: redact[{number}]"
-        try:
-            empty = re.compile(redaction.pattern).search("") is not None
-        except re.error as error:
-            raise ConfigError(f"{where}: {redaction.pattern!r} is no regular expression: {error}") from error
-        if empty:
-            raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
-
-
-def _check_gate(config: Config, origin: str) -> None:
-    gate, model = config.trainer.publish.gate, config.models.get(config.trainer.model)
-    if gate is None:
-        return
-    where = f"{origin}: trainer.publish.gate"
-    if gate.rule.minimum is None and gate.rule.max_drop is None:
-        raise ConfigError(f"{where}.rule lets everything pass: give it a minimum, a max_drop, or both")
-    if model is not None and not model.replicas and gate.share not in (0.0, 1.0):
-        raise ConfigError(
-            f"{where}.share is {gate.share:g}, and one engine serves one version at a time: write 0 (others wait while "
-            "the candidate is judged) or 1 (they get the candidate), or add replicas"
-        )
-
-
-def _check_runs(config: Config, origin: str) -> None:
-    runs, where = config.trainer.batch.runs, f"{origin}: trainer.batch.runs"
-    ours = {role for role, model in config.roles.items() if model == config.trainer.model}
-    for role in runs.roles:
-        if role not in ours and ("*" not in ours or role in config.roles):
-            near = _near(role, ours - {"*"})
-            raise ConfigError(f"{where}.roles names {role!r}, which `roles` does not map to trainer.model{near}")
-    for name, time in (("since", runs.since), ("until", runs.until)):
-        if time is not None:
-            moment_of(time, f"{where}.{name}")
-
-
-def _wrong_model(model: ModelConfig) -> str | None:
-    """Return what is wrong with the section of a model, None where nothing is."""
-    if model.api is None:
-        urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
-        if len(set(urls)) < len(urls):
-            return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
-        return None if model.checkpoint else "has neither `checkpoint` (weights of ours) nor `api` (somebody else's)"
-    if model.trained:
-        return "is served by an outside API, which cannot be trained: write `trained: false` beside `api`"
-    if model.checkpoint or model.replicas or model.engine != EngineConfig():
-        return "has `api`, so it has no `checkpoint`, `engine` or `replicas`: remove them"
-    if not model.api.url.startswith(("https://", "http://")):
-        return f"has api.url {model.api.url!r}: write https://HOST/v1"
-    return None
-
-
 def _with_near_misses(message: str) -> str:
     """msgspec names the unknown field; add the known ones that look like it."""
     if "unknown field `" not in message:
         return message
     field = message.split("unknown field `", 1)[1].split("`", 1)[0]
-    return message + _near(field, _all_keys())
+    return message + near_misses(field, _all_keys())
 
 
 def _all_keys() -> set[str]:
     return {f.encode_name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
 
 
-def _near(word: str, known: Any) -> str:
+def near_misses(word: str, known: Any) -> str:
+    """Return what a person may have meant by `word`, to be put behind a message."""
     close = difflib.get_close_matches(word, sorted(known), n=3)
     return f"; did you mean {', '.join(close)}?" if close else f" (known: {', '.join(sorted(known)) or 'none'})"
 

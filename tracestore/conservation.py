@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, Subquery, and_, case, func, literal, not_, or_, select
 
 from tracegrad.tracestore.diagnosis_extent import calls_within
-from tracegrad.tracestore.diagnosis_records import Extent
+from tracegrad.tracestore.diagnosis_records import ConservationReport, Extent
 from tracegrad.tracestore.leases import rule_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
@@ -61,7 +61,7 @@ from tracegrad.tracestore.reasons import (
     RUN_FAILED,
     TOO_STALE,
 )
-from tracegrad.tracestore.records import ConservationReport, LeaseRule
+from tracegrad.tracestore.records import LeaseRule
 from tracegrad.tracestore.schema import calls, choices, consumption, jobs, runs
 
 Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]

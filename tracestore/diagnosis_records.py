@@ -165,3 +165,18 @@ class PayloadReport:
     calls: int = 0
     choices: int = 0
     flaws: tuple[Tally, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConservationReport:
+    """Sampled tokens of the whole store as one job and epoch sees them (law 5)."""
+
+    stored: int
+    trained: int
+    excluded: Mapping[str, int]
+    """Reason -> tokens. The reasons exclude each other and leave nothing over."""
+
+    @property
+    def conserved(self) -> bool:
+        """Whether stored = trained + excluded."""
+        return self.stored == self.trained + sum(self.excluded.values())

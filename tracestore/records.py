@@ -422,21 +422,6 @@ class RunSummary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConservationReport:
-    """Sampled tokens of the whole store as one job and epoch sees them (law 5)."""
-
-    stored: int
-    trained: int
-    excluded: Mapping[str, int]
-    """Reason -> tokens. The reasons exclude each other and leave nothing over."""
-
-    @property
-    def conserved(self) -> bool:
-        """Whether stored = trained + excluded."""
-        return self.stored == self.trained + sum(self.excluded.values())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
     """What a proxy polls: the live version of a model, and the newest publish with its state."""
 

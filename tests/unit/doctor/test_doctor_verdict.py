@@ -11,6 +11,7 @@ from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
 from tracegrad.tracestore.diagnosis_records import (
     CallCounts,
     ChoiceCount,
+    ConservationReport,
     Extent,
     FlatGroups,
     GroupCounts,
@@ -24,7 +25,7 @@ from tracegrad.tracestore.diagnosis_records import (
     WaitingGroups,
 )
 from tracegrad.tracestore.reasons import QUARANTINED, QUARANTINES, REASONS
-from tracegrad.tracestore.records import ConservationReport, Drift, DriftCount, Publish, PublishState, Run
+from tracegrad.tracestore.records import Drift, DriftCount, Publish, PublishState, Run
 
 HEALTHY = Report(
     extent=Extent(),

@@ -52,8 +52,8 @@ bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothin
 	$(BIN)/python benchmarks/trainer_speed.py
 	$(BIN)/python benchmarks/publish_speed.py
 
-bench-store: $(STAMP) ## speed and size of the trace store; writes out/bench/store.json
-	$(BIN)/python benchmarks/store_speed.py
+bench-store: $(STAMP) ## speed and size of the trace store, beside Agent Lightning and MLflow; writes out/bench/store.json
+	bash scripts/with_postgres.sh $(BIN)/python benchmarks/store_speed.py
 
 lock: $(STAMP) ## write constraints.txt from what .venv holds
 	$(BIN)/python scripts/lock.py > constraints.txt

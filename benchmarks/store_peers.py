@@ -1,0 +1,135 @@
+"""What others do per second with the calls that the store is measured with: Agent Lightning and MLflow tracing.
+
+The unit is one recorded model call: 8 KB of messages, 2,000 prompt ids, 200 sampled ids with logprobs, the answer.
+Everyone gets the same calls as objects in memory and is timed until its own interface says that the call is recorded;
+how durable that is stands beside each figure. Rounds alternate (ours, theirs, ours, ...) and medians are taken. Each
+peer runs in an environment of its own (`peers/`) and is driven through a pipe; what it is asked is in its driver.
+Ours is `Store.append_calls` on SQLite, one durable commit a call or a batch, and lease plus read of 64 runs.
+Called by `store_speed`; refuses nothing: a peer that cannot be installed or run is told as such.
+"""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peers.installs import ASKED, python_of
+from store_calls import large_calls
+from store_growth import GROUP, LEASED_RUNS, grow, lease_and_read, whole_calls
+
+from tracegrad.tracestore.records import Call
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.rows import JOB, MODEL, live_version
+
+ASIDE = "tracegrad_beside_them"
+DRIVERS = Path(__file__).parent / "peers"
+BATCH = 32
+"""Calls that a peer records one after another, and together, in a round; ours are eight times as many."""
+
+
+class Peer:
+    """A driver, and what it answered."""
+
+    def __init__(self, name: str, folder: Path, calls: Path) -> None:
+        scratch = folder / name
+        scratch.mkdir()
+        command = [str(python_of(name)), str(DRIVERS / f"{name}_driver.py"), str(scratch), str(calls)]
+        self._log = (folder / f"{name}.log").open("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=scratch
+        )
+        self._rounds: list[dict[str, float]] = []
+        self.about = self._hear()
+
+    def play(self, name: str) -> None:
+        """Let it do one round."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{name}\n")
+        self._process.stdin.flush()
+        self._rounds.append(self._hear())
+
+    def end(self) -> None:
+        """Let it go."""
+        self._process.communicate(timeout=60)
+        self._log.close()
+
+    def report(self) -> dict[str, Any]:
+        return {**self.about, **medians(self._rounds)}
+
+    def _hear(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait(60)
+            self._log.seek(0)
+            raise RuntimeError(f"the driver ended with {self._process.returncode}: {self._log.read()[-2000:]}")
+        return json.loads(line)
+
+
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+
+
+def as_plain(call: Call) -> dict[str, Any]:
+    """A call as the peers get it."""
+    (choice,) = call.choices
+    return {
+        "request": call.request,
+        "prompt_ids": call.prompt_ids,
+        "token_ids": choice.token_ids,
+        "logprobs": choice.logprobs,
+        "message": choice.message,
+    }
+
+
+def open_ours(path: Path) -> Store:
+    """A store in which 64 runs wait to be leased."""
+    store = open_store(f"sqlite:///{path}")
+    grow(store, [f"g{number}" for number in range(LEASED_RUNS // GROUP)], live_version(store).version_id, whole_calls)
+    store.register_job(JOB, MODEL, {})
+    return store
+
+
+def our_round(store: Store, number: int) -> dict[str, float]:
+    """As the drivers: one by one, together, read."""
+    alone, together = (large_calls(8 * BATCH, f"{how}{number}", number * 1000) for how in ("alone", "together"))
+    began = time.perf_counter()
+    for call in alone:
+        store.append_calls([call])
+    between = time.perf_counter()
+    for start in range(0, len(together), 4 * BATCH):
+        store.append_calls(together[start : start + 4 * BATCH])
+    ended = time.perf_counter()
+    return {
+        "append_single_per_s": len(alone) / (between - began),
+        "append_batched_per_s": len(together) / (ended - between),
+        "read_64_runs_ms": lease_and_read(store, number),
+    }
+
+
+def compare(folder: Path, rounds: int) -> dict[str, Any]:
+    """Return peer -> its figures, and ours from the same rounds as `tracegrad_beside_them`."""
+    calls = folder / "calls.json"
+    calls.write_text(json.dumps([as_plain(call) for call in large_calls(BATCH, "peer", 77)]))
+    peers: dict[str, Peer] = {}
+    report: dict[str, Any] = {}
+    for name in ASKED:
+        try:
+            peers[name] = Peer(name, folder, calls)
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+            report[name] = {"not_measured": str(error)}
+    store = open_ours(folder / "beside.db")
+    ours = []
+    for number in range(rounds):
+        ours.append(our_round(store, number))
+        for peer in peers.values():
+            peer.play(f"round{number}")
+    store.close()
+    for name, peer in peers.items():
+        peer.end()
+        report[name] = peer.report()
+    durability = "SQLite, journal mode WAL, synchronous FULL: committed when the call returns"
+    return {**report, ASIDE: {"durability": durability, **medians(ours)}}

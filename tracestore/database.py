@@ -187,9 +187,17 @@ def _sqlite_engine(url: URL) -> Engine:
 
 def _postgres_engine(url: URL) -> Engine:
     try:
-        return create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=56)
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=56)
     except ImportError as error:
         raise ConfigError("PostgreSQL needs psycopg: pip install 'tracegrad[postgres]'") from error
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _entry: ConnectionPoolEntry) -> None:
+        # Compiling the query that looks for ready groups took 0.17 s each time; running it takes 0.02 s.
+        connection.execute("SET jit = off")
+        connection.commit()
+
+    return engine
 
 
 def use_wal(path: Path) -> None:

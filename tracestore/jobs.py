@@ -40,7 +40,7 @@ class Jobs(Noun):
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
         with self._db.read() as connection:
             live = live_step(connection, rule.model)
-            unit = units(members(job_id, rule, self._db.now(), in_reach(job_id, rule, live)))
+            unit = units(members(job_id, rule, self._db.now(), in_reach(connection, job_id, rule, live)))
             ready = is_ready(unit, rule, live)
             leased = and_(unit.c.held == 1, unit.c.eligible > 0)
             counts = [func.coalesce(func.sum(case((kind, 1), else_=0)), 0) for kind in (ready, leased)]

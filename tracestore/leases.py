@@ -17,7 +17,7 @@ from tracegrad.tracestore.errors import InvalidRecord, LeaseLost
 from tracegrad.tracestore.jobs import existing_job
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
-from tracegrad.tracestore.readiness import in_reach, is_ready, members, units
+from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
 from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
 
@@ -142,16 +142,16 @@ def drop_holds(connection: Connection, lease_id: int) -> None:
 def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now: float) -> dict[str, str] | None:
     """Return run id -> purpose of the eligible members of `wanted` ready groups, locked; None where fewer are ready."""
     live = live_step(connection, rule.model)
-    member = members(job_id, rule, now, in_reach(job_id, rule, live))
-    unit = units(member)
+    unit = units(members(job_id, rule, now, in_reach(connection, job_id, rule, live)))
     ready = select(unit.c.unit).where(is_ready(unit, rule, live))
     chosen = list(connection.execute(ready.order_by(unit.c.opened_at, unit.c.unit).limit(wanted)).scalars())
     if len(chosen) < wanted:
         return None
+    near = members(job_id, rule, now, of_units(chosen))
     rows = connection.execute(
-        select(member.c.unit, member.c.run_id, member.c.purpose)
-        .where(member.c.unit.in_(chosen), member.c.eligible == 1)
-        .order_by(member.c.member, member.c.run_id)
+        select(near.c.unit, near.c.run_id, near.c.purpose)
+        .where(near.c.eligible == 1)
+        .order_by(near.c.member, near.c.run_id)
     ).all()
     by_unit: dict[str, dict[str, str]] = {key: {} for key in chosen}
     for row in rows:

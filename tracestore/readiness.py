@@ -10,8 +10,11 @@ What is ready is looked for among the runs that recent weights sampled (`in_reac
 what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
 """
 
+from collections.abc import Collection
+
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     FromClause,
     Subquery,
     and_,
@@ -37,9 +40,11 @@ from tracegrad.tracestore.schema import (
     runs,
 )
 
+_GROUP, _RUN = "group:", "run:"
+
 
 def _unit(run: FromClause) -> ColumnElement[str]:
-    return case((run.c.group_id.is_not(None), literal("group:") + run.c.group_id), else_=literal("run:") + run.c.run_id)
+    return case((run.c.group_id.is_not(None), literal(_GROUP) + run.c.group_id), else_=literal(_RUN) + run.c.run_id)
 
 
 UNIT = _unit(runs)
@@ -126,13 +131,19 @@ def is_trained(job_id: str, epoch: int) -> ColumnElement[bool]:
     return exists().where(ledger.c.job_id == job_id, ledger.c.run_id == runs.c.run_id, ledger.c.epoch == epoch)
 
 
-def in_reach(job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
-    """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds."""
+def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
+    """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds.
+
+    The recent versions are looked up here and named: of a subquery PostgreSQL's planner would assume that its versions
+    sampled as much as others did, and would read all calls.
+    """
     if live_step is None or live_step <= rule.max_staleness:
         return true()
-    recent = select(policy_versions.c.version_id).where(
-        policy_versions.c.model == rule.model, policy_versions.c.step >= live_step - rule.max_staleness
+    since = live_step - rule.max_staleness
+    named = select(policy_versions.c.version_id).where(
+        policy_versions.c.model == rule.model, policy_versions.c.step >= since
     )
+    recent = list(connection.execute(named).scalars())
     near = union(
         select(calls.c.run_id).where(calls.c.version_dispatched.in_(recent), calls.c.run_id.is_not(None)),
         select(holds.c.run_id).where(holds.c.job_id == job_id),
@@ -140,6 +151,12 @@ def in_reach(job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnEleme
     beside = select(runs.c.group_id).where(runs.c.run_id.in_(select(near.c.run_id)), runs.c.group_id.is_not(None))
     reached = union(select(near.c.run_id), select(runs.c.run_id).where(runs.c.group_id.in_(beside))).subquery("reached")
     return runs.c.run_id.in_(select(reached.c.run_id))
+
+
+def of_units(keys: Collection[str]) -> ColumnElement[bool]:
+    """Whether the run of the row is of one of the units, in a form that finds them by index."""
+    of_kind = {kind: [key.removeprefix(kind) for key in keys if key.startswith(kind)] for kind in (_GROUP, _RUN)}
+    return or_(runs.c.group_id.in_(of_kind[_GROUP]), and_(runs.c.group_id.is_(None), runs.c.run_id.in_(of_kind[_RUN])))
 
 
 def beside(run_id: str | None) -> ColumnElement[bool] | None:

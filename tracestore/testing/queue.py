@@ -78,7 +78,7 @@ class ReadinessContract:
                             select(unit.c.unit).where(is_ready(unit, chosen, step) | (unit.c.held == 1))
                         ).scalars()
                         for unit in (
-                            units(members(JOB, chosen, store.now(), in_reach(JOB, chosen, step))),
+                            units(members(JOB, chosen, store.now(), in_reach(connection, JOB, chosen, step))),
                             units(members(JOB, chosen, store.now())),
                         )
                     )

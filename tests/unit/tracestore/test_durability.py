@@ -53,6 +53,13 @@ def test_pragmas_of_every_connection(store_url: str) -> None:
     store.close()
 
 
+def test_postgresql_compiles_no_queries(postgres_url: str) -> None:
+    store = open_store(postgres_url)
+    with store._db.write() as first, store._db.read() as second:
+        assert [each.exec_driver_sql("SHOW jit").scalar() for each in (first, second)] == ["off", "off"]
+    store.close()
+
+
 def test_readers_do_not_wait_and_writers_take_turns(store_url: str) -> None:
     store, other = open_store(store_url), open_store(store_url)
     with store._db.write() as connection:

@@ -3,14 +3,15 @@
 Facts are appended, one per named call and source. A call takes from them what it does not know yet, once; what it
 knows it keeps, and the difference is a conflict, which is a query. A fact may come before its call (another process
 answered it): `resolve_attributions` joins such pairs. A call that joins its run late is not part of a lease made
-before: `placed_by` says so to the queue. A fact is of the project whose client said it, and is about calls of that
-project only: of another's it says nothing, neither its run nor a conflict. Called by the proxy, through `Store`.
+before: `placed_by` says so to the queue, so a fact that found its call late is counted from then on. A fact is of the
+project whose client said it, and is about calls of that project only: of another's it says nothing, neither its run
+nor a conflict. Called by the proxy, through `Store`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import InvalidRecord
@@ -57,7 +58,10 @@ class Attributions(Noun):
                 _append(connection, fact, project, self._db.now())
 
     def resolve_attributions(self) -> int:
-        """Apply the newest facts that came before their calls; return how many of them gave their call something."""
+        """Apply the newest facts that came before their calls; return how many of them gave their call something.
+
+        Such a fact gets a new number: by its old one, a lease made between the two would seem to have known the call.
+        """
         with self._db.read() as connection:
             newest = connection.execute(select(func.coalesce(func.max(attributions.c.seq), 0))).scalar_one()
             waiting = _unapplied(connection, newest - WINDOW)
@@ -65,7 +69,7 @@ class Attributions(Noun):
             return 0
         with self._db.write() as connection:
             lock_runs(connection, {row.run_id for row in waiting if row.run_id is not None})
-            return sum(_apply(connection, row) for row in waiting)
+            return sum(_apply(connection, newest) for row in waiting for newest in _renumbered(connection, row))
 
     def attribution_conflicts(self, run_id: str | None = None, call_id: str | None = None) -> list[AttributionConflict]:
         """Return where a fact says another run or role than its call: of one run (either side), one call, or all."""
@@ -100,6 +104,14 @@ def _append(connection: Connection, fact: LateAttribution, project: str, now: fl
     ).one_or_none()
     if stored is not None:
         _apply(connection, stored)
+
+
+def _renumbered(connection: Connection, fact: Row[Any]) -> Sequence[Row[Any]]:
+    """Put a fact at the end of all facts; none where somebody else did, or deleted it."""
+    row = dict(fact._mapping)
+    if not connection.execute(delete(attributions).where(attributions.c.seq == row.pop("seq"))).rowcount:
+        return []
+    return connection.execute(insert(connection, attributions).values(**row).returning(attributions)).all()
 
 
 def _apply(connection: Connection, fact: Row[Any]) -> bool:

@@ -112,7 +112,9 @@ def is_of_models(rule: LeaseRule) -> ColumnElement[bool]:
 def calls_that_count(rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the call of the row is to a model of the rule, by one of its roles: `rules.wrong_owner` in SQL."""
     counts = is_of_models(rule)
-    return counts if rule.roles is None else and_(counts, calls.c.role.in_(rule.roles))
+    if rule.roles is None:
+        return counts
+    return and_(counts, calls.c.role.is_not(None), calls.c.role.in_(rule.roles))  # NOT (NULL IN …) is no answer
 
 
 def is_exact() -> ColumnElement[bool]:

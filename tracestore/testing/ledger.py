@@ -216,6 +216,7 @@ def every_fate(store: Store) -> dict[str, int]:
     store.open_run(Run(run_id="p", purpose="train"))
     fates.closed("p", tokens=12)
     fates.closed("role", tokens=13, role="rewriter")
+    fates.closed("nobody", tokens=18, role=None)
     fates.closed(add_group(store, "open", size=2, purpose="live")[0], tokens=14)
     fates.closed("stale", tokens=16, version=old.version_id)
     newest = live_version(store, step=1)
@@ -248,6 +249,7 @@ class _Fates:
             "no reward": 11,
             "other purpose": 12,
             "other role": 13,
+            "no role": 18,
             "group open": 14,
             "too stale": 16,
             "not leased": 17,

@@ -145,6 +145,20 @@ class AttributionContract:
         assert store.resolve_attributions() == 0
         assert store.trace("r").calls[0].attribution.role == "a"
 
+    def test_a_fact_that_finds_its_call_late_is_not_part_of_an_earlier_lease(self, store: Store) -> None:
+        """Fact, call, lease, and only then joined: who holds the lease sees and accounts for what it saw."""
+        run, _ = add_group(store)
+        for member in ("g-0", "g-1"):
+            finish_run(store, member)
+        store.attribute_late([LateAttribution(source="langsmith", completion_id="chatcmpl-late", run_id=run)])
+        store.append_calls([make_call("late", None, version=first_version(store))])
+        lease = take(store)
+        entries = account(store, lease)
+        assert store.resolve_attributions() == 1
+        assert account(store, lease) == entries
+        store.commit_step(lease, make_commit(entries))
+        assert dict(store.consumption(JOB).excluded) == {"arrived after the lease": 3}
+
     def test_a_fact_is_about_calls_of_its_project_only(self, store: Store) -> None:
         """Another project's call learns nothing, shows no conflict, and its own facts are not kept out."""
         ours: dict[str, Any] = {"project": "ours", "completion_id": "chatcmpl-same"}

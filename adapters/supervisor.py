@@ -27,7 +27,7 @@ ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "sto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildSpec:
-    """A command to keep running. With `may_finish`, exit code 0 is its normal end, not a crash.
+    """A command to keep running. With `may_finish`, one of `final_codes` is its normal end, not a crash.
 
     It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`; of `unix:PATH`, when
     somebody listens there.
@@ -39,6 +39,7 @@ class ChildSpec:
     any_answer: bool = False
     ready_timeout_s: float = 60.0
     may_finish: bool = False
+    final_codes: tuple[int, ...] = (0,)
     env: Mapping[str, str] | None = None
 
 
@@ -179,9 +180,9 @@ class Child:
 
     def _ended(self, code: int) -> None:
         self.exit_code = code
-        if code == 0 and self.spec.may_finish:
+        if self.spec.may_finish and code in self.spec.final_codes:
             self._enter("done")
-            self._emit(Event(kind="finished", child=self.spec.name, exit_code=0))
+            self._emit(Event(kind="finished", child=self.spec.name, detail=self._last_words, exit_code=code))
             return
         self._crashed(f"exited with code {code}", code)
 

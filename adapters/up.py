@@ -19,6 +19,8 @@ from tracegrad.tracestore.config import Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "train": "green"}
+_ENDS = (0, 3)
+"""Of the trainer: all steps are done, or its publish gate ended it. Either way the live version serves on."""
 _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
 
 
@@ -49,7 +51,7 @@ def child_specs(
     command = (*_TRACEGRAD, "proxy", *file, *proxy_options)
     specs.append(ChildSpec(name="proxy", command=command, ready_urls=(health,), any_answer=True))
     if train:
-        specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True))
+        specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True, final_codes=_ENDS))
     return tuple(specs)
 
 

@@ -2,7 +2,8 @@
 
 Reads configuration, environment and command line once. The first Ctrl-C finishes the step at hand (or leaves at once
 where it only waits) and ends with 130; the second drops the step: nothing is lost, the next start trains it again.
-Exit codes: 0 done, 1 an error that it says in one paragraph, 2 a wrong command line, 130 interrupted.
+Exit codes: 0 done, 1 an error that it says in one paragraph, 2 a wrong command line, 3 the publish gate rejected too
+many versions in a row, 130 interrupted.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import click
 if TYPE_CHECKING:
     from tracegrad.tracestore.config import Config
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
 
 
 @click.command(name="train")
@@ -129,7 +130,8 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                     crash_points=crash_points,
                     stop=stop,
                 )
-                step = Controller(config, around).run()
+                controller = Controller(config, around)
+                step = controller.run()
     except TrainerError as error:
         click.echo(f"tracegrad train: {error}", err=True)
         return EXIT_ERROR
@@ -139,6 +141,9 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     if stop.is_set():
         console.say(f"interrupted after step {step}")
         return EXIT_INTERRUPTED
+    if controller.gave_up:
+        console.say(f"stopped after step {step}: {controller.gave_up}; the live version serves on")
+        return EXIT_GATE
     console.say(f"done: step {step} of {config.trainer.steps}")
     return 0
 

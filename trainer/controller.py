@@ -3,7 +3,8 @@
 It owns no weights and imports no torch; workers do the arithmetic. The commit is one transaction of the store
 (`commit_step`): before it the step never happened, after it the step is never repeated, wherever the process dies.
 Fail closed (law 9): a refused step, a failed publish or an unreachable store ends the run with its error; the service
-keeps the last good version. A lost lease throws the step away and restores the last committed weights.
+keeps the last good version. What a gate rejects or a pin holds back is no failure: it is said, and the last good
+version serves on. A lost lease throws the step away and restores the last committed weights.
 Offline (no publisher): versions are committed and not published, and the run ends when the store has no more ready
 groups. Called by `tracegrad.trainer.command` and by tests.
 """
@@ -18,19 +19,21 @@ from typing import Any
 import msgspec
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
+from tracegrad.tracestore.errors import LeaseLost, Pinned, StoreUnavailable
 from tracegrad.tracestore.records import Lease, PolicyVersion, StepCommit
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import PublishRejected
 from tracegrad.trainer.errors import EngineError, PublishError, TrainerError
+from tracegrad.trainer.gate import abandon_rejected, rejections_in_a_row, version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.metrics import Console, MetricsLog
 from tracegrad.trainer.publish import Publisher
-from tracegrad.trainer.results import Saved
+from tracegrad.trainer.results import Saved, Scored
 from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.startup import (
     clear_orphans,
@@ -72,13 +75,19 @@ class Controller:
         self._publisher: Publisher | None = None
         self._version: PolicyVersion | None = None
         self._step = 0
+        self._unserved = False
         self._idle_since = time.monotonic()
+        self.gave_up: str | None = None
+        """Why the gate ended the run before its last step."""
 
     def run(self) -> int:
-        """Train until `trainer.steps`, a stop, or (offline) the end of the ready groups; return the last step."""
+        """Train until `trainer.steps`, a stop, or (offline) the end of the ready groups; return the last step.
+
+        Ends also where the gate rejected too many versions in a row: `gave_up` says so.
+        """
         try:
             lease = self._start()
-            while not self._around.stop.is_set() and self._step < self.config.trainer.steps:
+            while not (self.gave_up or self._around.stop.is_set()) and self._step < self.config.trainer.steps:
                 lease = lease or self._next_lease()
                 if lease is None:
                     break
@@ -98,6 +107,8 @@ class Controller:
         lease = self._store.reclaim(self._job, self.config.trainer.batch.lease_s)
         for name in clear_orphans(self._store, self.config, root):
             console.say(f"removed {name}: it was written and never committed")
+        for version in abandon_rejected(self._store, self.config):
+            console.say(f"version {version.version_id} was rejected by the gate: it is not built on")
         console.say(f"loading the weights of job {self._job!r}")
         self._version = find_weights(self._store, self._workers, self.config, root)
         last = self._store.last_checkpoint(self._job)
@@ -133,13 +144,34 @@ class Controller:
             self.config.trainer.publish,
             heartbeat_expires_s=self.config.proxy.heartbeat_expires_s,
             on_state=self._on_publish_state,
+            stopped=self._around.stop.is_set,
         )
-        failed = self._publisher.recover()
-        if failed is not None:
-            console.say(f"publish {failed.publish_id} had not finished: its version is published again")
-        report = first_publish(self._publisher, self._workers, self.config, version, self._around.folder.canary)
+        ended = self._publisher.recover()
+        if ended is not None:
+            console.say(f"publish {ended.publish_id} had not finished: it is {ended.state} now")
+            if abandon_rejected(self._store, self.config):
+                version = find_weights(self._store, self._workers, self.config, self._around.folder.checkpoints)
+                self._version = version
+        self._prove(self._publisher, version_to_serve(self._store, version), version)
+
+    def _prove(self, publisher: Publisher, served: PolicyVersion, newest: PolicyVersion) -> None:
+        """Make `served` live and proven; the workers hold the newest weights before and after."""
+        console = self._around.console
+        if served.version_id != newest.version_id:
+            self._unserved = True
+            console.say(f"version {served.version_id} is served; version {newest.version_id}, the newest, is held back")
+            self._workers.load(served.checkpoint_path, served.checkpoint_hash)
+        try:
+            report = first_publish(publisher, self._workers, self.config, served, self._around.folder.canary)
+        except PublishRejected as rejected:
+            if served.version_id != newest.version_id:
+                raise
+            self._rejected(rejected)
+            return
         if report is not None:
-            console.say(f"version {version.version_id} is live (publish {report.publish_id}, {report.total_s:.1f} s)")
+            console.say(f"version {served.version_id} is live (publish {report.publish_id}, {report.total_s:.1f} s)")
+        if served.version_id != newest.version_id:
+            self._workers.load(newest.checkpoint_path, newest.checkpoint_hash)
 
     def _on_publish_state(self, state: str) -> None:
         if state == "swapping":
@@ -162,6 +194,7 @@ class Controller:
             )
             if lease is not None:
                 return lease
+            self._catch_up()
             ready = self._store.backlog(self._job, self._rule).ready_groups
             if not self._around.engines:
                 self._around.console.say(
@@ -189,7 +222,7 @@ class Controller:
         crash.reached("after-ledger", step)
         line = {**metrics, "version": self._current.version_id, "publish": None}
         try:
-            line["publish"] = self._publish(saved)
+            line["publish"] = self._publish(saved.new, saved.previous)
         except (EngineError, PublishError) as error:
             line["publish"] = {"error": str(error)}
             raise
@@ -239,11 +272,49 @@ class Controller:
                 time.sleep(_COMMIT_PAUSE_S)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _publish(self, saved: Saved) -> dict[str, Any] | None:
+    def _publish(self, new: tuple[Scored, ...], previous: tuple[Scored, ...] | None = None) -> dict[str, Any] | None:
+        """Publish the current version; a pin or the gate may hold it back, which is said and no failure."""
         if self._publisher is None:
             return None
-        probe = probe_set(saved.new, saved.previous)
-        return self._publisher.publish(self._current.version_id, probe).as_json()
+        try:
+            report = self._publisher.publish(self._current.version_id, probe_set(new, previous))
+        except Pinned as pinned:
+            self._unserved = True
+            self._store.skip_publish(self._current.version_id, str(pinned))
+            self._around.console.say(f"version {self._current.version_id} is not published: {pinned}")
+            return {"skipped": str(pinned)}
+        except PublishRejected as rejected:
+            self._rejected(rejected)
+            return rejected.as_json()
+        self._unserved = False
+        return report.as_json()
+
+    def _rejected(self, rejected: PublishRejected) -> None:
+        """Say it, and do what the configuration says of rejected versions."""
+        gate, console = self.config.trainer.publish.gate, self._around.console
+        assert gate is not None, "only a gate rejects"
+        console.say(str(rejected))
+        live = self._store.live_version(self._model)
+        if gate.rejected.then == "return" and rejected.decision.judged and live is not None:
+            self._store.abandon_version(self._current.version_id)
+            self._workers.load(live.checkpoint_path, live.checkpoint_hash)
+            self._version = live
+            console.say(f"training goes on from version {live.version_id} (step {live.step})")
+        row, most = rejections_in_a_row(self._store, self._model), gate.rejected.stop_after
+        if most is not None and row >= most:
+            self.gave_up = f"the gate rejected {row} versions in a row (trainer.publish.gate.rejected.stop_after)"
+
+    def _catch_up(self) -> None:
+        """Publish the newest version once a pin no longer holds it back. Called while there is nothing to train."""
+        if not self._unserved or self._publisher is None or self._store.pinned(self._model) is not None:
+            return
+        self._unserved = False
+        if version_to_serve(self._store, self._current).version_id != self._current.version_id:
+            return  # it was judged against
+        settings = self.config.trainer
+        sequences = self._workers.probe_sequences(settings.publish.probe_tokens, settings.seed)
+        if "result" in (self._publish(sequences) or {}):
+            self._around.console.say(f"the pin is off: version {self._current.version_id} is live")
 
     # -- afterwards
 

@@ -6,12 +6,14 @@ EngineError (tracegrad.trainer.errors)
 ├── EngineStartFailed    the process died or never became healthy; holds the last lines of its log
 └── EngineNotReady       the preflight found something missing; `findings` says what to add
 PublishError (tracegrad.trainer.errors)
-└── PublishFailed        the version is not live; `report` (may be None) holds what the probe saw
+├── PublishFailed        the version is not live; `probe` (may be None) holds what the probe saw
+└── PublishRejected      the gate did not let it pass; the previous version serves on, and `decision` says why
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from tracegrad.tracestore.gating import Decision
 from tracegrad.trainer.errors import EngineError, PublishError
 
 
@@ -45,3 +47,18 @@ class PublishFailed(PublishError):
     def __init__(self, message: str, *, probe: Any = None) -> None:
         super().__init__(message)
         self.probe = probe
+
+
+class PublishRejected(PublishError):
+    """A version did not pass the gate. `probe` is what the probe saw of the weights that were put back, or None."""
+
+    def __init__(self, message: str, *, publish_id: int, decision: Decision, probe: Any = None) -> None:
+        super().__init__(message)
+        self.publish_id = publish_id
+        self.decision = decision
+        self.probe = probe
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what metrics say of it."""
+        put_back = None if self.probe is None else self.probe.as_json()
+        return {"rejected": str(self), "decision": self.decision.as_json(), "put_back": put_back}

@@ -6,30 +6,37 @@ is told the version, and is probed; only then is the publish `live` and the prox
 previous live weights back *before* it says `failed`, because proxies go on then as well. Where even that is impossible
 the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached.
 
+With a gate (see `gate`) some engines, or the only one, get the candidate first and it is `evaluating`; then it is live,
+or proxies stand still once more (`settling`) while the other engines follow, or the previous weights are put back and
+probed: `rejected`.
+
 Refuses (PublishFailed): proxies that do not drain in time, an engine that cannot load or says another version than it
-was told, a probe that finds the engine stale or mismatched. Called by the trainer's controller and `tracegrad
-rollback`; one publisher a model at a time (the store refuses a second unfinished publish). Torch-free.
+was told, a probe that finds the engine stale or mismatched; (PublishRejected): what the gate does not let pass. Called
+by the trainer's controller, `tracegrad rollback` and `tracegrad pin`; one publisher a model at a time (the store
+refuses a second unfinished publish). Torch-free.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 from tracegrad.tracestore.config import PublishConfig
+from tracegrad.tracestore.gating import Decision, unjudged, was_rejected
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import PolicyVersion, Publish
+from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.engine_errors import EngineUnreachable, PublishFailed
+from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
 from tracegrad.trainer.errors import EngineError
-from tracegrad.trainer.preflight import tied_head
-from tracegrad.trainer.probe import ProbeResult, ProbeSet, judge
+from tracegrad.trainer.fleet import Fleet
+from tracegrad.trainer.gate import STOPPED, Gatekeeper, needs_gate
+from tracegrad.trainer.probe import ProbeResult, ProbeSet
 from tracegrad.trainer.publish_report import PublishReport, Stopwatch
 
-UNVERIFIED = "unverified"
-"""The version an engine is marked with when nobody knows its weights and there are none to put back."""
+_UNFINISHED_STAYS = (
+    "The publish stays unfinished and proxies hold their requests. Start the engine again; the next start of the "
+    "trainer recovers"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +48,21 @@ class Perturbed:
     logprobs: tuple[tuple[float, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A publish under way: of which version, over which live one, and the engines that get it first."""
+
+    publish: Publish
+    version: PolicyVersion
+    previous: PolicyVersion | None
+    first: Fleet
+
+
 class Publisher:
     """Publishes versions of `model` to `engines` (its replicas).
 
-    `on_state` is told each state as it is entered. The noise of a verified engine is remembered from one publish to
-    the next: it makes later probes sharper.
+    `on_state` is told each state as it is entered, `stopped` is asked while the gate is waited for. The noise of a
+    verified engine is remembered from one publish to the next: it makes later probes sharper.
     """
 
     def __init__(
@@ -58,17 +75,22 @@ class Publisher:
         heartbeat_expires_s: float = 10.0,
         poll_s: float = 0.02,
         on_state: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         if not engines:
             raise PublishFailed(f"model {model!r} has no engine to publish to: name one in models.{model}.engine.url")
         self.store = store
         self.model = model
-        self.engines = tuple(engines)
+        self.fleet = Fleet(engines, settings)
         self.settings = settings
         self._expires_s = heartbeat_expires_s
         self._poll_s = poll_s
         self._on_state = on_state or (lambda _state: None)
         self._noise: float | None = None
+        self._proof: tuple[int, ProbeSet] | None = None
+        self._gate: Gatekeeper | None = None
+        if settings.gate is not None:
+            self._gate = Gatekeeper(store, settings.gate, expires_s=heartbeat_expires_s, stopped=stopped)
 
     def publish(
         self, version_id: int, probe: ProbeSet | None = None, *, canary: Perturbed | None = None
@@ -80,69 +102,188 @@ class Publisher:
 
         Raises:
             PublishFailed: the version is not live; the previous weights are back, or the message says why not.
+            PublishRejected: it did not pass the gate; the previous weights are back.
             Conflict, NotFound: another publish of the model is unfinished, the version is abandoned or unknown.
+            Pinned: serving is held at another version.
         """
         if canary is not None and probe is None:
             raise PublishFailed("a canary needs a probe: the logprobs of the real weights on the same sequences")
         version = self._version(version_id)
         if probe is None:
-            self._refuse_blind(version)
+            self.fleet.refuse_blind(version)
         previous = self.store.live_version(self.model)
-        publish = self.store.request_publish(version_id)
-        clock = Stopwatch()
-        self._drain(publish, clock)
-        seen: ProbeResult | None = None
-        canary_seen: ProbeResult | None = None
-        try:
-            if canary is not None and probe is not None:
-                with clock.timed("canary_s"):
-                    canary_seen = self._try_canary(version, probe, canary)
-            with clock.timed("swap_s"):
-                self._swap(version.checkpoint_path, str(version_id))
-            with clock.timed("probe_s"):
-                seen = None if probe is None else self._probe(probe)
-            _refuse_bad(seen, version)
-        except (EngineError, PublishFailed) as error:
-            self._undo(publish, previous, error)
+        gate = self._gate if needs_gate(self.store, version, previous) else None
+        first = self.fleet if gate is None else self.fleet.of(gate.triers(self.fleet.engines))
+        terms = None if gate is None else gate.terms(first.engines).as_json()
+        attempt = Attempt(self.store.request_publish(version_id, gate=terms), version, previous, first)
+        clock, decision = Stopwatch(), None
+        if gate is not None:
+            with clock.timed("judge_s"):
+                self._wait_for_judges(attempt, gate)
+        self._drain(attempt.publish, clock)
+        canary_seen, seen = self._try(attempt, probe, canary, clock)
+        if gate is not None:
+            with clock.timed("judge_s"):
+                decision = self._judge(attempt, gate)
+            seen = self._follow(attempt, decision, probe, clock) or seen
         report = PublishReport(
-            publish_id=publish.publish_id,
+            publish_id=attempt.publish.publish_id,
             version_id=version_id,
             model=self.model,
             probe=seen,
             canary=canary_seen,
+            decision=decision,
             total_s=clock.total_s(),
             **clock.spent,
         )
-        self.store.advance_publish(publish.publish_id, "live", probe=report.as_json())
+        decided = None if decision is None else decision.as_json()
+        self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), decision=decided)
         self._on_state("live")
         if seen is not None and seen.verdict == "new":
             self._noise = seen.mean_abs_new
+        self._proof = None if probe is None else (version_id, probe)
         return report
 
     def recover(self) -> Publish | None:
         """End what a dead publisher left, and make the engines serve the live version. Call before the first publish.
 
-        Returns the unfinished publish it failed, or None. Does nothing to the engines where nothing was ever live and
-        nothing is unfinished.
+        A version at which serving is pinned counts as the live one. Returns the unfinished publish it ended, or None.
+        Does nothing to the engines where nothing was ever live and nothing is unfinished.
 
         Raises:
             PublishFailed: an engine cannot be brought back; an unfinished publish stays unfinished.
             EngineUnreachable: nothing is unfinished, and an engine does not answer.
         """
-        last = self.store.last_publish(self.model)
-        live = self.store.live_version(self.model)
+        last, live = self.store.last_publish(self.model), self.store.live_version(self.model)
         if last is not None and last.state in UNFINISHED:
-            error = f"its publisher died while it was {last.state}; recovered at the next start"
             try:
-                self._put_back(live)
-            except EngineError as reason:
+                return self._end(last, live)
+            except (EngineError, PublishFailed) as reason:
                 raise PublishFailed(f"publish {last.publish_id} stays {last.state}: {reason}") from reason
-            return self.store.advance_publish(last.publish_id, "failed", error=error)
-        if live is not None and any(engine.version() != str(live.version_id) for engine in self.engines):
-            self.publish(live.version_id)
+        wanted = self.store.pinned(self.model) or (None if live is None else live.version_id)
+        if wanted is not None and not self.fleet.serves(self.store.get_version(wanted)):
+            self.publish(wanted)
         return None
 
+    def _end(self, last: Publish, live: PolicyVersion | None) -> Publish:
+        """Put the live weights back and end an unfinished publish; a judgement that was made is kept."""
+        error = f"its publisher died while it was {last.state}; recovered at the next start"
+        if last.state == "evaluating":  # proxies dispatch to the candidate
+            decision = unjudged("its publisher died").as_json()
+            last = self.store.advance_publish(last.publish_id, "settling", decision=decision)
+        if last.state == "settling":
+            self._wait_for_proxies(last)
+        self.fleet.put_back(live)
+        end: PublishState = "rejected" if was_rejected(last.decision) else "failed"
+        return self.store.advance_publish(last.publish_id, end, error=error)
+
     # -- the states
+
+    def _try(
+        self, attempt: Attempt, probe: ProbeSet | None, canary: Perturbed | None, clock: Stopwatch
+    ) -> tuple[ProbeResult | None, ProbeResult | None]:
+        """Swap the first engines and return what canary and probe saw; else undo it and raise PublishFailed."""
+        version, canary_seen, seen = attempt.version, None, None
+        try:
+            if canary is not None and probe is not None:
+                with clock.timed("canary_s"):
+                    canary_seen = self._try_canary(version, probe, canary, attempt.first)
+            with clock.timed("swap_s"):
+                attempt.first.serve(version)
+            with clock.timed("probe_s"):
+                seen = None if probe is None else attempt.first.probe(probe, noise=self._noise)
+            _refuse_bad(seen, version)
+        except (EngineError, PublishFailed) as error:
+            self._undo(attempt.publish, attempt.previous, error)
+        return canary_seen, seen
+
+    def _wait_for_judges(self, attempt: Attempt, gate: Gatekeeper) -> None:
+        """Reject the candidate before anybody had to wait, where nobody will judge it."""
+        assert attempt.previous is not None, "the first version of a model is not gated"
+        decision = gate.refuses(attempt.previous)
+        if decision is not None:
+            self.store.advance_publish(attempt.publish.publish_id, "rejected", decision=decision.as_json())
+            self._on_state("rejected")
+            raise _rejected(attempt, decision, None)
+
+    def _judge(self, attempt: Attempt, gate: Gatekeeper) -> Decision:
+        """Let the candidate be evaluated; return the decision for it. Raises PublishRejected: its weights are gone."""
+        assert attempt.previous is not None, "the first version of a model is not gated"
+        publish = self.store.advance_publish(attempt.publish.publish_id, "evaluating")
+        self._on_state("evaluating")
+        try:
+            decision = gate.decide(publish, attempt.previous)
+            if decision.passed:
+                decision = self._still_there(attempt) or decision
+        except (KeyboardInterrupt, SystemExit):
+            self._reject(attempt, unjudged(STOPPED))
+            raise
+        if not decision.passed:
+            raise _rejected(attempt, decision, self._reject(attempt, decision))
+        return decision
+
+    def _still_there(self, attempt: Attempt) -> Decision | None:
+        """An engine that restarted meanwhile serves the live version: then it was not the candidate that was judged."""
+        version = attempt.version
+        try:
+            if attempt.first.serves(version):
+                return None
+        except EngineError as error:
+            return unjudged(str(error))
+        return unjudged(f"an engine came to serve something else than version {version.version_id} while it was judged")
+
+    def _reject(self, attempt: Attempt, decision: Decision) -> ProbeResult | None:
+        """Put the previous weights back, prove it where that can be done, and write `rejected`."""
+        previous = attempt.previous
+        assert previous is not None, "the first version of a model is not gated"
+        publish = self._settle(attempt.publish, decision)
+        try:
+            attempt.first.put_back(previous)
+            proof = self._proof[1] if self._proof and self._proof[0] == previous.version_id else None
+            seen = None if proof is None else attempt.first.probe(proof, noise=self._noise)
+            _refuse_bad(seen, previous)
+        except (EngineError, PublishFailed) as error:
+            raise PublishFailed(
+                f"version {attempt.version.version_id} was rejected ({decision.why}), and version "
+                f"{previous.version_id} could not be put back: {error}. {_UNFINISHED_STAYS}"
+            ) from error
+        put_back = {"result": None, "put_back": None if seen is None else seen.as_json()}
+        self.store.advance_publish(publish.publish_id, "rejected", probe=put_back)
+        self._on_state("rejected")
+        return seen
+
+    def _follow(
+        self, attempt: Attempt, decision: Decision, probe: ProbeSet | None, clock: Stopwatch
+    ) -> ProbeResult | None:
+        """Bring what passed to the engines that do not have it yet; return what the probe saw of them."""
+        rest = self.fleet.without(attempt.first)
+        if not rest:
+            return None
+        publish, version = self._settle(attempt.publish, decision), attempt.version
+        seen: ProbeResult | None = None
+        try:
+            with clock.timed("swap_s"):
+                rest.serve(version)
+            with clock.timed("probe_s"):
+                seen = None if probe is None else rest.probe(probe, noise=self._noise)
+            _refuse_bad(seen, version)
+        except (EngineError, PublishFailed) as error:
+            self._undo(publish, attempt.previous, error)
+        return seen
+
+    def _settle(self, publish: Publish, decision: Decision) -> Publish:
+        """Make proxies stand still once more, so that engines can change weights."""
+        publish = self.store.advance_publish(publish.publish_id, "settling", decision=decision.as_json())
+        self._on_state("settling")
+        try:
+            self._wait_for_proxies(publish)
+            self.fleet.forget_prefixes()
+        except (PublishFailed, EngineError) as error:
+            raise PublishFailed(
+                f"publish {publish.publish_id} of version {publish.version_id} could not settle: {error}. "
+                f"{_UNFINISHED_STAYS}"
+            ) from error
+        return publish
 
     def _drain(self, publish: Publish, clock: Stopwatch) -> None:
         """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped."""
@@ -151,8 +292,7 @@ class Publisher:
         try:
             with clock.timed("drain_s"):
                 self._wait_for_proxies(publish)
-                for engine in self.engines:
-                    engine.reset_prefix_cache()
+                self.fleet.forget_prefixes()
         except (PublishFailed, EngineError) as error:
             self.store.advance_publish(publish.publish_id, "failed", error=str(error))
             self._on_state("failed")
@@ -171,39 +311,7 @@ class Publisher:
                 )
             time.sleep(self._poll_s)
 
-    def _swap(self, path: str, mark: str) -> None:
-        """Load `path` into every engine (at once), reset its prefix cache, tell it the version, and read that back."""
-        with ThreadPoolExecutor(len(self.engines)) as pool:
-            list(pool.map(lambda engine: self._swap_one(engine, path, mark), self.engines))
-
-    def _swap_one(self, engine: EngineClient, path: str, mark: str) -> None:
-        engine.reload(path, timeout_s=self.settings.swap_timeout_s)
-        engine.reset_prefix_cache()
-        engine.set_version(mark)
-        if (said := engine.version()) != mark:
-            raise PublishFailed(f"{engine.url} was told version {mark} and says {said}: is somebody else publishing?")
-
-    def _probe(self, probe: ProbeSet, *, bound: float | None = None) -> ProbeResult:
-        """Score the probe on every engine and return the worst result."""
-        results = [self._probe_one(engine, probe, bound) for engine in self.engines]
-        order = ("new", "unresolved", "mismatch", "stale")
-        return max(results, key=lambda result: order.index(result.verdict))
-
-    def _probe_one(self, engine: EngineClient, probe: ProbeSet, bound: float | None) -> ProbeResult:
-        limit = next((m.max_model_len for m in engine.models() if m.name == engine.name), None)
-        probe = probe.fitting(limit)
-        scores = engine.score_many([(s.ids, s.n_prompt) for s in probe.sequences])
-        flat = chain.from_iterable
-        return judge(
-            list(flat(scores)),
-            list(flat(probe.new_logprobs)),
-            None if probe.previous_logprobs is None else list(flat(probe.previous_logprobs)),
-            self.settings.probe_bound if bound is None else bound,
-            noise=self._noise,
-            min_tokens=self.settings.probe_tokens,
-        )
-
-    def _try_canary(self, version: PolicyVersion, probe: ProbeSet, canary: Perturbed) -> ProbeResult:
+    def _try_canary(self, version: PolicyVersion, probe: ProbeSet, canary: Perturbed, engines: Fleet) -> ProbeResult:
         """Load the perturbed weights and demand that the probe sees them: nearer by far than the real ones."""
         row = self.store.add_version(
             model=self.model,
@@ -218,17 +326,9 @@ class Publisher:
         inverse = ProbeSet(
             sequences=probe.sequences, new_logprobs=canary.logprobs, previous_logprobs=probe.new_logprobs
         )
-        self._swap(canary.checkpoint_path, str(row.version_id))
-        seen = self._probe(inverse, bound=float("inf"))
-        bound = self.settings.probe_bound
-        if seen.gap is None or seen.gap < 2 * bound:
-            raise PublishFailed(f"the canary's weights differ too little to be seen ({seen.gap}): perturb them more")
-        if seen.verdict == "stale" or seen.mean_abs_new > max(bound, seen.gap / 4):
-            raise PublishFailed(
-                f"the canary's weights do not reach the engine whole: {_told(seen)}. Start the engine with tracegrad's "
-                "worker extension (`tracegrad engine --preflight` says how)",
-                probe=seen,
-            )
+        engines.swap(canary.checkpoint_path, str(row.version_id))
+        seen = engines.probe(inverse, bound=float("inf"), noise=self._noise)
+        _refuse_invisible(seen, self.settings.probe_bound)
         return seen
 
     # -- the way back
@@ -238,11 +338,10 @@ class Publisher:
         what = f"publish {publish.publish_id} of version {publish.version_id} failed: {error}"
         probe = getattr(error, "probe", None)
         try:
-            self._put_back(previous)
+            self.fleet.put_back(previous)
         except EngineError as second:
             raise PublishFailed(
-                f"{what}. The previous weights could not be put back either ({second}): the publish stays unfinished "
-                "and proxies hold their requests. Start the engine again; the next start of the trainer recovers",
+                f"{what}. The previous weights could not be put back either ({second}). {_UNFINISHED_STAYS}",
                 probe=probe,
             ) from error
         stored = None if probe is None else {"result": probe.as_json()}
@@ -250,39 +349,6 @@ class Publisher:
         self._on_state("failed")
         back = f"version {previous.version_id} is back" if previous else "there was no live version to put back"
         raise PublishFailed(f"{what}. {back}", probe=probe) from error
-
-    def _put_back(self, version: PolicyVersion | None) -> None:
-        """Load `version` (or mark the weights unverified); waits up to `swap_timeout_s` for an engine that restarts.
-
-        Raises:
-            EngineError: it could not be done in that time.
-        """
-        deadline = time.monotonic() + self.settings.swap_timeout_s
-        while True:
-            try:
-                if version is not None:
-                    self._swap(version.checkpoint_path, str(version.version_id))
-                else:
-                    for engine in self.engines:
-                        engine.set_version(UNVERIFIED)
-            except EngineUnreachable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-            except PublishFailed as error:
-                raise EngineError(str(error)) from error
-            else:
-                return
-
-    def _refuse_blind(self, version: PolicyVersion) -> None:
-        """Without a probe nobody would see a stale head: then every engine must have the extension that mends it."""
-        if tied_head(version.checkpoint_path):
-            for engine in self.engines:
-                if engine.extension_info() is None:
-                    raise PublishFailed(
-                        f"version {version.version_id} has a tied head, {engine.url} lacks our worker extension "
-                        "and no probe was given: start the engine with `tracegrad engine`"
-                    )
 
     def _version(self, version_id: int) -> PolicyVersion:
         version = self.store.get_version(version_id)
@@ -305,11 +371,29 @@ def canary(
     return publisher.publish(version_id, probe, canary=make_perturbed(probe))
 
 
+def _refuse_invisible(seen: ProbeResult, bound: float) -> None:
+    if seen.gap is None or seen.gap < 2 * bound:
+        raise PublishFailed(f"the canary's weights differ too little to be seen ({seen.gap}): perturb them more")
+    if seen.verdict == "stale" or seen.mean_abs_new > max(bound, seen.gap / 4):
+        raise PublishFailed(
+            f"the canary's weights do not reach the engine whole: {_told(seen)}. Start the engine with tracegrad's "
+            "worker extension (`tracegrad engine --preflight` says how)",
+            probe=seen,
+        )
+
+
 def _refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:
     if seen is not None and seen.verdict in ("stale", "mismatch"):
         # Rounding of bf16 alone comes near the default bound where few tokens were compared.
         hint = "; if that is rounding, raise trainer.publish.probe_bound" if seen.verdict == "mismatch" else ""
         raise PublishFailed(f"the engine does not serve version {version.version_id}: {_told(seen)}{hint}", probe=seen)
+
+
+def _rejected(attempt: Attempt, decision: Decision, seen: ProbeResult | None) -> PublishRejected:
+    version, previous = attempt.version, attempt.previous
+    serves = "" if previous is None else f"; version {previous.version_id} serves on"
+    text = f"version {version.version_id} (step {version.step}) was rejected by the gate: {decision.why}{serves}"
+    return PublishRejected(text, publish_id=attempt.publish.publish_id, decision=decision, probe=seen)
 
 
 def _told(seen: ProbeResult) -> str:

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tracegrad.tracestore.gating import Decision
 from tracegrad.trainer.probe import ProbeResult
+
+PARTS = ("drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +20,7 @@ class PublishReport:
     """A publish that went live: how long each state took, and what was seen. `probe` is None where none was given.
 
     `swap_s` is loading the weights into all engines; with a canary, `canary_s` (loading and probing the perturbed
-    weights) comes before it. `total_s` is from the request to `live`.
+    weights) comes before it; `judge_s` is the gate's. `total_s` is from the request to `live`.
     """
 
     publish_id: int
@@ -27,14 +30,18 @@ class PublishReport:
     canary_s: float
     swap_s: float
     probe_s: float
+    judge_s: float
     total_s: float
     probe: ProbeResult | None
     canary: ProbeResult | None
+    decision: Decision | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the times and results as a JSON object: what the store keeps of the publish."""
-        times = {k: round(getattr(self, k), 4) for k in ("drain_s", "canary_s", "swap_s", "probe_s", "total_s")}
-        seen = {"result": self.probe, "canary": self.canary}
+        times = {k: round(getattr(self, k), 4) for k in (*PARTS, "total_s")}
+        seen: dict[str, ProbeResult | Decision | None] = {"result": self.probe, "canary": self.canary}
+        if self.decision is not None:
+            seen["decision"] = self.decision
         return {**times, **{k: None if v is None else v.as_json() for k, v in seen.items()}}
 
 
@@ -43,7 +50,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self.spent = {"drain_s": 0.0, "canary_s": 0.0, "swap_s": 0.0, "probe_s": 0.0}
+        self.spent = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -92,7 +92,10 @@ def wait_for_engines(
 def first_publish(
     publisher: Publisher, workers: Trains, config: Config, version: PolicyVersion, folder: Path
 ) -> PublishReport | None:
-    """Make `version` live and proven, if it is not; with `publish.canary`, prove the path once per trainer start."""
+    """Make `version` live and proven, if it is not; with `publish.canary`, prove the path once per trainer start.
+
+    The workers hold its weights. Raises as `Publisher.publish`.
+    """
     settings = config.trainer.publish
     live = publisher.store.live_version(config.trainer.model)
     if live is not None and live.version_id == version.version_id and not settings.canary:

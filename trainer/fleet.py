@@ -1,0 +1,123 @@
+"""Several engines of one model as one: they are swapped, probed and put back together, and the worst of them counts.
+
+Refuses (PublishFailed) an engine that says another version than it was told, and a tied head where nothing would see it
+go stale; what an engine itself refuses passes through (EngineError). Knows no store and no states. Called by `publish`.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+from tracegrad.tracestore.config import PublishConfig
+from tracegrad.tracestore.records import PolicyVersion
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import EngineUnreachable, PublishFailed
+from tracegrad.trainer.errors import EngineError
+from tracegrad.trainer.preflight import tied_head
+from tracegrad.trainer.probe import ProbeResult, ProbeSet, judge
+
+UNVERIFIED = "unverified"
+"""The version an engine is marked with when nobody knows its weights and there are none to put back."""
+
+
+class Fleet:
+    """Engines that serve the same weights."""
+
+    def __init__(self, engines: Sequence[EngineClient], settings: PublishConfig) -> None:
+        self.engines = tuple(engines)
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return len(self.engines)
+
+    def __iter__(self) -> Iterator[EngineClient]:
+        return iter(self.engines)
+
+    def of(self, engines: Sequence[EngineClient]) -> "Fleet":
+        """Return a fleet of some of them."""
+        return Fleet(engines, self.settings)
+
+    def without(self, other: "Fleet") -> "Fleet":
+        """Return those that `other` does not have."""
+        return self.of([engine for engine in self if engine not in other.engines])
+
+    def forget_prefixes(self) -> None:
+        """Reset every prefix cache: it is refused where anything still runs, so this proves that nothing does."""
+        for engine in self:
+            engine.reset_prefix_cache()
+
+    def swap(self, path: str, mark: str) -> None:
+        """Load `path` into every engine (at once), reset its prefix cache, tell it the version, and read that back."""
+        with ThreadPoolExecutor(len(self)) as pool:
+            list(pool.map(lambda engine: self._swap_one(engine, path, mark), self))
+
+    def serve(self, version: PolicyVersion) -> None:
+        """Swap to a version."""
+        self.swap(version.checkpoint_path, str(version.version_id))
+
+    def serves(self, version: PolicyVersion) -> bool:
+        """Return whether every engine says that it serves the version."""
+        return all(engine.version() == str(version.version_id) for engine in self)
+
+    def put_back(self, version: PolicyVersion | None) -> None:
+        """Load `version` (or mark the weights unverified); waits up to `swap_timeout_s` for an engine that restarts.
+
+        Raises:
+            EngineError: it could not be done in that time.
+        """
+        deadline = time.monotonic() + self.settings.swap_timeout_s
+        while True:
+            try:
+                if version is not None:
+                    self.serve(version)
+                else:
+                    for engine in self:
+                        engine.set_version(UNVERIFIED)
+            except EngineUnreachable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            except PublishFailed as error:
+                raise EngineError(str(error)) from error
+            else:
+                return
+
+    def probe(self, probe: ProbeSet, *, bound: float | None = None, noise: float | None = None) -> ProbeResult:
+        """Score the probe on every engine and return the worst result."""
+        results = [self._probe_one(engine, probe, bound, noise) for engine in self]
+        order = ("new", "unresolved", "mismatch", "stale")
+        return max(results, key=lambda result: order.index(result.verdict))
+
+    def refuse_blind(self, version: PolicyVersion) -> None:
+        """Without a probe nobody would see a stale head: then every engine must have the extension that mends it."""
+        if tied_head(version.checkpoint_path):
+            for engine in self:
+                if engine.extension_info() is None:
+                    raise PublishFailed(
+                        f"version {version.version_id} has a tied head, {engine.url} lacks our worker extension "
+                        "and no probe was given: start the engine with `tracegrad engine`"
+                    )
+
+    def _swap_one(self, engine: EngineClient, path: str, mark: str) -> None:
+        engine.reload(path, timeout_s=self.settings.swap_timeout_s)
+        engine.reset_prefix_cache()
+        engine.set_version(mark)
+        if (said := engine.version()) != mark:
+            raise PublishFailed(f"{engine.url} was told version {mark} and says {said}: is somebody else publishing?")
+
+    def _probe_one(
+        self, engine: EngineClient, probe: ProbeSet, bound: float | None, noise: float | None
+    ) -> ProbeResult:
+        limit = next((m.max_model_len for m in engine.models() if m.name == engine.name), None)
+        probe = probe.fitting(limit)
+        scores = engine.score_many([(s.ids, s.n_prompt) for s in probe.sequences])
+        flat = chain.from_iterable
+        return judge(
+            list(flat(scores)),
+            list(flat(probe.new_logprobs)),
+            None if probe.previous_logprobs is None else list(flat(probe.previous_logprobs)),
+            self.settings.probe_bound if bound is None else bound,
+            noise=noise,
+            min_tokens=self.settings.probe_tokens,
+        )

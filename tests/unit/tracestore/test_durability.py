@@ -53,10 +53,12 @@ def test_pragmas_of_every_connection(store_url: str) -> None:
     store.close()
 
 
-def test_postgresql_compiles_no_queries(postgres_url: str) -> None:
+def test_settings_of_every_connection_to_postgresql(postgres_url: str) -> None:
     store = open_store(postgres_url)
     with store._db.write() as first, store._db.read() as second:
-        assert [each.exec_driver_sql("SHOW jit").scalar() for each in (first, second)] == ["off", "off"]
+        for connection in (first, second):
+            assert connection.exec_driver_sql("SHOW jit").scalar() == "off"
+            assert connection.exec_driver_sql("SHOW default_toast_compression").scalar() == "lz4"
     store.close()
 
 

@@ -50,6 +50,10 @@ def test_pragmas_of_every_connection(store_url: str) -> None:
                 for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
             }
             assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+            sizes = [
+                connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("page_size", "wal_autocheckpoint")
+            ]
+            assert sizes == [2048, 8192]
     store.close()
 
 

@@ -139,8 +139,9 @@ def test_a_broken_page_is_found(store_url: str, tmp_path: Path) -> None:
         (root,) = connection.execute(
             "SELECT rootpage FROM sqlite_master WHERE name = 'ix_calls_run_id_model'"
         ).fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
     with broken.open("r+b") as file:
-        file.seek((root - 1) * 4096 + 8)
+        file.seek((root - 1) * page_bytes + 8)
         file.write(bytes(200))
     damaged = open_store(f"sqlite:///{broken}")
     (fault,) = [fault for fault in damaged.check() if "integrity check" in fault.what]

@@ -25,6 +25,7 @@ HELPS = {
     "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
     "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
     "doctor": "Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).",
+    "queue": "Say what is ready to be trained, what waits and for what, and what never will be, with the reasons.",
     "keys": "Make, list and revoke API keys of the proxy.",
     "export": "Write runs to a folder of Parquet files that HF datasets loads in one line.",
     "import": "Put an exported folder into a store, byte for byte.",

@@ -34,6 +34,7 @@ from tracegrad.tracestore.records import (
     RunSummary,
     RunTrace,
 )
+from tracegrad.tracestore.run_list import UnplacedCall
 from tracegrad.tracestore.store import Store
 
 _SHORT = 160
@@ -47,8 +48,9 @@ _COLOURS = {"open": "yellow", "closed": "green", "failed": "red"}
 @click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
 @click.option("--purpose", type=click.Choice(["train", "eval", "live"]), help="Only runs made for this.")
 @click.option("--status", type=click.Choice(["open", "closed", "failed"]), help="Only runs in this state.")
+@click.option("--unplaced", is_flag=True, help="The calls that belong to no run, in place of runs.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--before", help="Only runs older than this run: the next page.")
+@click.option("--before", help="Only runs older than this run (with --unplaced: call): the next page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 def runs(
     *,
@@ -56,13 +58,19 @@ def runs(
     url: str | None,
     purpose: Purpose | None,
     status: RunStatus | None,
+    unplaced: bool,
     limit: int,
     before: str | None,
     as_json: bool,
 ) -> None:
     """List the newest runs."""
+    if unplaced and (purpose is not None or status is not None):
+        raise click.UsageError("a call without a run has neither purpose nor status: leave --purpose and --status out")
     store = open_existing(config_path, url)
     try:
+        if unplaced:
+            _list_unplaced(store.list_unplaced_calls(limit=limit, before=before), as_json=as_json)
+            return
         found = store.list_runs(purpose=purpose, status=status, limit=limit, before=before)
     except NotFound as error:
         raise click.ClickException(str(error)) from error
@@ -141,6 +149,22 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
     _print_call(console, {}, call, longest)
     if rewards:
         console.print(_rewards_table(rewards))
+
+
+def _list_unplaced(found: Sequence[UnplacedCall], *, as_json: bool) -> None:
+    """Print calls that belong to no run, a line for each."""
+    if as_json:
+        _print_json([asdict(call) for call in found])
+    elif not found:
+        click.echo("every call belongs to a run")
+    console = Console(soft_wrap=True, highlight=False)
+    for call in () if as_json else found:
+        version = "" if call.version is None else f" of version {call.version}"
+        flaw = "" if call.quarantine is None else f"; quarantined: {call.quarantine}"
+        console.print(
+            f"[bold]{escape(call.call_id)}[/]  {_time(call.received_at)}  {call.status}\n    "
+            + escape(f"{call.n_sampled_tokens} tokens{version}; {call.role or 'no role'} → {call.model}{flaw}")
+        )
 
 
 def run_lines(summary: RunSummary) -> str:

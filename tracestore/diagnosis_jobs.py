@@ -4,6 +4,8 @@ Read only, no payload. Conservation of a job's tokens is `Store.consumption`. Ca
 `Store`.
 """
 
+from typing import Any
+
 from sqlalchemy import func, literal, select
 
 from tracegrad.tracestore.diagnosis_extent import calls_within
@@ -18,7 +20,7 @@ from tracegrad.tracestore.diagnosis_records import (
 from tracegrad.tracestore.leases import rule_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step, publish_of
-from tracegrad.tracestore.readiness import beside, is_complete, is_large_enough, members, units
+from tracegrad.tracestore.readiness import beside, is_complete, is_free, is_large_enough, members, units
 from tracegrad.tracestore.records import Publish
 from tracegrad.tracestore.schema import (
     calls,
@@ -98,9 +100,8 @@ class JobDiagnosis(Noun):
                 return None
             live = live_step(connection, rule.model)
             unit = units(members(job_id, rule, self._db.now(), beside(extent.run_id)))
-            free = (unit.c.held == 0) & (unit.c.trained == 0)
             lag = (literal(0) if live is None else live - func.coalesce(unit.c.oldest, live)).label("lag")
-            ripe = select(lag).where(free, is_complete(unit), is_large_enough(unit, rule))
+            ripe = select(lag).where(is_free(unit), is_complete(unit), is_large_enough(unit, rule))
             aged = ripe.subquery("aged")
             rows = connection.execute(select(aged.c.lag, func.count()).group_by(aged.c.lag).order_by(aged.c.lag))
             by_lag = {int(steps): int(groups) for steps, groups in rows}
@@ -111,16 +112,7 @@ class JobDiagnosis(Noun):
         now = self._db.now()
         chosen = select(leases).where(leases.c.job_id == job_id, leases.c.state == "held").order_by(leases.c.lease_id)
         with self._db.read() as connection:
-            return [
-                HeldLease(
-                    lease_id=row.lease_id,
-                    job_id=row.job_id,
-                    step=row.step,
-                    runs=len(row.run_ids),
-                    expired_s=now - row.expires_at,
-                )
-                for row in connection.execute(chosen)
-            ]
+            return [held_lease(row, now) for row in connection.execute(chosen)]
 
     def last_steps(self, job_id: str, limit: int = 5) -> list[StepFacts]:
         """Return the newest committed steps of a job with what the trainer measured, the newest first."""
@@ -138,3 +130,15 @@ class JobDiagnosis(Noun):
         chosen = select(publishes).where(publishes.c.model == model).order_by(publishes.c.publish_id.desc())
         with self._db.read() as connection:
             return [publish_of(row) for row in connection.execute(chosen.limit(limit))]
+
+
+def held_lease(row: Any, now: float) -> HeldLease:
+    """Return the row of an unfinished lease as a record."""
+    return HeldLease(
+        lease_id=row.lease_id,
+        job_id=row.job_id,
+        step=row.step,
+        runs=len(row.run_ids),
+        expired_s=now - row.expires_at,
+        expires_at=row.expires_at,
+    )

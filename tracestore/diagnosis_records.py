@@ -132,6 +132,7 @@ class HeldLease:
     step: int
     runs: int
     expired_s: float
+    expires_at: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

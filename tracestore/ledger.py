@@ -5,6 +5,7 @@ happened. Each run is entered once per (run, job, epoch), by key. Refuses a fenc
 not account for every choice the lease planned (law 5). Called by the trainer, through `Store`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, case, func, select, update
@@ -14,7 +15,7 @@ from tracegrad.tracestore.jobs import existing_job
 from tracegrad.tracestore.leases import claimed, drop_holds
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import CheckpointRow, Consumption, Lease, PolicyVersion, StepCommit
-from tracegrad.tracestore.schema import calls, checkpoints, choices, consumption, holds, leases, ledger
+from tracegrad.tracestore.schema import calls, checkpoints, choices, consumption, holds, leases, ledger, refusals
 from tracegrad.tracestore.traces import stood_when_leased
 from tracegrad.tracestore.versions import add, existing
 
@@ -57,6 +58,31 @@ class Ledger(Noun):
             connection.execute(update(leases).where(leases.c.lease_id == row.lease_id).values(state="acknowledged"))
             drop_holds(connection, row.lease_id)
             return version
+
+    def refuse(self, lease: Lease, consumption: Sequence[Consumption]) -> None:
+        """Put the runs of a lease aside in which there is nothing to train, so that this epoch leases them no more.
+
+        `consumption` says why, choice by choice, as that of a step does; the lease is released.
+
+        Raises:
+            LeaseLost: the lease was reclaimed, released or acknowledged.
+            InvalidRecord: something of it would train, or the choices do not add up to the planned ones.
+        """
+        with self._db.write() as connection:
+            row = claimed(connection, lease)
+            if any(entry.trained_tokens for entry in consumption):
+                raise InvalidRecord(f"lease {lease.lease_id} has tokens to train: commit its step instead")
+            _check_accounted(connection, row, consumption)
+            reasons: dict[str, dict[str, int]] = {run_id: {} for run_id in row.run_ids}
+            for entry in consumption:
+                why = reasons[entry.run_id]
+                why[str(entry.reason)] = why.get(str(entry.reason), 0) + entry.excluded_tokens
+            common = {"job_id": row.job_id, "epoch": row.epoch, "created_at": self._db.now()}
+            connection.execute(
+                refusals.insert(), [{**common, "run_id": run_id, "reasons": why} for run_id, why in reasons.items()]
+            )
+            connection.execute(update(leases).where(leases.c.lease_id == row.lease_id).values(state="released"))
+            drop_holds(connection, row.lease_id)
 
     def last_checkpoint(self, job_id: str) -> CheckpointRow | None:
         """Return the newest committed step of a job, or None."""

@@ -2,9 +2,9 @@
 
 A unit is a group, or a run without a group (a group of one). It is ready when every planned member is settled (it
 failed, or closed and its grace time is over), enough members are eligible (closed, rewarded, with an exactly recorded
-call to the model), none is held or trained by the job in this epoch, and the oldest weights that sampled it are recent
-enough. Purpose `eval` is refused here, and by the schema again. What a rule means for one call and one reward stands in
-`rules` as well, for the trainer.
+call to the model), none is held, trained or refused by the job in this epoch, and the oldest weights that sampled it
+are recent enough. Purpose `eval` is refused here, and by the schema again. What a rule means for one call and one
+reward stands in `rules` as well, for the trainer.
 
 What is ready is looked for among the runs that recent weights sampled (`in_reach`): a queue does not become slower with
 what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
@@ -36,6 +36,7 @@ from tracegrad.tracestore.schema import (
     holds,
     ledger,
     policy_versions,
+    refusals,
     rewards,
     runs,
 )
@@ -133,6 +134,11 @@ def is_trained(job_id: str, epoch: int) -> ColumnElement[bool]:
     return exists().where(ledger.c.job_id == job_id, ledger.c.run_id == runs.c.run_id, ledger.c.epoch == epoch)
 
 
+def is_refused(job_id: str, epoch: int) -> ColumnElement[bool]:
+    """Whether the job found nothing to train in the batch of the run, in this epoch."""
+    return exists().where(refusals.c.job_id == job_id, refusals.c.run_id == runs.c.run_id, refusals.c.epoch == epoch)
+
+
 def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
     """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds.
 
@@ -198,6 +204,7 @@ def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool]
             case((eligible, oldest)).label("oldest"),
             case((is_held(job_id), 1), else_=0).label("held"),
             case((is_trained(job_id, rule.epoch), 1), else_=0).label("trained"),
+            case((is_refused(job_id, rule.epoch), 1), else_=0).label("refused"),
         )
         .select_from(runs.outerjoin(groups, groups.c.group_id == runs.c.group_id))
         .where(is_allowed(rule) if among is None else and_(is_allowed(rule), among))
@@ -217,6 +224,7 @@ def units(member: Subquery) -> Subquery:
             func.min(member.c.oldest).label("oldest"),
             func.max(member.c.held).label("held"),
             func.max(member.c.trained).label("trained"),
+            func.max(member.c.refused).label("refused"),
             func.min(member.c.opened_at).label("opened_at"),
         )
         .group_by(member.c.unit)
@@ -243,5 +251,9 @@ def is_fresh(unit: Subquery, rule: LeaseRule, live_step: int | None) -> ColumnEl
 
 def is_ready(unit: Subquery, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
     """Whether the unit can be leased now."""
-    free = and_(unit.c.held == 0, unit.c.trained == 0)
-    return and_(is_complete(unit), is_large_enough(unit, rule), is_fresh(unit, rule, live_step), free)
+    return and_(is_complete(unit), is_large_enough(unit, rule), is_fresh(unit, rule, live_step), is_free(unit))
+
+
+def is_free(unit: Subquery) -> ColumnElement[bool]:
+    """Whether the job has done nothing with the unit yet in this epoch."""
+    return and_(unit.c.held == 0, unit.c.trained == 0, unit.c.refused == 0)

@@ -8,6 +8,7 @@ sentence here, so that the trainer refuses in the words in which `tracegrad doct
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 OTHER_MODEL = "other model"
 NO_ROLE = "no role"
@@ -48,6 +49,9 @@ OTHER_PROJECT = "other project"
 OUTSIDE_WINDOW = "outside the window"
 TOO_STALE = "too stale"
 NOT_LEASED = "not leased"
+REFUSED = "refused"
+NO_CALL = "no call"
+TRAINED = "trained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +160,36 @@ REASONS: Mapping[str, Words] = {
         "sampled by weights older than the job accepts",
         "train more often, raise `trainer.batch.max_staleness`, or train them offline",
     ),
+    REFUSED: Words(
+        "of batches in which the trainer found nothing to train",
+        "see `tracegrad queue --dead` for its reasons; mend them, then train in the next epoch or by another job",
+    ),
+    NO_CALL: Words("of runs in which no answer was sampled", "make the app call the proxy in this run"),
+    TRAINED: Words("that a step trained", "nothing"),
     NOT_LEASED: Words("ready and waiting", "start `tracegrad train`, or wait for enough groups"),
 }
 """What the trainer's account and conservation say. `quarantined: X` is looked up in `QUARANTINES`."""
+
+Stage = Literal["ready", "held", "waiting", "trained", "dead", "elsewhere"]
+"""Where tokens stand for a job. Dead letters are never trained by it in this epoch, unless what is said of them
+changes; what is elsewhere was never meant for the job."""
+
+WAITING = frozenset({OPEN, GRACE, NO_REWARD, GROUP_OPEN, GROUP_UNREWARDED})
+ELSEWHERE = frozenset({EVAL, OTHER_MODEL, OTHER_ROLE, OTHER_PURPOSE, OTHER_PROJECT, OUTSIDE_WINDOW})
+_STAGES: Mapping[str, Stage] = {
+    **dict.fromkeys(WAITING, "waiting"),
+    **dict.fromkeys(ELSEWHERE, "elsewhere"),
+    NOT_LEASED: "ready",
+    LEASED: "held",
+    TRAINED: "trained",
+}
+
+
+def stage_of(reason: str, *, accounted: bool = False) -> Stage:
+    """Return where tokens with this reason stand; `accounted`: a step gave it, which is final, whatever came since."""
+    stage = _STAGES.get(reason, "dead")
+    return "dead" if accounted and stage == "waiting" else stage
+
 
 QUARANTINES: Mapping[str, Words] = {
     NO_PROMPT: Words("without the token ids of their prompt", _ENGINE),

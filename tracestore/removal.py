@@ -35,6 +35,7 @@ from tracegrad.tracestore.schema import (
     langsmith_runs,
     leases,
     ledger,
+    refusals,
     rewards,
     runs,
     spans,
@@ -188,7 +189,8 @@ def _delete(connection: Connection, some: Sequence[str], now: float) -> tuple[se
     mine = select(calls.c.call_id).where(calls.c.run_id.in_(some))
     for table in (choice_payloads, call_payloads):
         gone(table, table.c.call_id.in_(mine))
-    gone(rewards, rewards.c.run_id.in_(some))
+    for table in (rewards, refusals):
+        gone(table, table.c.run_id.in_(some))
     rows["attributions"] = _delete_facts_of(connection, _call_names(connection, calls.c.run_id.in_(some)))
     gone(attributions, attributions.c.run_id.in_(some))
     gone(langsmith_runs, langsmith_runs.c.run_id.in_(some))
@@ -302,7 +304,7 @@ def _remains(connection: Connection, run_ids: Sequence[str], named: Sequence[_Na
         if found:
             left[table.name] = left.get(table.name, 0) + int(found)
 
-    for table in (runs, spans, calls, rewards, attributions, langsmith_runs, holds, ledger):
+    for table in (runs, spans, calls, rewards, attributions, langsmith_runs, holds, ledger, refusals):
         count(table, table.c.run_id.in_(run_ids))
     for start in range(0, len(named), CHUNK):
         some = named[start : start + CHUNK]

@@ -1,17 +1,38 @@
-"""Runs as a list for people: newest first, with counts and current rewards. Reads no payload."""
+"""Runs as a list for people, newest first, with counts and current rewards; and the calls that belong to no run.
+
+Reads no payload. Called by `tracegrad runs`, the commands that go through all runs, and the proxy, through `Store`.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
 from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Purpose, RunStatus, RunSummary
+from tracegrad.tracestore.records import CallStatus, Purpose, RunStatus, RunSummary
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import find_run, run_of
 from tracegrad.tracestore.schema import calls, choices, runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnplacedCall:
+    """A call that belongs to no run, in short."""
+
+    call_id: str
+    completion_id: str | None
+    project: str
+    role: str | None
+    model: str
+    requested_model: str
+    version: int | None
+    status: CallStatus
+    quarantine: str | None
+    received_at: float
+    n_sampled_tokens: int
 
 
 class RunList(Noun):
@@ -36,13 +57,59 @@ class RunList(Noun):
         chosen = select(runs).where(*(runs.c[name] == value for name, value in wanted.items() if value is not None))
         with self._db.read() as connection:
             if before is not None:
-                last = find_run(connection, before)
-                if last is None:
-                    raise NotFound(f"no run {before!r} to list before: start again without `before`")
-                earlier = and_(runs.c.opened_at == last.opened_at, runs.c.run_id < before)
-                chosen = chosen.where(or_(runs.c.opened_at < last.opened_at, earlier))
+                chosen = chosen.where(older_than(connection, before))
             rows = connection.execute(chosen.order_by(runs.c.opened_at.desc(), runs.c.run_id.desc()).limit(limit)).all()
             return _summaries(connection, [run_of(row) for row in rows])
+
+    def list_unplaced_calls(
+        self, *, project: str | None = None, limit: int = 50, before: str | None = None
+    ) -> list[UnplacedCall]:
+        """Return up to `limit` calls that nobody placed in a run, newest first; `before` is the last of a page.
+
+        Raises:
+            NotFound: `before` names no call.
+        """
+        chosen = select(calls).where(calls.c.run_id.is_(None))
+        if project is not None:
+            chosen = chosen.where(calls.c.project == project)
+        with self._db.read() as connection:
+            if before is not None:
+                last = connection.execute(select(calls.c.seq).where(calls.c.call_id == before)).scalar()
+                if last is None:
+                    raise NotFound(f"no call {before!r} to list before: start again without `before`")
+                chosen = chosen.where(calls.c.seq < last)
+            rows = connection.execute(chosen.order_by(calls.c.seq.desc()).limit(limit)).all()
+            tokens = _sampled_tokens(connection, [row.call_id for row in rows])
+        return [
+            UnplacedCall(
+                call_id=row.call_id,
+                completion_id=row.completion_id,
+                project=row.project,
+                role=row.role,
+                model=row.model,
+                requested_model=row.requested_model,
+                version=row.version_dispatched,
+                status=row.status,
+                quarantine=row.quarantine,
+                received_at=row.received_at,
+                n_sampled_tokens=tokens.get(row.call_id, 0),
+            )
+            for row in rows
+        ]
+
+
+def older_than(connection: Connection, run_id: str) -> ColumnElement[bool]:
+    """Whether the run of the row comes after this one in a list, newest first. Raises NotFound."""
+    last = find_run(connection, run_id)
+    if last is None:
+        raise NotFound(f"no run {run_id!r} to list before: start again without `before`")
+    earlier = and_(runs.c.opened_at == last.opened_at, runs.c.run_id < run_id)
+    return or_(runs.c.opened_at < last.opened_at, earlier)
+
+
+def _sampled_tokens(connection: Connection, call_ids: Sequence[str]) -> dict[str, int]:
+    chosen = select(choices.c.call_id, func.sum(choices.c.n_tokens)).where(choices.c.call_id.in_(call_ids))
+    return {call_id: int(tokens) for call_id, tokens in connection.execute(chosen.group_by(choices.c.call_id))}
 
 
 def _summaries(connection: Connection, listed: Sequence[Any]) -> list[RunSummary]:

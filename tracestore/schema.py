@@ -36,7 +36,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0008"
+HEAD = "0009"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -404,7 +404,20 @@ ledger = Table(
     ),
     _never_eval(),
     Index(None, "run_id"),
+    Index(None, "job_id", "step"),
 )
+
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("job_id", String, ForeignKey("jobs.job_id"), primary_key=True),
+    Column("run_id", String, ForeignKey("runs.run_id"), primary_key=True),
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("reasons", JsonText, nullable=False),
+    _time("created_at"),
+    Index(None, "run_id"),
+)
+"""Runs in whose whole batch a job found nothing to train in an epoch: it does not lease them again there."""
 
 consumption = Table(
     "consumption",

@@ -28,6 +28,7 @@ from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
 from tracegrad.tracestore.pins import Pins
 from tracegrad.tracestore.publishes import Publishes
+from tracegrad.tracestore.queue import QueueView
 from tracegrad.tracestore.removal import Removal
 from tracegrad.tracestore.retention import Retention
 from tracegrad.tracestore.rewards import Rewards
@@ -55,6 +56,7 @@ class Store(
     Leases,
     Ledger,
     Conservation,
+    QueueView,
     Versions,
     Publishes,
     Evaluations,

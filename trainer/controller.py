@@ -4,7 +4,8 @@ It owns no weights and imports no torch; workers do the arithmetic. The commit i
 (`commit_step`): before it the step never happened, after it the step is never repeated, wherever the process dies.
 Fail closed (law 9): a refused step, a failed publish or an unreachable store ends the run with its error; the service
 keeps the last good version. What a gate rejects or a pin holds back is no failure: it is said, and the last good
-version serves on. A lost lease throws the step away and restores the last committed weights.
+version serves on. A batch with nothing to train in it is put aside and not leased again in its epoch. A lost lease
+throws the step away and restores the last committed weights.
 Offline (no publisher): versions are committed and not published, and the run ends when the store has no more ready
 groups. Called by `tracegrad.trainer.command` and by tests.
 """
@@ -27,7 +28,7 @@ from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishRejected
-from tracegrad.trainer.errors import EngineError, PublishError, TrainerError
+from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError
 from tracegrad.trainer.gate import abandon_rejected, rejections_in_a_row, version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.lease_keeper import LeaseKeeper
@@ -45,6 +46,8 @@ from tracegrad.trainer.startup import (
 from tracegrad.trainer.tokenizer_match import check_recorded_models
 from tracegrad.trainer.workers import Trains
 
+REFUSED_IN_A_ROW = 3
+"""So many batches without anything to train are no chance: training stops, before the whole queue is put aside."""
 _COMMIT_TRIES = 5
 _COMMIT_PAUSE_S = 1.0
 
@@ -76,6 +79,7 @@ class Controller:
         self._version: PolicyVersion | None = None
         self._step = 0
         self._unserved = False
+        self._refused = 0
         self._idle_since = time.monotonic()
         self.gave_up: str | None = None
         """Why the gate ended the run before its last step."""
@@ -102,7 +106,7 @@ class Controller:
     def _start(self) -> Lease | None:
         """Bring the job to where its ledger says it is; return the lease that a former process left unfinished."""
         console, root = self._around.console, self._around.folder.checkpoints
-        self._check_recorded_models()
+        check_recorded_models(self._store, self.config, self._rule, offline=not self._around.engines)
         self._store.register_job(self._job, self._model, msgspec.to_builtins(self.config.trainer))
         lease = self._store.reclaim(self._job, self.config.trainer.batch.lease_s)
         for name in clear_orphans(self._store, self.config, root):
@@ -121,16 +125,6 @@ class Controller:
             lease = None
         self._idle_since = time.monotonic()
         return lease
-
-    def _check_recorded_models(self) -> None:
-        """Staleness and versions are one model's: other models' calls train offline only, and with its tokens only."""
-        named = self.config.trainer.batch.runs.recorded_models
-        if named and self._around.engines:
-            raise TrainerError(
-                f"trainer.batch.runs.recorded_models names {', '.join(named)}: calls of other models can be trained "
-                "with --offline only"
-            )
-        check_recorded_models(self._store, self.config, self._rule)
 
     def _start_publishing(self, version: PolicyVersion) -> None:
         console, engines = self._around.console, self._around.engines
@@ -219,6 +213,9 @@ class Controller:
         except LeaseLost as error:
             self._restore(error)
             return
+        except NothingToTrain as error:
+            self._go_on_without(error)
+            return
         crash.reached("after-ledger", step)
         line = {**metrics, "version": self._current.version_id, "publish": None}
         try:
@@ -241,7 +238,14 @@ class Controller:
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
             samples = build_batch(self._store.lease_traces(lease, self._rule), self._rule)
             parent = self._current
-            result = self._workers.step(lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens)
+            try:
+                result = self._workers.step(
+                    lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens
+                )
+            except NothingToTrain:
+                self._store.refuse(keeper.current, samples.consumption)
+                raise
+            self._refused = 0
             crash.reached("after-step", step)
             crash.soon("during-checkpoint", step, delay_s=0.02)
             saved = self._workers.save(str(self._around.folder.checkpoints), step)
@@ -315,6 +319,18 @@ class Controller:
         sequences = self._workers.probe_sequences(settings.publish.probe_tokens, settings.seed)
         if "result" in (self._publish(sequences) or {}):
             self._around.console.say(f"the pin is off: version {self._current.version_id} is live")
+
+    def _go_on_without(self, error: NothingToTrain) -> None:
+        """The runs are put aside and leased no more in this epoch. One such batch may be chance, a row of them is not.
+
+        Raises:
+            NothingToTrain: it was one of a row.
+        """
+        self._refused += 1
+        if self._refused == REFUSED_IN_A_ROW:
+            raise NothingToTrain(f"{error} The same of {REFUSED_IN_A_ROW} batches in a row: stopped") from error
+        self._around.console.say(f"{error} Its runs are put aside: `tracegrad queue --dead`")
+        self._idle_since = time.monotonic()
 
     # -- afterwards
 

@@ -20,7 +20,7 @@ from tracegrad.tracestore.reasons import sentences
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.credit import token_starts
-from tracegrad.trainer.errors import StepRefused, TrainerError
+from tracegrad.trainer.errors import NothingToTrain, TrainerError
 from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
@@ -142,11 +142,12 @@ class Learner:
         `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`.
 
         Raises:
+            NothingToTrain: no choice may be trained; the message says why, and of how many tokens.
             StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before.
         """
         started = time.monotonic()
         if not samples.choices:
-            raise StepRefused(
+            raise NothingToTrain(
                 f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. "
                 + ". ".join(sentences(samples.excluded_tokens))
             )

@@ -2,7 +2,7 @@
 
 Read from the tokenizer files of the two checkpoints (which token has which id, not how text is cut or templates are
 written: ids are never made from text here). Refuses models whose ids differ, and those of which it cannot be seen; ids
-never cross tokenizers. Called by the controller before an offline job that names `recorded_models`.
+never cross tokenizers. Online it refuses them all. Called by the controller before anything is leased.
 """
 
 import hashlib
@@ -18,12 +18,18 @@ from tracegrad.trainer.errors import TrainerError
 _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "added_tokens.json")
 
 
-def check_recorded_models(store: Store, config: Config, rule: LeaseRule) -> None:
+def check_recorded_models(store: Store, config: Config, rule: LeaseRule, *, offline: bool) -> None:
     """Compare the tokens of every recorded model with those of the model that is trained.
 
     Raises:
-        TrainerError: the ids of one mean other tokens, or its tokenizer cannot be found.
+        TrainerError: the ids of one mean other tokens, its tokenizer cannot be found, or the job is not offline.
     """
+    named = config.trainer.batch.runs.recorded_models
+    if named and not offline:
+        raise TrainerError(
+            f"trainer.batch.runs.recorded_models names {', '.join(named)}: age is counted in steps of one model, so "
+            "calls of others can be trained with --offline only"
+        )
     if not rule.recorded_models:
         return
     own_folder = Path(config.models[rule.model].checkpoint)

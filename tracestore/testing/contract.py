@@ -23,6 +23,7 @@ from tracegrad.tracestore.testing.placing import (
 )
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
+from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
 
 
@@ -38,6 +39,9 @@ class StoreContract(
     ReadinessContract,
     LeaseContract,
     LedgerContract,
+    QueueViewContract,
+    RefusalContract,
+    UnplacedContract,
     VersionContract,
     PublishContract,
     GateContract,

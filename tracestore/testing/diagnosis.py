@@ -334,7 +334,7 @@ class JobDiagnosisContract:
         lease = take(store, step=2, lease_s=60)
         clock.advance(100)
         assert store.held_leases(JOB) == [
-            HeldLease(lease_id=lease.lease_id, job_id=JOB, step=2, runs=2, expired_s=40.0)
+            HeldLease(lease_id=lease.lease_id, job_id=JOB, step=2, runs=2, expired_s=40.0, expires_at=clock.now - 40)
         ]
         store.release(lease)
         assert store.held_leases(JOB) == []

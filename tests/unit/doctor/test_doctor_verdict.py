@@ -109,7 +109,11 @@ def test_a_healthy_store_gets_no_word() -> None:
             "problem",
             "lease expired",
             "lease 3 of job 'main' (step 4, 16 runs) expired 40 s ago",
-            {"jobs": [job(leases=[HeldLease(lease_id=3, job_id="main", step=4, runs=16, expired_s=40.2)])]},
+            {
+                "jobs": [
+                    job(leases=[HeldLease(lease_id=3, job_id="main", step=4, runs=16, expired_s=40.2, expires_at=0.0)])
+                ]
+            },
         ),
         (
             "problem",
@@ -337,7 +341,7 @@ def test_the_lines_of_a_report() -> None:
                 excluded={"greedy": 5, "aborted": 2},
                 trained_lags={0: 8, 1: 2},
                 waiting=WaitingGroups(live_step=4, max_staleness=1, by_lag={0: 3, 2: 1}),
-                leases=[HeldLease(lease_id=3, job_id="main", step=5, runs=8, expired_s=-20.0)],
+                leases=[HeldLease(lease_id=3, job_id="main", step=5, runs=8, expired_s=-20.0, expires_at=0.0)],
                 steps=[step(reward=0.25, ratio_mean=1.0, clip_fraction=0.015, kl=None, stale_tokens=12)],
             )
         ],

@@ -17,9 +17,10 @@ from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
 from tracegrad.tracestore.records import Lease
 from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.rows import sql
 from tracegrad.trainer.checkpoints import list_checkpoints
 from tracegrad.trainer.controller import step_seed
-from tracegrad.trainer.errors import CheckpointError, JobBusy, StepRefused, TrainerError
+from tracegrad.trainer.errors import CheckpointError, JobBusy, NothingToTrain, StepRefused, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.lease_keeper import LeaseKeeper
@@ -221,3 +222,30 @@ def test_the_keeper_renews_and_reports_a_loss(configure: Configure, store: Store
         assert away.renewed.wait(10)
     with pytest.raises(LeaseLost):
         _ = keeper.current
+
+
+def only_context(store: Store, *groups: int) -> None:
+    """Flag every answer of these groups, so that nothing in them may train."""
+    for group in groups:
+        sql(store, "UPDATE choices SET flags = '[\"greedy\"]' WHERE call_id LIKE :call", call=f"call-s0-g{group:03d}-%")
+
+
+def test_a_batch_with_nothing_to_train_is_put_aside_once(configure: Configure, store: Store) -> None:
+    """It is not leased again, not by the next start either; the other groups are trained."""
+    only_context(store, 0, 1)
+    said = train(configure(steps=9), store)
+    aside = [line for line in said if "nothing to train" in line]
+    assert len(aside) == 1 and aside[0].startswith("step 1: nothing to train in 8 runs. greedy: ")
+    assert said[-1] == "stopped after step 3: 0 ready groups are left, a step takes 2"
+    assert store.consumption("test").excluded.keys() == {"refused"}
+    assert [one.refused.keys() for one in store.dead_runs("test")] == [{"greedy"}] * 8
+    assert "nothing to train" not in "".join(train(configure(steps=9), store))
+
+
+def test_batch_after_batch_with_nothing_to_train_stops(configure: Configure, store: Store) -> None:
+    """That is no chance: the rest of the queue stays as it is."""
+    only_context(store, *range(8))
+    with pytest.raises(NothingToTrain, match="3 batches in a row: stopped"):
+        train(configure(), store)
+    assert store.queue("test").groups == {"not leased": 2, "refused": 6}
+    assert store.last_checkpoint("test") is None

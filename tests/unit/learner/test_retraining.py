@@ -18,9 +18,11 @@ from sqlalchemy import select
 from tracegrad.adapters.reward_command import reward
 from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import RunTrace, Task
+from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.schema import calls, checkpoints, consumption, ledger
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.errors import TrainerError
+from tracegrad.trainer.tokenizer_match import check_recorded_models
 
 Configure = Callable[..., Config]
 
@@ -167,6 +169,9 @@ def test_ids_never_cross_tokenizers(configure: Configure, store: Store, base: Pa
     unknown = split(configure(), base, "plan_m", recorded_models=["lost"])
     with pytest.raises(TrainerError, match=r"the tokenizer of 'lost' is not to be found .*models\.lost\.checkpoint"):
         train(unknown, store)
+    online = split(configure(), base, "plan_m", recorded_models=["tiny"])
+    with pytest.raises(TrainerError, match="--offline only"):
+        check_recorded_models(store, online, lease_rule(online), offline=False)
     assert [job.job_id for job in store.list_jobs()] == []
 
 

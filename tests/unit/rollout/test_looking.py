@@ -74,6 +74,20 @@ def test_runs_are_listed_with_calls_tokens_and_rewards(url: str) -> None:
     assert "no such runs" in invoke("runs", "--store", url, "--purpose", "eval").stdout
 
 
+def test_calls_of_no_run_are_listed(url: str) -> None:
+    assert invoke("runs", "--unplaced", "--store", url).stdout == "every call belongs to a run\n"
+    store = open_store(url)
+    store.append_calls([call(n, attribution=Attribution(role="planner", role_source="key")) for n in (7, 8, 9)])
+    store.close()
+    newest, inside, *_ = invoke("runs", "--unplaced", "--store", url).stdout.splitlines()
+    assert newest.startswith("call_9  1970-") or newest.startswith("call_9  1969-")
+    assert inside == "    2 tokens; planner → main"
+    rest = json.loads(invoke("runs", "--unplaced", "--store", url, "--before", "call_8", "--json").stdout)
+    assert [(one["call_id"], one["n_sampled_tokens"]) for one in rest] == [("call_7", 2)]
+    assert invoke("runs", "--unplaced", "--store", url, "--status", "open").exit_code == 2
+    assert "to list before" in invoke("runs", "--unplaced", "--store", url, "--before", "nobody").stderr
+
+
 def test_a_run_is_shown(url: str) -> None:
     shown = invoke("show", "run_a", "--store", url).stdout
     assert "temperature 0.8 (asked: 0)" in shown

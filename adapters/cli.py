@@ -20,6 +20,7 @@ HELPS = {
     "run": "Run a program with its model calls going through the proxy.",
     "rollout": "Drive a graph over a task file, in groups, for training.",
     "eval": "Score a graph over a task file, as its users get it: no sampling override, never trained on.",
+    "gate": "Evaluate what is to be published, over held-out tasks, until Ctrl-C.",
     "status": "Say what is up, what is live, what waits, and what is wrong (then with exit status 1).",
     "runs": "List the newest runs.",
     "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
@@ -30,8 +31,9 @@ HELPS = {
     "export": "Write runs to a folder of Parquet files that HF datasets loads in one line.",
     "import": "Put an exported folder into a store, byte for byte.",
     "store": "Care for the trace store: delete, prune, vacuum, check, back up.",
-    "versions": "List the policy versions with their publishes: state, times, what the probe saw.",
+    "versions": "List the policy versions with their publishes: state, times, probe, and what the gate decided.",
     "rollback": "Publish the older VERSION again and abandon the newer ones.",
+    "pin": "Hold serving at VERSION, whatever is trained meanwhile; --off publishes the newest again.",
 }
 _EXTRAS = {
     "train": {"torch", "transformers", "ray", "peft", "accelerate", "safetensors", "numpy", "tensorboard"},

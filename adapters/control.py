@@ -29,12 +29,16 @@ class Control:
     def __init__(self, client: ProxyClient, *, source: str, patience_s: float = 120.0, pause_s: float = 0.5) -> None:
         self.client = client
         self._source = source
-        self._patience_s = patience_s
+        self._patience_s = self._usual_patience_s = patience_s
         self._pause_s = pause_s
 
     def hurry(self, patience_s: float = 5.0) -> None:
         """Wait no longer than this from now on: somebody wants to leave."""
         self._patience_s = min(self._patience_s, patience_s)
+
+    def take_time(self) -> None:
+        """Nobody wants to leave any more: wait as long as at first."""
+        self._patience_s = self._usual_patience_s
 
     async def put_tasks(self, tasks: Sequence[Task]) -> None:
         """Store tasks, some hundreds a request."""

@@ -2,7 +2,7 @@
 
 It measures the app as its users get it: nothing overrides its sampling, and an eval run can never be trained on.
 Failed runs are reported apart and are never a score of 0. Intervals resample tasks; the runs of one task are
-averaged first. Called by `tracegrad eval`, or from Python: `asyncio.run(Evaluation(...).run())`.
+averaged first. Called by `tracegrad eval` and `tracegrad gate`, or from Python: `asyncio.run(Evaluation(...).run())`.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 
 from tracegrad.adapters.control import Control
 from tracegrad.adapters.execution import RunExecutor, RunOutcome
-from tracegrad.adapters.schedule import run_id
+from tracegrad.adapters.schedule import stable_id
 from tracegrad.adapters.scoring import run_scores
 from tracegrad.tracestore.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from tracegrad.tracestore.records import Run, RunStatus, Task
@@ -56,7 +56,10 @@ class EvalReport:
 
 
 class Evaluation:
-    """Evaluates one app over `tasks`. `run` is called once; `tell` hears of every run that ends."""
+    """Evaluates one app over `tasks`. `run` is called once; `tell` hears of every run that ends.
+
+    Ids of runs begin with `prefix` and depend on `name`.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Evaluation:
         *,
         repeat: int = 1,
         concurrency: int = 16,
+        prefix: str = "run",
         tell: Callable[[RunOutcome], None] = lambda outcome: None,
     ) -> None:
         self._name = name
@@ -75,6 +79,7 @@ class Evaluation:
         self._control = control
         self._repeat = repeat
         self._concurrency = concurrency
+        self._prefix = prefix
         self._tell = tell
 
     async def run(self) -> list[EvalRow]:
@@ -98,7 +103,8 @@ class Evaluation:
         return [task.result() for task in started]
 
     async def _execute(self, task: Task, repeat: int, slots: asyncio.Semaphore) -> EvalRow:
-        run = Run(run_id=run_id(self._name, task.task_id, repeat, 0), purpose="eval", task_id=task.task_id)
+        run_id = stable_id(self._prefix, self._name, task.task_id, repeat, 0)
+        run = Run(run_id=run_id, purpose="eval", task_id=task.task_id)
         async with slots:
             outcome = await self._executor.execute(run, task)
         self._tell(outcome)

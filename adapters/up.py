@@ -1,8 +1,8 @@
-"""`tracegrad up`: store, engine, proxy and trainer as supervised processes; Ctrl-C stops all of them.
+"""`tracegrad up`: store, engine, proxy, publish gate and trainer as supervised processes; Ctrl-C stops all of them.
 
-It only spawns: the engine, the proxy and the trainer are the commands a person could type. It brings the store's
-schema up to date first, starts each child once the one before it answers, restarts what crashes, and gives up with
-a plain message when something keeps crashing. No child outlives it, even if it is killed.
+It only spawns: engine, proxy, gate and trainer are the commands a person could type. It brings the store's schema up to
+date first, starts each child once the one before it answers, restarts what crashes, and gives up with a plain message
+when something keeps crashing. No child outlives it, even if it is killed.
 """
 
 import json
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import click
 
+from tracegrad.adapters.rollout_errors import TaskFileError
 from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Supervisor, supervise
+from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 
-_COLOURS = {"engine": "magenta", "proxy": "cyan", "train": "green"}
+_COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
 _ENDS = (0, 3)
 """Of the trainer: all steps are done, or its publish gate ended it. Either way the live version serves on."""
 _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
@@ -50,6 +52,8 @@ def child_specs(
     # The proxy is up when it answers; that it is unwell because somebody else's engine is away is not its failure.
     command = (*_TRACEGRAD, "proxy", *file, *proxy_options)
     specs.append(ChildSpec(name="proxy", command=command, ready_urls=(health,), any_answer=True))
+    if train and config.trainer.publish.gate is not None:
+        specs.append(ChildSpec(name="gate", command=(*_TRACEGRAD, "gate", *file)))
     if train:
         specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True, final_codes=_ENDS))
     return tuple(specs)
@@ -60,6 +64,7 @@ def _refuse(config: Config) -> None:
 
     Raises:
         ConfigError: a checkpoint is not there, the key of an outside API is not set, or the proxy would be open to all.
+        TaskFileError: the gate's tasks cannot be read.
     """
     from tracegrad.adapters.proxy.access import check_address
     from tracegrad.adapters.proxy.outside import outside_apis
@@ -69,6 +74,8 @@ def _refuse(config: Config) -> None:
             check_checkpoint(name, model)
     outside_apis(config, os.environ)
     check_address(config.proxy)
+    if config.trainer.publish.gate is not None:
+        load_tasks(config.trainer.publish.gate.tasks)
 
 
 def _reachable(host: str) -> str:
@@ -140,7 +147,7 @@ def up(
             raise click.UsageError("no model of the configuration is trained: add --no-train")
         _refuse(config)
         open_store(config.store).close()
-    except TraceStoreError as error:
+    except (TraceStoreError, TaskFileError) as error:
         raise click.ClickException(str(error)) from error
     options = (*(() if log_format is None else ("--log-format", log_format)), *(("--verbose",) if verbose else ()))
     supervisor = Supervisor(

@@ -35,15 +35,17 @@ from fake_sampling import (
     split_reasoning,
     token_text,
 )
+from fake_swaps import SwapWire
 
 __all__ = ["EOS", "FINGERPRINT", "FIRST_BYTE", "FakeEngine", "ServerThread", "encode_text", "logprob_of"]
 
 
-class FakeEngine(CompletionsWire, RenderingWire):
+class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
     """The ASGI application. Attributes are knobs for tests; `requests` are the bodies it was sent."""
 
     def __init__(self, name: str = "fake", *, token_delay_s: float = 0.0) -> None:
         RenderingWire.__init__(self)
+        SwapWire.__init__(self)
         self.name = name
         self.token_delay_s = token_delay_s
         self.max_model_len = 2048
@@ -88,6 +90,8 @@ class FakeEngine(CompletionsWire, RenderingWire):
             await self._answer(scope, receive, send)
         elif where == ("GET", "/weight_info") and self.version is not None:
             await reply(send, 200, dumps({"weight_version": self.version}))
+        elif where[0] == "POST" and where[1] in self.PATHS and self.version is not None:
+            await self._develop(where[1], receive, send)
         else:
             await reply(send, 404, dumps({"detail": "Not Found"}))
 

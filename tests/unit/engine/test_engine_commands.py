@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
 from ports import free_port
 
+from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine_command import engine
 from tracegrad.trainer.versions_command import rollback, versions
@@ -150,6 +151,57 @@ def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine
     table = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "140"}).output
     assert "LIVE" in table
     assert "0.012" in table
+
+
+def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    open_store(f"sqlite:///{tmp_path}/store.db").close()
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    fill(store, tmp_path, [1.0, 2.0])
+    live = store.live_version("main")
+    assert live is not None
+    measured = Measured(
+        version_id=live.version_id,
+        publish_id=None,
+        name="baseline",
+        tasks_hash="t",
+        score="f1",
+        started_at=1.0,
+        run_ids=("a", "b"),
+        values={"one": 0.5, "two": 0.55},
+    )
+    store.add_evaluation(measured)
+    why = "mean f1 0.4312 differs by -0.09377 from the live version's over 128 tasks (perhaps -0.11, at confidence 0.9)"
+    decision = {"passed": False, "judged": True, "why": why, "mean": 0.43125, "difference": -0.09377}
+    for step in (120_002, 120_003):
+        version = store.add_version(
+            model="main",
+            kind="step",
+            parent_id=None,
+            checkpoint_path=f"w{step}",
+            checkpoint_hash="h",
+            step=step,
+            job_id=None,
+        )
+        publish = store.request_publish(version.version_id, gate={"timeout_s": 1.0})
+        if step == 120_002:
+            store.advance_publish(publish.publish_id, "rejected", decision=decision)
+        else:
+            store.advance_publish(publish.publish_id, "failed", error="no engine")
+            store.skip_publish(version.version_id, "model 'main' is pinned at version 2")
+    store.pin_version(live.version_id, "by hand")
+    store.close()
+    shown = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "80"}).output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown and "..." not in shown, "nothing is cut off"
+    for expected in ("LIVE, pinned", "new 0.012", "0.525", "0.431 (-0.094)", "rejected", "skipped"):
+        assert expected in shown, expected
+    plain = " ".join(shown.split())
+    assert f"version 3 rejected: {why}" in plain
+    assert "version 4 skipped: model 'main' is pinned at version 2" in plain
+    rows = json.loads(CliRunner().invoke(versions, ["--config", config, "--json"]).output)
+    assert [(row["pinned"], len(row["evaluations"])) for row in rows] == [(False, 0), (True, 1), (False, 0), (False, 0)]
+    assert rows[2]["publishes"][0]["decision"]["why"] == why
 
 
 def test_rollback_reaches_every_replica(tmp_path: Path, fake: FakeEngine) -> None:

@@ -243,6 +243,11 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     engine["external"] = True
     external = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in external] == ["proxy", "train"]
+    gate = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"minimum": 0.5}}
+    raw["trainer"] = {"publish": {"gate": gate}}
+    gated = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
+    assert [spec.name for spec in gated] == ["proxy", "gate", "train"]
+    assert gated[-1].final_codes == (0, 3), "a trainer that its gate ended is not started again"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,14 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
         (
             {"models": {"main": {"trained": False, "api": {"url": "http://a/v1", "key_env": "NO_KEY", "model": "m"}}}},
             "names the environment variable NO_KEY, which is not set",
+        ),
+        (
+            {
+                "trainer": {
+                    "publish": {"gate": {"app": "a:g", "tasks": "gone", "reward": "r:f", "rule": {"minimum": 1}}}
+                }
+            },
+            r"cannot read the task file /.*/gone",
         ),
         ({"proxy": {"host": "0.0.0.0", "access": {"keys": "off"}}}, "0.0.0.0 can be reached from other machines"),
     ],

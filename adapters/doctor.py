@@ -8,19 +8,16 @@ Only `--deep` reads payloads; everything else is counted from metadata.
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress as Bar
 
-from tracegrad.adapters.doctor_report import Progress, Report, as_json, gather
+from tracegrad.adapters.doctor_report import Report, gather, values_of
 from tracegrad.adapters.doctor_text import lines, verdict_lines
 from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
-from tracegrad.adapters.opening import open_existing
+from tracegrad.adapters.opening import open_existing, progress, which_store
 from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
 from tracegrad.tracestore.errors import ConfigError, NotFound, TraceStoreError
 from tracegrad.tracestore.moments import moment_of
@@ -34,22 +31,18 @@ _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
 @click.option("--since", metavar="AGE|TIME", help="What came since: 30m, 2h, 7d, or an ISO time.")
 @click.option("--job", "job_id", help="This training job, and the calls to its model. Default: every job.")
 @click.option("--project", help="Only this project. Default: every project.")
-@click.option(
-    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
-)
-@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@which_store
 @click.option("--deep", is_flag=True, help="Read every payload too: lengths, NaN, what is missing.")
-@click.option("--json", "json_wanted", is_flag=True, help="One JSON object.")
 def doctor(
     *,
     run_id: str | None,
     since: str | None,
     job_id: str | None,
     project: str | None,
-    config_path: Path | None,
+    path: Path | None,
     url: str | None,
     deep: bool,
-    json_wanted: bool,
+    as_json: bool,
 ) -> None:
     """Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).
 
@@ -61,13 +54,13 @@ def doctor(
     if run_id is not None and since is not None:
         raise click.UsageError("a run is looked at whole: give RUN or --since, not both")
     began = None if since is None else moment(since, time.time())
-    store = open_existing(config_path, url)
+    store = open_existing(path, url)
     try:
-        with _progress() as progress:
+        with progress() as say:
             jobs = _jobs(store, job_id)
             model = jobs[0].model if job_id is not None else None
             extent = Extent(run_id=run_id, project=project, model=model, since=began)
-            report = gather(store, extent, jobs, deep=deep, progress=progress)
+            report = gather(store, extent, jobs, deep=deep, progress=say)
     except NotFound as error:
         raise click.UsageError(f"{error}; `tracegrad runs` lists what there is") from error
     except TraceStoreError as error:
@@ -75,7 +68,7 @@ def doctor(
     finally:
         store.close()
     findings = judge(report)
-    if json_wanted:
+    if as_json:
         click.echo(json.dumps(told(report, findings), ensure_ascii=False))
     else:
         _print(Console(soft_wrap=True), report, findings)
@@ -85,7 +78,7 @@ def doctor(
 def told(report: Report, findings: list[Finding]) -> dict[str, object]:
     """Return the whole answer as JSON values."""
     verdict = [{"level": one.level, "code": one.code, "text": one.text} for one in findings]
-    return {"ok": is_well(findings), "verdict": verdict, **as_json(report)}
+    return {"ok": is_well(findings), "verdict": verdict, **values_of(report)}
 
 
 def moment(since: str, now: float) -> float:
@@ -110,19 +103,6 @@ def _jobs(store: Store, job_id: str | None) -> list[JobFacts]:
         names = ", ".join(job.job_id for job in known) or "none yet"
         raise click.UsageError(f"no training job {job_id!r}; the store knows: {names}")
     return found
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A line on standard error while something is counted; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def say(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        yield say
 
 
 def _print(console: Console, report: Report, findings: list[Finding]) -> None:

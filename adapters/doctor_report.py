@@ -27,8 +27,8 @@ from tracegrad.tracestore.diagnosis_records import (
 from tracegrad.tracestore.records import DriftCount, Publish, Run
 from tracegrad.tracestore.store import Store
 
-Progress = Callable[[str, int, int], None]
-"""Hears (what is looked at, how much is done, of how much); 0 of 0 where nobody knows."""
+Progress = Callable[[int, int, str], None]
+"""Hears (how much is done, of how much, what is looked at); 0 of 0 where nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +77,10 @@ def gather(
     store: Store, extent: Extent, jobs: Sequence[JobFacts], *, deep: bool = False, progress: Progress | None = None
 ) -> Report:
     """Count everything. Raises NotFound for an unknown run."""
-    say = progress or (lambda _what, _done, _total: None)
+    say = progress or (lambda _done, _total, _what: None)
 
     def asked(what: str) -> Extent:
-        say(what, 0, 0)
+        say(0, 0, what)
         return extent
 
     run = None if extent.run_id is None else store.get_run(extent.run_id)
@@ -101,11 +101,11 @@ def gather(
         flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names))),
         jobs=[_job(store, job, asked(f"job {job.job_id}")) for job in jobs],
         publishes={model: store.last_publishes(model) for model in sorted({job.model for job in jobs})},
-        payloads=store.check_payloads(extent, lambda done, total: say("payloads", done, total)) if deep else None,
+        payloads=store.check_payloads(extent, lambda done, total: say(done, total, "payloads")) if deep else None,
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def values_of(report: Report) -> dict[str, Any]:
     """Return the counts as JSON values; every reason for which tokens are excluded stands under `jobs`."""
     told = asdict(report)
     for job in told["jobs"]:

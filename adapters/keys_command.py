@@ -12,13 +12,11 @@ from pathlib import Path
 
 import click
 
-from tracegrad.adapters.opening import which_store
+from tracegrad.adapters.opening import read_config, which_store
 from tracegrad.adapters.scope import ENV_API_KEY
-from tracegrad.tracestore.config import Config, load_config
+from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import KEY_SCOPES, ApiKey, KeyScope
 from tracegrad.tracestore.store import Store, open_store
-
-_DEFAULT_CONFIG = Path("tracegrad.yaml")
 
 
 @click.group()
@@ -57,7 +55,7 @@ def create(
     \b
     tracegrad keys create --scope call --role planner
     """
-    config = _config(path, url)
+    config = read_config(path, url)
     _check_role(config, role)
     store = open_store(config.store)
     try:
@@ -129,17 +127,8 @@ def _check_role(config: Config, role: str | None) -> None:
     raise click.UsageError(f"the configuration has no role {role!r}; did you mean {', '.join(close)}?")
 
 
-def _config(path: Path | None, url: str | None) -> Config:
-    """Return the configuration, or one that has nothing but the store's URL."""
-    if url is not None:
-        return Config(store=url)
-    if path is None and not _DEFAULT_CONFIG.exists():
-        raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
-    return load_config(path or _DEFAULT_CONFIG)
-
-
 def _existing(path: Path | None, url: str | None) -> Store:
-    return open_store(_config(path, url).store, create=False)
+    return open_store(read_config(path, url).store, create=False)
 
 
 def _time(seconds: float | None) -> str:

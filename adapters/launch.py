@@ -32,7 +32,10 @@ _FROM_TERMINAL = ("SIGINT", "SIGQUIT")
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--proxy", help="The proxy's URL. Default: TRACEGRAD_PROXY, else what --config says.")
 @click.option(
-    "--config", "config_path", type=click.Path(dir_okay=False), help="Take the proxy's address from this file."
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False),
+    help="Take the proxy's address from this file. Default: tracegrad.yaml, where there is one.",
 )
 @click.option("--purpose", type=click.Choice(["live", "train"]), default="live", show_default=True)
 @click.option("--one-run", is_flag=True, help="The whole program is one run, also calls outside of any graph.")
@@ -71,16 +74,17 @@ def run(  # noqa: PLR0917 - click passes them by name
 
 
 def proxy_root(proxy: str | None, config_path: str | None, environ: Mapping[str, str]) -> str:
-    """Return the proxy's root URL: the option, the environment, the file, or the default address.
+    """Return the proxy's root URL: the option, the environment, the file (or tracegrad.yaml here), the default address.
 
     Raises:
         ConfigError: the file cannot be used.
     """
     if proxy or (environ.get(ENV_PROXY) and not config_path):
         return proxy or environ[ENV_PROXY]
-    from tracegrad.tracestore.config import ProxyConfig, load_config
+    from tracegrad.tracestore.config import DEFAULT_FILE, ProxyConfig, load_config
 
-    address = load_config(config_path).proxy if config_path else ProxyConfig()
+    file = config_path or (DEFAULT_FILE if DEFAULT_FILE.exists() else None)
+    address = ProxyConfig() if file is None else load_config(file).proxy
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tracegrad.adapters.fingerprint import fingerprint_of
-from tracegrad.adapters.opening import open_existing
+from tracegrad.adapters.opening import open_existing, which_store
 from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.errors import Conflict, NotFound
@@ -42,19 +42,15 @@ _COLOURS = {"open": "yellow", "closed": "green", "failed": "red"}
 
 
 @click.command()
-@click.option(
-    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
-)
-@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@which_store
 @click.option("--purpose", type=click.Choice(["train", "eval", "live"]), help="Only runs made for this.")
 @click.option("--status", type=click.Choice(["open", "closed", "failed"]), help="Only runs in this state.")
 @click.option("--unplaced", is_flag=True, help="The calls that belong to no run, in place of runs.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--before", help="Only runs older than this run (with --unplaced: call): the next page.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 def runs(
     *,
-    config_path: Path | None,
+    path: Path | None,
     url: str | None,
     purpose: Purpose | None,
     status: RunStatus | None,
@@ -66,7 +62,7 @@ def runs(
     """List the newest runs."""
     if unplaced and (purpose is not None or status is not None):
         raise click.UsageError("a call without a run has neither purpose nor status: leave --purpose and --status out")
-    store = open_existing(config_path, url)
+    store = open_existing(path, url)
     try:
         if unplaced:
             _list_unplaced(store.list_unplaced_calls(limit=limit, before=before), as_json=as_json)
@@ -89,20 +85,16 @@ def runs(
 
 @click.command()
 @click.argument("named", metavar="RUN|CALL")
-@click.option(
-    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml."
-)
-@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@which_store
 @click.option("--full", is_flag=True, help="Do not shorten texts.")
 @click.option("--mermaid", "as_mermaid", is_flag=True, help="The graph of the run, for a Mermaid renderer.")
-@click.option("--json", "as_json", is_flag=True, help="The whole trace with its edges, token ids included.")
-def show(*, named: str, config_path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool) -> None:
+def show(*, named: str, path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool) -> None:
     """Show one run, or one call: what ran inside what, tokens, rewards and versions.
 
     A call has a run or none, and is named by its own id or by that of its completion.
     """
     longest = None if full else _SHORT
-    store = open_existing(config_path, url)
+    store = open_existing(path, url)
     try:
         if not _is_run(store, named):
             if as_mermaid:

@@ -1,7 +1,7 @@
 """What commands that work on a store itself share: the options that name it, opening it, and how far they are.
 
 Refuses to make a store that is not there, unless the command is told to. Called by the
-commands `store`, `export`, `import`, `keys`, `runs`, `show` and `doctor`.
+commands `store`, `export`, `import`, `keys`, `runs`, `show`, `reward` and `doctor`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,11 +13,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tracegrad.tracestore.config import load_config
+from tracegrad.tracestore.config import DEFAULT_FILE, Config, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
-
-_DEFAULT_CONFIG = Path("tracegrad.yaml")
 
 
 def which_store(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,18 +32,18 @@ def which_store(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def store_url(path: Path | None, url: str | None) -> str:
-    """Return the URL of the store that the options name; without any, of that of the tracegrad.yaml here.
+def read_config(path: Path | None, url: str | None = None) -> Config:
+    """Return the configuration that the options name, or the tracegrad.yaml here; with a URL, nothing but that.
 
     Raises:
-        click.UsageError: nothing names one.
+        click.UsageError: nothing names a store.
         ConfigError: the configuration cannot be used.
     """
     if url is not None:
-        return url
-    if path is None and not _DEFAULT_CONFIG.exists():
+        return Config(store=url)
+    if path is None and not DEFAULT_FILE.exists():
         raise click.UsageError("which store? give --config FILE or --store URL (there is no tracegrad.yaml here)")
-    return load_config(path or _DEFAULT_CONFIG).store
+    return load_config(path or DEFAULT_FILE)
 
 
 def open_existing(path: Path | None, url: str | None) -> Store:
@@ -55,7 +53,7 @@ def open_existing(path: Path | None, url: str | None) -> Store:
         click.ClickException: no store is named, or it is not there.
     """
     try:
-        return open_store(store_url(path, url), create=False)
+        return open_store(read_config(path, url).store, create=False)
     except TraceStoreError as error:
         raise click.ClickException(str(error)) from error
 
@@ -63,7 +61,7 @@ def open_existing(path: Path | None, url: str | None) -> Store:
 @contextmanager
 def opened_store(path: Path | None, url: str | None, *, create: bool = False) -> Iterator[Store]:
     """Open the store that the options name, for the body of a command that lets the store's errors pass."""
-    opened = open_store(store_url(path, url), create=create)
+    opened = open_store(read_config(path, url).store, create=create)
     try:
         yield opened
     finally:

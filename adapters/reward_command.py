@@ -14,27 +14,24 @@ from pathlib import Path
 import click
 
 from tracegrad.adapters.entrypoint import load_entrypoint
+from tracegrad.adapters.opening import read_config, which_store
 from tracegrad.adapters.rescore import BATCH, Rescored, Rescoring, closed_runs, run_pass
 from tracegrad.adapters.rollout_errors import EntryPointError
-from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.records import Purpose
 from tracegrad.tracestore.store import open_store
 
-_DEFAULT_CONFIG = Path("tracegrad.yaml")
 _HOUR_S = 3600.0
 
 
 @click.command()
 @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
 @click.option("--with", "function_name", required=True, help="fn(trace, task) -> rewards, as module:function.")
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tracegrad.yaml.")
-@click.option("--store", "url", help="The store's SQLAlchemy URL, instead of a configuration.")
+@which_store
 @click.option("--project", help="Only runs of this project. Default: the configuration's.")
 @click.option("--purpose", type=click.Choice(["train", "eval", "live"]), help="Only runs made for this.")
 @click.option("--since-hours", type=click.FloatRange(min=0), help="Only runs opened in so many hours.")
 @click.option("--source", help="What the rewards say they come from. Default: the function's name.")
 @click.option("--dry-run", is_flag=True, help="Score, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def reward(
     *,
     run_ids: tuple[str, ...],
@@ -61,13 +58,13 @@ def reward(
     Rewards are appended; the newest of a name counts. Jobs that train from now on see them, those that have trained
     a run already do so in their next epoch.
     """
+    config = read_config(path, url)
     if url is None:
-        config = load_config(path or _DEFAULT_CONFIG)
-        url, project = config.store, project or config.project
+        project = project or config.project
     function = load_entrypoint(function_name, option="--with")
     if not callable(function):
         raise EntryPointError(f"--with {function_name!r} is a {type(function).__name__}, not a function")
-    store = open_store(url, create=False)
+    store = open_store(config.store, create=False)
     began = time.monotonic()
     last = [began]
 

@@ -5,12 +5,14 @@ date first, starts each child once the one before it answers, restarts what cras
 when something keeps crashing. No child outlives it, even if it is killed.
 """
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -18,7 +20,7 @@ from tracegrad.adapters.rollout_errors import TaskFileError
 from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Supervisor, supervise
 from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import Config, check_checkpoint, load_config
-from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.errors import ConfigError, TraceStoreError
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
 _ENDS = (0, 3)
@@ -63,7 +65,8 @@ def _refuse(config: Config) -> None:
     """Say now what a child would refuse again and again, half a minute of an engine's start later.
 
     Raises:
-        ConfigError: a checkpoint is not there, the key of an outside API is not set, or the proxy would be open to all.
+        ConfigError: a checkpoint is not there, the key of an outside API is not set, the proxy would be open to all,
+            or a port is taken.
         TaskFileError: the gate's tasks cannot be read.
     """
     from tracegrad.adapters.proxy.access import check_address
@@ -76,6 +79,29 @@ def _refuse(config: Config) -> None:
     check_address(config.proxy)
     if config.trainer.publish.gate is not None:
         load_tasks(config.trainer.publish.gate.tasks)
+    _refuse_taken_ports(config)
+
+
+def _refuse_taken_ports(config: Config) -> None:
+    """A second `tracegrad up` would load an engine's weights before it found the first one's there."""
+    from tracegrad.adapters.proxy.workers import listen
+
+    wanted = [(config.proxy.host, config.proxy.port, "the proxy", "proxy.port")]
+    for name, model in config.models.items():
+        for each in model.each_engine():
+            at = urlsplit(each.engine.url)
+            if model.api is None and not each.engine.external and at.port is not None:
+                setting = f"models.{name}.engine.url or replicas"
+                wanted.append((each.engine.bind or at.hostname or "", at.port, f"an engine of {name}", setting))
+    for host, port, who, setting in wanted:
+        try:
+            listen(host, port).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"{host}:{port} is taken, and {who} is to listen there: is `tracegrad up` running already "
+                    f"(`tracegrad status` says)? Stop what listens there, or set another {setting}"
+                ) from error
 
 
 def _reachable(host: str) -> str:

@@ -15,6 +15,9 @@ import yaml
 
 from tracegrad.tracestore.errors import ConfigError
 
+DEFAULT_FILE = Path("tracegrad.yaml")
+"""What commands read where no file is named."""
+
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
 

@@ -149,3 +149,9 @@ def test_what_is_no_function_or_no_reward_is_said(store: Store, tmp_path: Path) 
     assert nowhere.exit_code == 1 and "there is no store" in nowhere.output
     empty = reward(store, "length", "--project", "none")
     assert "no closed run" in empty.output
+
+
+def test_a_folder_without_a_configuration_is_told_what_to_name(store: Store) -> None:
+    asked = CliRunner().invoke(main, ["reward", "--with", "rules_of_test:length"])
+    assert asked.exit_code == 2
+    assert "which store? give --config FILE or --store URL" in asked.output

@@ -284,6 +284,25 @@ def test_what_a_child_would_refuse_is_said_before_anything_starts(
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("what", "setting"), [("proxy", "proxy.port"), ("engine", "models.main.engine.url")])
+def test_a_second_up_on_the_same_ports_is_told_so_before_anything_starts(
+    tmp_path: Path, what: str, setting: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        taken = first.getsockname()[1]
+        ports = {"proxy": free_port(), "engine": free_port()} | {what: taken}
+        (tmp_path / "w").mkdir()
+        model = {"checkpoint": "w", "engine": {"url": f"http://127.0.0.1:{ports['engine']}"}}
+        path = tmp_path / "tracegrad.yaml"
+        raw = {"store": "sqlite:///t.db", "models": {"main": model}, "proxy": {"port": ports["proxy"]}}
+        path.write_text(json.dumps(raw))
+        refused = CliRunner().invoke(up, ["--config", str(path), "--no-train"])
+    assert refused.exit_code == 1
+    assert f"127.0.0.1:{taken} is taken" in refused.stderr and setting in refused.stderr
+    assert "`tracegrad up` running already" in refused.stderr
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "w"]
+
+
 @pytest.mark.parametrize(
     ("host", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]")]
 )

@@ -229,11 +229,16 @@ def test_the_environment_points_at_the_proxy_and_keeps_what_was_set() -> None:
     assert "TRACEGRAD_RUN" not in environment(given, root)
 
 
-def test_where_the_proxy_is(tmp_path: Path) -> None:
-    config = tmp_path / "tracegrad.yaml"
+def test_where_the_proxy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "other.yaml"
     config.write_text("proxy: {host: 0.0.0.0, port: 9999}\n")
     environ = {"TRACEGRAD_PROXY": "http://env:1"}
     assert proxy_root("http://option:1", str(config), environ) == "http://option:1"
     assert proxy_root(None, None, environ) == "http://env:1"
     assert proxy_root(None, str(config), environ) == "http://127.0.0.1:9999"
     assert proxy_root(None, None, {}) == "http://127.0.0.1:8080"
+    (tmp_path / "tracegrad.yaml").write_text("proxy: {port: 9998}\n")
+    assert proxy_root(None, None, {}) == "http://127.0.0.1:9998"
+    assert proxy_root(None, None, environ) == "http://env:1"
+    assert proxy_root(None, str(config), environ) == "http://127.0.0.1:9999"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, and_, delete, func, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import InvalidRecord, LeaseLost
@@ -19,7 +19,7 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import live_step
 from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
-from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
+from tracegrad.tracestore.schema import CONTENT_DELETED, attributions, calls, holds, jobs, leases, rewards, runs
 
 
 class Leases(Noun):
@@ -157,9 +157,12 @@ def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now
     for row in rows:
         by_unit[row.unit][row.run_id] = row.purpose
     taken = {run_id: purpose for key in chosen for run_id, purpose in by_unit[key].items()}
-    free = select(runs.c.run_id).where(runs.c.run_id.in_(taken)).order_by(runs.c.run_id)
-    locked = connection.execute(free.with_for_update(skip_locked=True)).all()
-    return taken if len(locked) == len(taken) else None  # a member is being written to this moment: ask again
+    there = and_(runs.c.run_id.in_(taken), runs.c.error.is_distinct_from(CONTENT_DELETED))
+    free = select(runs.c.run_id).where(there).order_by(runs.c.run_id).with_for_update(key_share=True, skip_locked=True)
+    whole = all(len(by_unit[key]) >= max(rule.min_group, 1) for key in chosen)
+    if not whole or len(connection.execute(free).all()) < len(taken):
+        return None  # a member is being written to this moment, or was just deleted: ask again
+    return taken
 
 
 def rule_of(stored: Any) -> LeaseRule | None:

@@ -172,7 +172,8 @@ def _release(connection: Connection, run_ids: Sequence[str]) -> None:
     for start in range(0, len(run_ids), CHUNK):
         held = select(holds.c.lease_id).where(holds.c.run_id.in_(run_ids[start : start + CHUNK]))
         lease_ids = list(connection.execute(held.distinct()).scalars())
-        connection.execute(update(leases).where(leases.c.lease_id.in_(lease_ids)).values(state="released"))
+        theirs = and_(leases.c.lease_id.in_(lease_ids), leases.c.state == "held")  # one may commit while we wait for it
+        connection.execute(update(leases).where(theirs).values(state="released"))
         connection.execute(delete(holds).where(holds.c.lease_id.in_(lease_ids)))
 
 

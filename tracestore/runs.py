@@ -164,11 +164,12 @@ def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:
 
     Whoever adds calls or rewards to a run, leases it or ends it does this first, always in the order of the ids: so
     the sequence numbers inside one run grow in commit order, and two writers cannot wait for each other in a ring.
+    Who only names the run in a row of its own (a step that is committed) does not wait: it locks in no order.
     """
     if connection.dialect.name == "postgresql":
         ids = sorted(set(run_ids))
         connection.execute(
-            select(runs.c.run_id).where(runs.c.run_id.in_(ids)).order_by(runs.c.run_id).with_for_update()
+            select(runs.c.run_id).where(runs.c.run_id.in_(ids)).order_by(runs.c.run_id).with_for_update(key_share=True)
         )
 
 

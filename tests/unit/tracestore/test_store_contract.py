@@ -1,16 +1,18 @@
 """The store contract on SQLite, and in a database of its own on the PostgreSQL that TRACEGRAD_TEST_POSTGRES names."""
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import create_engine, event, text
 
 from tracegrad.tracestore import calls
-from tracegrad.tracestore.errors import StoreUnavailable
+from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
+from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.contract import StoreContract
-from tracegrad.tracestore.testing.rows import Clock, make_call
+from tracegrad.tracestore.testing.rows import Clock, account, make_call, make_commit, ready_group, take
 
 POSTGRES = os.environ.get("TRACEGRAD_TEST_POSTGRES")
 
@@ -53,6 +55,35 @@ if POSTGRES:
             monkeypatch.undo()
             store.append_calls([make_call("after", "r")])
             assert [call.call_id for call in store.trace("r").calls] == ["before", "between", "after"]
+
+        def test_a_commit_does_not_wait_for_who_writes_to_its_runs(self, store: Store) -> None:
+            """It names its runs in no order, so waiting for them could be waiting in a ring."""
+            ready_group(store)
+            lease = take(store)
+            commit = make_commit(account(store, lease))
+            with store._db.write() as connection:
+                lock_runs(connection, lease.plan.run_ids)
+                committing = threading.Thread(target=store.commit_step, args=(lease, commit))
+                committing.start()
+                committing.join(20)
+                assert not committing.is_alive()
+            assert store.last_checkpoint(lease.job_id) is not None
+
+        def test_a_step_that_commits_first_is_not_released_by_a_deletion(self, store: Store) -> None:
+            """The deletion has read that the lease holds its run, and waits for the commit."""
+            run, _ = ready_group(store)
+            lease = take(store)
+            entries = account(store, lease)
+            with store._db.write() as connection:
+                connection.execute(text("SELECT 1 FROM leases FOR UPDATE"))
+                deleting = threading.Thread(target=store.delete_runs, args=([run],), kwargs={"busy": "force"})
+                deleting.start()
+                deleting.join(0.2)
+                assert deleting.is_alive()
+                connection.execute(text("UPDATE leases SET state = 'acknowledged'"))
+            deleting.join(20)
+            with pytest.raises(LeaseLost, match="acknowledged"):
+                store.commit_step(lease, make_commit(entries))
 
 
 def end_all(url: str) -> None:

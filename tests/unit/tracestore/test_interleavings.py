@@ -1,0 +1,70 @@
+"""Any interleaving of append, reward, lease, expire, commit, crash, delete and restore keeps the promises of the store.
+
+A few hundred steps that are always the same here; TRACEGRAD_LONG=1 takes tens of thousands of new ones.
+"""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from sqlalchemy import text
+from store_machine import Interleavings
+
+from tracegrad.tracestore.schema import metadata
+from tracegrad.tracestore.store import open_store
+
+QUIET = list(HealthCheck)
+SHORT = settings(
+    derandomize=True, max_examples=14, stateful_step_count=40, deadline=None, database=None, suppress_health_check=QUIET
+)
+LONG = settings(
+    max_examples=1_500,
+    stateful_step_count=60,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=QUIET,
+)
+long = (
+    pytest.mark.long,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long"),
+)
+HOW_LONG = [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=long)]
+
+
+@pytest.mark.parametrize("how_long", HOW_LONG)
+def test_any_interleaving_on_sqlite(tmp_path: Path, empty_file: Path, how_long: settings) -> None:
+    numbers = itertools.count()
+
+    def fresh() -> str:
+        folder = tmp_path / str(next(numbers))
+        shutil.rmtree(tmp_path / str(int(folder.name) - 1), ignore_errors=True)
+        folder.mkdir()
+        shutil.copy(empty_file, folder / "store.db")
+        return f"sqlite:///{folder}/store.db"
+
+    run_state_machine_as_test(
+        type("OnSqlite", (Interleavings,), {"open_first": staticmethod(fresh)}), settings=how_long
+    )
+
+
+@pytest.mark.parametrize("how_long", HOW_LONG)
+def test_any_interleaving_on_postgresql(postgres_url: str, how_long: settings) -> None:
+    store = open_store(postgres_url)
+
+    def emptied() -> str:
+        """Take every row away: quicker than a new schema."""
+        names = ", ".join(table.name for table in metadata.sorted_tables)
+        with store._db.write() as connection:
+            connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
+        return postgres_url
+
+    run_state_machine_as_test(
+        type("OnPostgres", (Interleavings,), {"open_first": staticmethod(emptied)}), settings=how_long
+    )
+    store.close()

@@ -21,7 +21,7 @@ long = (
     pytest.mark.timeout(1800),
     pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long"),
 )
-HOW_MANY = [pytest.param(30, id="short"), pytest.param(2_000, id="long", marks=long)]
+HOW_MANY = [pytest.param(20, id="short"), pytest.param(2_000, id="long", marks=long)]
 
 
 def crowd_trains_each_run_once(url: str, groups: int) -> None:

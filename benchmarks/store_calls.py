@@ -4,15 +4,27 @@ Called by the benchmarks of the store.
 """
 
 import random
+from pathlib import Path
 
 from tracegrad.tracestore.records import Call, Choice
 from tracegrad.tracestore.testing.rows import make_call
 
 PROMPT, SAMPLED, VOCABULARY = 2_000, 200, 50_000
+DOCS = Path(__file__).parent.parent / "docs"
+SENTENCES = [one for path in sorted(DOCS.glob("*.md")) for one in path.read_text().replace("\n", " ").split(". ")]
 
 
 def sample(count: int, seed: int) -> tuple[int, ...]:
     return tuple(random.Random(seed).choices(range(VOCABULARY), k=count))
+
+
+def prose(length: int, seed: int) -> str:
+    """So many characters of English, others for each seed: sentences of our own documents in another order."""
+    generator = random.Random(seed)
+    said = ""
+    while len(said) < length:
+        said += generator.choice(SENTENCES) + " "
+    return said[:length]
 
 
 def choice_of(ids: tuple[int, ...], text_: str, seed: int) -> Choice:
@@ -28,14 +40,13 @@ def choice_of(ids: tuple[int, ...], text_: str, seed: int) -> Choice:
 
 def large_calls(count: int, run: str, seed: int) -> list[Call]:
     """Different prompts and answers, as long as the goals say."""
-    said = "A passage about something, of which there are many. " * 150
     return [
         make_call(
             f"{run}-{number}",
             run,
             prompt_ids=sample(PROMPT, seed + number),
-            choices=(choice_of(sample(SAMPLED, -seed - number), "x" * 4 * SAMPLED, number),),
-            request={"messages": [{"role": "user", "content": f"{number} {said}"}]},
+            choices=(choice_of(sample(SAMPLED, -seed - number), prose(4 * SAMPLED, -seed - number), number),),
+            request={"messages": [{"role": "user", "content": prose(4 * PROMPT, seed + number)}]},
         )
         for number in range(count)
     ]

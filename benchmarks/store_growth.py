@@ -44,7 +44,7 @@ COPIED = {
     "runs": ["run_id", "task_id", "group_id"],
     "spans": ["run_id", "span_id"],
     "calls": ["call_id", "run_id", "span_id", "completion_id"],
-    "call_payloads": ["call_id"],
+    "call_payloads": ["seq"],
     "choices": ["call_id"],
     "choice_payloads": ["call_id"],
     "rewards": ["reward_id", "run_id"],
@@ -52,7 +52,7 @@ COPIED = {
     "consumption": ["call_id", "run_id"],
 }
 """The tables that grow with what was served, parents first, and their columns that name something."""
-KEPT = {"alembic_version", "jobs", "policy_versions", "publishes", "leases", "checkpoints"}
+KEPT = {"alembic_version", "blocks", "jobs", "policy_versions", "publishes", "leases", "checkpoints"}
 """The tables that do not."""
 
 
@@ -112,8 +112,13 @@ def _copy(connection: Connection, table: str, columns: Sequence[str]) -> None:
     into = ", ".join([*keys, *rest])
     renamed = ", ".join([*(f"{key} || '.' || n" for key in keys), *rest])
     connection.execute(text(f"CREATE TEMP TABLE {table}_seed AS SELECT * FROM {table}"))
+    source = f"copies, {table}_seed"
+    if keys == ["seq"]:  # the number that the copied call was given
+        renamed = ", ".join(["copied.seq", *rest])
+        source = f"copies CROSS JOIN {table}_seed JOIN calls ON calls.seq = {table}_seed.seq"
+        source += " JOIN calls AS copied ON copied.call_id = calls.call_id || '.' || n"
     # Copy by copy, as they would have come: an index on a name must not find its values in order.
-    connection.execute(text(f"INSERT INTO {table} ({into}) SELECT {renamed} FROM copies, {table}_seed ORDER BY n"))
+    connection.execute(text(f"INSERT INTO {table} ({into}) SELECT {renamed} FROM {source} ORDER BY n"))
     connection.execute(text(f"DROP TABLE {table}_seed"))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import create_engine, text
-from store_calls import choice_of, large_calls, sample
+from store_calls import choice_of, large_calls, prose, sample
 from store_growth import growth, postgres_database, sqlite_file
 from store_peers import ASIDE, compare
 
@@ -68,14 +68,15 @@ def append_speed(store: Store, rounds: int) -> dict[str, float]:
     }
 
 
-def conversation(run: str) -> Iterator[Call]:
+def conversation(run: str, seed: int) -> Iterator[Call]:
     """Twenty turns of an agent that sends its whole history each time; prompts go on as sampled."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": "x" * 4 * SYSTEM}]
-    ids = sample(SYSTEM, 1)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": prose(4 * SYSTEM, seed)}]
+    ids = sample(SYSTEM, seed)
     for turn in range(TURNS):
-        messages = [*messages, {"role": "user", "content": f"{turn} " + "y" * 4 * ASKED}]
-        ids += sample(ASKED, 100 + turn)
-        answer = choice_of(sample(ANSWERED, 200 + turn), f"{turn} " + "z" * 4 * ANSWERED, turn)
+        number = 1_000 * seed + 2 * turn
+        messages = [*messages, {"role": "user", "content": prose(4 * ASKED, number)}]
+        ids += sample(ASKED, number)
+        answer = choice_of(sample(ANSWERED, number + 1), prose(4 * ANSWERED, number + 1), number)
         yield make_call(f"{run}-{turn}", run, prompt_ids=ids, choices=(answer,), request={"messages": messages})
         messages, ids = [*messages, dict(answer.message)], ids + answer.token_ids
 
@@ -110,11 +111,12 @@ def wire_bytes(call: Call) -> int:
 
 def conversation_size(store: Store, size: Callable[[], int]) -> dict[str, float]:
     """Bytes that a call of a 20-turn conversation adds to the store, and its JSON."""
-    runs = [list(conversation(f"talk{number}")) for number in range(50)]
-    store.append_calls(runs[0])
+    runs = [list(conversation(f"talk{number}", number + 1)) for number in range(50)]
+    for call in runs[0]:
+        store.append_calls([call])
     before = size()
-    for calls in runs[1:]:
-        store.append_calls(calls)
+    for call in (call for calls in runs[1:] for call in calls):
+        store.append_calls([call])
     stored = (size() - before) / (TURNS * (len(runs) - 1))
     return {
         "bytes_per_call_20_turns": stored,

@@ -1,39 +1,31 @@
 """Calls with their choices, written in one transaction before the reply ends (law 3).
 
 Refuses a call whose lengths disagree (law 4) and a call id that says something else the second time; the same call
-again is a no-op. Runs and spans that the call names and the store does not know are opened beside it.
+again is a no-op. Runs and spans that the call names and the store does not know are opened beside it. What it was asked
+and what it answered is written by `drafts`.
 Called by the proxy (through `group_commit`) and by `Store`.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Double, Table, bindparam, case, select
+from sqlalchemy import Connection, Double, bindparam, case, select
 
-from tracegrad.tracestore.codec import encode_float32, encode_int32, encode_json
+from tracegrad.tracestore.blocks import KnownBlocks, serials
+from tracegrad.tracestore.codec import encode_json
+from tracegrad.tracestore.drafts import Draft, differences, draft_of, insert_drafts
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import Call, Choice
+from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices
+from tracegrad.tracestore.schema import calls
 from tracegrad.tracestore.spans import upsert_spans
 
 _KNOWN_ONE = HotStatement(select(calls.c.call_id).where(calls.c.call_id == bindparam("call_id")))
 _KNOWN = select(calls.c.call_id).where(calls.c.call_id.in_(bindparam("ids", expanding=True)))
 CHUNK = 400
 """Ids in one IN list."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows of a batch, by table, in the order of insertion."""
-
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    payloads: list[dict[str, Any]] = field(default_factory=list)
-    choices: list[dict[str, Any]] = field(default_factory=list)
-    choice_payloads: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Calls(Noun):
@@ -52,11 +44,17 @@ class Calls(Noun):
             return
         for call in batch.values():
             _check(call)
-        with self._db.write() as connection:
+        drafts = [draft_of(call) for call in batch.values()]
+
+        def append(connection: Connection, known_blocks: KnownBlocks) -> Mapping[bytes, int]:
             known = _known(connection, list(batch))
-            for call_id in known:
-                _refuse_other_content(connection, batch[call_id])
-            _insert(connection, [call for call_id, call in batch.items() if call_id not in known], self._db.now())
+            for draft in drafts:
+                if draft.call_id in known:
+                    _refuse_other_content(connection, batch[draft.call_id], draft)
+            fresh = [draft for draft in drafts if draft.call_id not in known]
+            return _insert(connection, [batch[draft.call_id] for draft in fresh], fresh, known_blocks, self._db.now())
+
+        self._blocks.write_with(self._db, append)
 
     def find_call(self, call_or_completion_id: str, project: str | None = None) -> tuple[str, str | None]:
         """Return (call id, run id or None) of a call named by our id or by the completion id of its answer.
@@ -148,38 +146,23 @@ def _known(connection: Connection, call_ids: list[str]) -> set[str]:
     return known
 
 
-def _insert(connection: Connection, batch: list[Call], now: float) -> None:
+def _insert(
+    connection: Connection, batch: Sequence[Call], drafts: Sequence[Draft], known_blocks: KnownBlocks, now: float
+) -> Mapping[bytes, int]:
     if not batch:
-        return
+        return {}
     active = {call.attribution.run_id: call.project for call in batch if call.attribution.run_id is not None}
     if active:
         lock_runs(connection, active)
         open_or_touch(connection, active, now)
     upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
-    rows = _rows(batch)
-    for table, table_rows in (
-        (calls, rows.calls),
-        (call_payloads, rows.payloads),
-        (choices, rows.choices),
-        (choice_payloads, rows.choice_payloads),
-    ):
-        if table_rows:
-            run_hot(connection, _INSERTS[table.name], table_rows)
+    seqs = list(serials(connection, calls.name, "seq", len(batch)))
+    rows = [{"seq": seq, **_call_row(call)} for seq, call in zip(seqs, batch, strict=True)]
+    run_hot(connection, _INSERT, rows)
+    return insert_drafts(connection, dict(zip(seqs, drafts, strict=True)), known_blocks)
 
 
-_INSERTS = {table.name: HotStatement(table.insert()) for table in (calls, call_payloads, choices, choice_payloads)}
-
-
-def _rows(batch: Sequence[Call]) -> _Rows:
-    rows = _Rows()
-    for call in batch:
-        rows.calls.append(_call_row(call))
-        rows.payloads.append(_payload_row(call))
-        for choice in call.choices:
-            key = {"call_id": call.call_id, "choice_index": choice.index, "n_tokens": len(choice.token_ids)}
-            rows.choices.append({**key, **_choice_row(choice)})
-            rows.choice_payloads.append({**key, **_choice_payload_row(choice)})
-    return rows
+_INSERT = HotStatement(calls.insert())
 
 
 def _call_row(call: Call) -> dict[str, Any]:
@@ -215,42 +198,15 @@ def _call_row(call: Call) -> dict[str, Any]:
     }
 
 
-def _payload_row(call: Call) -> dict[str, Any]:
-    return {
-        "call_id": call.call_id,
-        "n_prompt": None if call.prompt_ids is None else len(call.prompt_ids),
-        "prompt_ids": call.prompt_ids,
-        "request": call.request,
-        "requested": call.requested,
-        "effective": call.effective,
-    }
-
-
-def _choice_row(choice: Choice) -> dict[str, Any]:
-    return {"finish_reason": choice.finish_reason, "flags": choice.flags}
-
-
-def _choice_payload_row(choice: Choice) -> dict[str, Any]:
-    return {"token_ids": choice.token_ids, "logprobs": choice.logprobs, "message": choice.message}
-
-
-def _refuse_other_content(connection: Connection, call: Call) -> None:
+def _refuse_other_content(connection: Connection, call: Call, draft: Draft) -> None:
     """Compare what is stored with `call`, bytes with bytes (so that NaN equals NaN)."""
-    rows = _rows([call])
-    for table, wanted in (
-        (calls, rows.calls),
-        (call_payloads, rows.payloads),
-        (choices, rows.choices),
-        (choice_payloads, rows.choice_payloads),
-    ):
-        columns = [_as_it_came(table.c[name]) for name in (wanted[0] if wanted else {"call_id": None})]
-        stored = connection.execute(select(*columns).where(table.c.call_id == call.call_id)).all()
-        if sorted(_canonical(table, row._mapping) for row in stored) != sorted(
-            _canonical(table, row) for row in wanted
-        ):
-            raise Conflict(
-                f"call {call.call_id!r} is stored with other content ({table.name}): give each call its own id"
-            )
+    wanted = _call_row(call)
+    columns = [_as_it_came(calls.c[name]) for name in wanted]
+    stored = connection.execute(select(calls.c.seq, *columns).where(calls.c.call_id == call.call_id)).one()
+    other = [what for _, what in differences(connection, {stored.seq: draft})]
+    if other or _canonical(wanted) != _canonical({name: stored._mapping[name] for name in wanted}):
+        what = (other or ["metadata"])[0]
+        raise Conflict(f"call {call.call_id!r} is stored with other content ({what}): give each call its own id")
 
 
 def _as_it_came(column: Any) -> Any:
@@ -265,15 +221,11 @@ _TAKEN_BY = {
 }
 
 
-def _canonical(table: Table, row: Any) -> list[str]:
-    """Return the row as sortable text, each value as it is stored."""
-    encoders = {"prompt_ids": encode_int32, "token_ids": encode_int32, "logprobs": encode_float32}
+def _canonical(row: Mapping[str, Any]) -> list[str]:
+    """Return the row as text, each value as it is stored."""
     words = []
     for name in sorted(row):
         value = row[name]
-        if name in encoders and value is not None:
-            words.append(f"{name}={encoders[name](value).hex()}")
-        else:
-            as_stored = float(value) if isinstance(value, int) and isinstance(table.c[name].type, Double) else value
-            words.append(f"{name}={encode_json(as_stored)}")
+        as_stored = float(value) if isinstance(value, int) and isinstance(calls.c[name].type, Double) else value
+        words.append(f"{name}={encode_json(as_stored)}")
     return words

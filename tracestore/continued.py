@@ -10,9 +10,12 @@ from collections.abc import Collection
 from sqlalchemy import select
 
 from tracegrad.tracestore.calls import CHUNK
+from tracegrad.tracestore.codec import decode_int32, widened
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.payload_schema import choice_payloads
+from tracegrad.tracestore.payloads import payloads_of
 from tracegrad.tracestore.records import Choice, EarlierCall
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices
+from tracegrad.tracestore.schema import calls, choices
 
 
 class Continued(Noun):
@@ -40,7 +43,7 @@ class Continued(Noun):
             for start in range(0, len(wanted), CHUNK):
                 some = wanted[start : start + CHUNK]
                 for row in connection.execute(
-                    select(choices.c.call_id, choices.c.finish_reason, choices.c.flags, choice_payloads)
+                    select(choices.c.finish_reason, choices.c.flags, choice_payloads)
                     .join_from(choices, choice_payloads)
                     .where(choices.c.call_id.in_(some))
                     .order_by(choices.c.choice_index)
@@ -48,23 +51,25 @@ class Continued(Noun):
                     answers[row.call_id].append(
                         Choice(
                             index=row.choice_index,
-                            token_ids=row.token_ids,
+                            token_ids=decode_int32(widened(row.token_ids, row.n_tokens)),
                             logprobs=None,
                             finish_reason=row.finish_reason,
                             message=row.message,
                             flags=tuple(row.flags),
                         )
                     )
-                for row in connection.execute(
-                    select(calls.c.call_id, calls.c.role, call_payloads.c.prompt_ids, call_payloads.c.request)
-                    .join_from(calls, call_payloads)
-                    .where(calls.c.call_id.in_(some), call_payloads.c.prompt_ids.is_not(None))
-                ):
-                    told[row.call_id] = EarlierCall(
-                        call_id=row.call_id,
-                        role=row.role,
-                        request=row.request,
-                        prompt_ids=row.prompt_ids,
-                        choices=tuple(answers[row.call_id]),
-                    )
+                asked = connection.execute(
+                    select(calls.c.seq, calls.c.call_id, calls.c.role).where(calls.c.call_id.in_(some))
+                ).all()
+                payloads = payloads_of(connection, [row.seq for row in asked])
+                for row in asked:
+                    payload = payloads.get(row.seq)
+                    if payload is not None and payload.prompt_ids is not None:
+                        told[row.call_id] = EarlierCall(
+                            call_id=row.call_id,
+                            role=row.role,
+                            request=payload.request_json,
+                            prompt_ids=payload.prompt_ids,
+                            choices=tuple(answers[row.call_id]),
+                        )
         return [told[call_id] for call_id in wanted if call_id in told], rows[-1].seq if rows else after

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from sqlalchemy import Connection, and_, func, select
 
 from tracegrad.tracestore.calls import CHUNK
+from tracegrad.tracestore.codec import widened
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import Extent, PayloadReport
 from tracegrad.tracestore.diagnosis_tallies import Tallier
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.payload_schema import choice_payloads
+from tracegrad.tracestore.payloads import sound_payloads_of
 from tracegrad.tracestore.reasons import LENGTH_MISMATCH, NAN_LOGPROB, NO_LOGPROBS, NO_PROMPT
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices
+from tracegrad.tracestore.schema import calls, choices
 
 
 class PayloadDiagnosis(Noun):
@@ -43,7 +46,7 @@ class PayloadDiagnosis(Noun):
                 rows = connection.execute(chunk.where(calls.c.seq > last)).all()
                 if not rows:
                     break
-                ids, last = [row.call_id for row in rows], rows[-1].seq
+                ids, last = {row.seq: row.call_id for row in rows}, rows[-1].seq
                 n_choices += _check(connection, ids, flaws)
             n_calls += len(rows)
             if on_progress is not None:
@@ -51,7 +54,7 @@ class PayloadDiagnosis(Noun):
         return PayloadReport(calls=n_calls, choices=n_choices, flaws=tuple(flaws.tallies()))
 
 
-def _check(connection: Connection, call_ids: list[str], flaws: Tallier) -> int:
+def _check(connection: Connection, call_ids: dict[int, str], flaws: Tallier) -> int:
     """Judge the choices of some calls, and their prompts; return how many choices there are."""
     sampled = (
         select(
@@ -62,7 +65,7 @@ def _check(connection: Connection, call_ids: list[str], flaws: Tallier) -> int:
             choice_payloads.c.logprobs,
         )
         .join_from(choices, choice_payloads)
-        .where(choices.c.call_id.in_(call_ids))
+        .where(choices.c.call_id.in_(call_ids.values()))
     )
     ours: set[str] = set()
     n_choices = 0
@@ -73,14 +76,23 @@ def _check(connection: Connection, call_ids: list[str], flaws: Tallier) -> int:
         ours.add(row.call_id)
         if row.n_tokens and row.logprobs is None:
             flaws.add(NO_LOGPROBS, row.call_id)
-        elif len(row.token_ids) != row.n_tokens or len(row.logprobs or ()) != row.n_tokens:
+        elif not _are_ids(row.token_ids, row.n_tokens) or len(row.logprobs or ()) != row.n_tokens:
             flaws.add(LENGTH_MISMATCH, row.call_id)
         elif not all(map(math.isfinite, row.logprobs or ())):
             flaws.add(NAN_LOGPROB, row.call_id)
-    prompts = select(call_payloads.c.call_id, call_payloads.c.n_prompt, call_payloads.c.prompt_ids)
-    for call_id, n_prompt, ids in connection.execute(prompts.where(call_payloads.c.call_id.in_(call_ids))):
-        if call_id in ours and not ids:
-            flaws.add(NO_PROMPT, call_id)
-        elif call_id in ours and len(ids) != n_prompt:
+    asked = {seq: call_id for seq, call_id in call_ids.items() if call_id in ours}
+    payloads, broken = sound_payloads_of(connection, list(asked))
+    for seq, call_id in asked.items():
+        payload = payloads.get(seq)
+        if seq in broken:
             flaws.add(LENGTH_MISMATCH, call_id)
+        elif payload is not None and not payload.prompt:
+            flaws.add(NO_PROMPT, call_id)
     return n_choices
+
+
+def _are_ids(blob: bytes, count: int) -> bool:
+    try:
+        return len(widened(blob, count)) == 4 * count
+    except ValueError:
+        return False

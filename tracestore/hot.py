@@ -3,8 +3,9 @@
 SQLAlchemy's execution of a Core statement costs about 0.1 ms each time (cache key, parameter processing, result
 set-up) even when its SQL is cached, and 0.05 ms where it is handed to `exec_driver_sql`; `append_calls` runs seven of
 them while a client waits. Here the SQL text and the column encoders are looked up once per dialect and column set, and
-the driver itself does the rest inside the same transaction, with the same errors. Refuses expanding parameters
-(IN lists). Called by `calls`, `runs` and `spans`; `run_plain` by `database`.
+the driver itself does the rest inside the same transaction, with the same errors. Refuses expanding parameters: lists
+go in as `HotLookup`, filled up to one of a few lengths. Called by `calls`, `drafts`, `blocks`, `runs` and `spans`;
+`run_plain` by `database`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Executable
+from sqlalchemy import Column, Connection, Executable, Select, and_, bindparam, column, values
 from sqlalchemy.exc import DBAPIError
 
 _Encode = Callable[[Any], Any]
+_SIZES = (1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,43 @@ def run_plain(connection: Connection, sql: str) -> None:
         raise _translated(connection, sql, error) from error
     finally:
         cursor.close()
+
+
+class HotLookup:
+    """A SELECT of the rows whose column (or columns) are in a list; `look_up` executes it."""
+
+    def __init__(self, statement: Select[Any], *columns: Column[Any]) -> None:
+        self.width = len(columns)
+        self._by_size = {size: HotStatement(_among(statement, columns, size)) for size in _SIZES}
+
+    def of_size(self, size: int) -> HotStatement:
+        """Return the statement whose list has so many places."""
+        return self._by_size[size]
+
+
+def _among(statement: Select[Any], columns: Sequence[Column[Any]], size: int) -> Select[Any]:
+    if len(columns) == 1:
+        return statement.where(columns[0].in_([bindparam(f"p{n}") for n in range(size)]))
+    # A join with the list, since SQLite would look for (a, b) IN (VALUES ...) in the whole table.
+    places = [[bindparam(f"p{n}_{at}", type_=one.type) for at, one in enumerate(columns)] for n in range(size)]
+    wanted = values(*(column(one.name, one.type) for one in columns)).data([tuple(place) for place in places])
+    listed = wanted.cte("wanted")
+    return statement.join(listed, and_(*(one == listed.c[one.name] for one in columns)))
+
+
+def look_up(connection: Connection, hot: HotLookup, wanted: Sequence[Any]) -> list[Any]:
+    """Return the rows whose column is one of `wanted` (whose columns are one of these tuples), which differ."""
+    rows: list[Any] = []
+    for start in range(0, len(wanted), _SIZES[-1]):
+        some = list(wanted[start : start + _SIZES[-1]])
+        size = next(size for size in _SIZES if size >= len(some))
+        some += some[-1:] * (size - len(some))
+        if hot.width == 1:
+            parameters = {f"p{n}": value for n, value in enumerate(some)}
+        else:
+            parameters = {f"p{n}_{at}": part for n, parts in enumerate(some) for at, part in enumerate(parts)}
+        rows += run_hot(connection, hot.of_size(size), [parameters])
+    return rows
 
 
 def _driver(connection: Connection) -> Any:

@@ -1,4 +1,4 @@
-"""Rows as they lie, out of one store and into another: blobs and JSON text are never decoded, so nothing can change.
+"""Rows out of one store and into another: values are never decoded, only put together, so nothing can change.
 
 Reads page by page, children before their parents, so that while others write no row comes out whose parent does not.
 Writes page by page, parents first and rewards last: a half imported run is not ready for anybody. What is there
@@ -6,24 +6,19 @@ already must say the same. Left out: jobs, leases, ledger (they are of the train
 have taken over what these said), publishes, keys. Called by `parquet`, through `Store`.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    LargeBinary,
     RowMapping,
     Table,
-    TableClause,
-    Text,
     and_,
-    column,
     exists,
     or_,
     select,
-    table,
     text,
     true,
     tuple_,
@@ -31,13 +26,17 @@ from sqlalchemy import (
 )
 
 from tracegrad.tracestore import schema
+from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.calls import CHUNK
-from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
+from tracegrad.tracestore.drafts import Answer, Draft, answers_of, differences, drafted, insert_drafts
 from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.payload_schema import plain_type, raw_table
+from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.runs import lock_runs
 
 Row = dict[str, Any]
+_ANSWER = [one.name for one in fields(Answer)]
 _NOT_CARRIED = {"seq", "placed_by", "role_by", "job_id"}
 
 
@@ -75,11 +74,6 @@ CARRIED = {
     )
 }
 """By name, parents first: the order of an import; an export goes the other way."""
-_PAYLOADS = (
-    Carried(schema.call_payloads, ("call_id",)),
-    Carried(schema.choices, ("call_id", "choice_index")),
-    Carried(schema.choice_payloads, ("call_id", "choice_index")),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,36 +114,46 @@ class Interchange(Noun):
             Conflict: one is there already and says something else.
             InvalidRecord: one names what is not there, or breaks another constraint.
         """
+        if name == "calls":
+            return self._take_in_calls(rows)
         new = 0
         with self._db.write() as connection:
             for start in range(0, len(rows), CHUNK):
-                some = rows[start : start + CHUNK]
-                if name != "calls":
-                    new += len(_insert_new(connection, CARRIED[name], some))
-                    continue
-                lock_runs(connection, [row["run_id"] for row in some if row["run_id"] is not None])
-                new += len(_insert_new(connection, CARRIED[name], some))
-                for carried, parts in zip(_PAYLOADS, _parts(some), strict=True):
-                    for at in range(0, len(parts), CHUNK):
-                        _insert_new(connection, carried, parts[at : at + CHUNK])
+                new += len(_insert_new(connection, CARRIED[name], rows[start : start + CHUNK]))
             if name == "policy_versions" and not self._db.is_sqlite:
                 serial = "pg_get_serial_sequence('policy_versions', 'version_id')"
                 connection.execute(text(f"SELECT setval({serial}, max(version_id)) FROM policy_versions"))
         return new
 
+    def _take_in_calls(self, rows: Sequence[Row]) -> int:
+        drafts = {row["call_id"]: _draft(row) for row in rows if row["request"] is not None}  # a stub has no content
+        fresh: list[str] = []
 
-def _plain(stored: Any) -> Any:
-    """Return the type that lies below a codec."""
-    return {Int32s: LargeBinary(), Float32s: LargeBinary(), JsonText: Text()}.get(type(stored.type), stored.type)
+        def write(connection: Connection, known: KnownBlocks) -> Mapping[bytes, int]:
+            fresh.clear()
+            used: dict[bytes, int] = {}
+            lock_runs(connection, [row["run_id"] for row in rows if row["run_id"] is not None])
+            for start in range(0, len(rows), CHUNK):
+                some = rows[start : start + CHUNK]
+                new = {row["call_id"] for row in _insert_new(connection, CARRIED["calls"], some)}
+                fresh.extend(new)
+                numbered = _numbers(connection, [row["call_id"] for row in some if row["call_id"] in drafts])
+                there = {seq: drafts[call_id] for seq, call_id in numbered.items() if call_id not in new}
+                for call_id, what in differences(connection, there):
+                    raise Conflict(
+                        f"call {call_id} is here already with another {what}: import into a store of its own"
+                    )
+                mine = {seq: drafts[call_id] for seq, call_id in numbered.items() if call_id in new}
+                used.update(insert_drafts(connection, mine, known))
+            return used
+
+        self._blocks.write_with(self._db, write)
+        return len(fresh)
 
 
 def _raw(stored: Any) -> Any:
     """Return the column without its codec."""
-    return type_coerce(stored, _plain(stored)).label(stored.name)
-
-
-def _raw_table(stored: Table, names: Sequence[str]) -> TableClause:
-    return table(stored.name, *(column(name, _plain(stored.c[name])) for name in names))
+    return type_coerce(stored, plain_type(stored)).label(stored.name)
 
 
 def _is_chosen(stored: Table, chosen: Chosen) -> ColumnElement[bool]:
@@ -182,38 +186,37 @@ def _is_chosen(stored: Table, chosen: Chosen) -> ColumnElement[bool]:
 
 def _add_payloads(connection: Connection, rows: list[Row]) -> None:
     """Give each call its payload and its choices; those of a stub have none (see `removal`)."""
-    by_id = {row["call_id"]: row for row in rows}
+    numbered = _numbers(connection, [row["call_id"] for row in rows])
+    seqs = {call_id: seq for seq, call_id in numbered.items()}
+    payloads = payloads_of(connection, list(numbered))
+    answers = answers_of(connection, list(numbered))
     for row in rows:
-        row.update(n_prompt=None, prompt_ids=None, request=None, requested=None, effective=None, choices=[])
-    payloads, choices, tokens = (one.table for one in _PAYLOADS)
-    call_ids = list(by_id)
+        seq = seqs[row["call_id"]]
+        row.update(prompt_ids=None, request=None, requested=None, effective=None, choices=[])
+        if (payload := payloads.get(seq)) is not None:
+            row.update(asdict(payload), prompt_ids=payload.prompt)
+        row["choices"] = [asdict(answer) for answer in answers.get(seq, ())]
+
+
+def _draft(row: Row) -> Draft:
+    payload = Payload(row["n_prompt"], row["prompt_ids"], row["request"], row["requested"], row["effective"])
+    answers = [Answer(**{name: choice[name] for name in _ANSWER}) for choice in row["choices"]]
+    return drafted(row["call_id"], row["project"], payload, answers)
+
+
+def _numbers(connection: Connection, call_ids: Sequence[str]) -> dict[int, str]:
+    calls, found = schema.calls, {}
     for start in range(0, len(call_ids), CHUNK):
-        some = call_ids[start : start + CHUNK]
-        asked = select(*map(_raw, payloads.c)).where(payloads.c.call_id.in_(some))
-        for asked_row in connection.execute(asked).mappings():
-            by_id[asked_row["call_id"]].update(asked_row)
-        answered = (
-            select(*map(_raw, choices.c), *(_raw(tokens.c[name]) for name in ("token_ids", "logprobs", "message")))
-            .join(tokens, and_(tokens.c.call_id == choices.c.call_id, tokens.c.choice_index == choices.c.choice_index))
-            .where(choices.c.call_id.in_(some))
-            .order_by(choices.c.call_id, choices.c.choice_index)
-        )
-        for choice in connection.execute(answered).mappings():
-            by_id[choice["call_id"]]["choices"].append(dict(choice))
-
-
-def _parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Take calls apart into the rows of the three tables of their content; a stub's has none."""
-    whole = [row for row in rows if row["request"] is not None]
-    sampled = [{**choice, "call_id": row["call_id"]} for row in whole for choice in row["choices"]]
-    return whole, sampled, sampled
+        named = select(calls.c.seq, calls.c.call_id).where(calls.c.call_id.in_(call_ids[start : start + CHUNK]))
+        found.update({row.seq: row.call_id for row in connection.execute(named)})
+    return found
 
 
 def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -> list[Row]:
     """Insert the rows whose key is not there; compare the others. Return the inserted."""
     if not rows:
         return []
-    raw = _raw_table(carried.table, carried.columns)
+    raw = raw_table(carried.table, carried.columns)
     key = tuple_(*(raw.c[name] for name in carried.key))
     ids = [tuple(row[name] for name in carried.key) for row in rows]
     there = {

@@ -1,5 +1,6 @@
-"""What every part of the store has: its database. `Store` is the parts put together."""
+"""What every part of the store has: its database and what it remembers of it. `Store` is the parts put together."""
 
+from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.database import Database
 
 
@@ -7,3 +8,4 @@ class Noun:
     """A part of the store. Each of its methods is one transaction."""
 
     _db: Database
+    _blocks: KnownBlocks

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BigInteger, Boolean, Double, Integer, String, Text
 
-from tracegrad.tracestore.codec import Float32s, Int32s, JsonText, decode_json, encode_json
+from tracegrad.tracestore.codec import Float32s, JsonText, PackedJson, decode_json, encode_json
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound, StoreUnavailable
 from tracegrad.tracestore.interchange import CARRIED, Chosen, Row
-from tracegrad.tracestore.schema import HEAD, call_payloads, choice_payloads, choices
+from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
+from tracegrad.tracestore.schema import HEAD, choices
 from tracegrad.tracestore.store import Store
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ def _schema(name: str) -> "pa.Schema":
     fields = [pa.field(one, _type(CARRIED[name].table.c[one].type)) for one in CARRIED[name].columns]
     if name == "calls":
         content = {**{c.name: c for c in choices.c}, **{c.name: c for c in choice_payloads.c}}
-        choice = [pa.field(one, _type(content[one].type)) for one in _CHOICE if one != "flags"]
-        choice.insert(_CHOICE.index("flags"), pa.field("flags", pa.list_(pa.string())))
-        asked = ("prompt_ids", "request", "requested", "effective")
-        fields += [pa.field(one, _type(call_payloads.c[one].type)) for one in asked]
+        lists = {"token_ids": pa.list_(pa.int32()), "flags": pa.list_(pa.string())}
+        choice = [pa.field(one, lists[one] if one in lists else _type(content[one].type)) for one in _CHOICE]
+        fields.append(pa.field("prompt_ids", pa.list_(pa.int32())))
+        fields += [pa.field(one, _type(call_payloads.c[one].type)) for one in ("request", "requested", "effective")]
         fields.append(pa.field("choices", pa.list_(pa.struct(choice))))
     return pa.schema(fields, {_MARK: json.dumps({"table": name, "schema": HEAD}).encode()})
 
@@ -119,9 +120,8 @@ def _schema(name: str) -> "pa.Schema":
 def _type(stored: Any) -> "pa.DataType":
     pa = _arrow()
     kinds = (
-        (Int32s, pa.list_(pa.int32())),
         (Float32s, pa.list_(pa.float32())),
-        (JsonText, pa.string()),
+        ((JsonText, PackedJson), pa.string()),
         (Boolean, pa.bool_()),
         (BigInteger, pa.int64()),
         (Integer, pa.int32()),

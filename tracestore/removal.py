@@ -19,15 +19,14 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, delete, exists, f
 from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound, TraceStoreError
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.payload_schema import blocks, call_payloads, choice_payloads
 from tracegrad.tracestore.reasons import DELETED
 from tracegrad.tracestore.records import RoleSource
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
     attributions,
-    call_payloads,
     calls,
-    choice_payloads,
     choices,
     consumption,
     groups,
@@ -41,6 +40,7 @@ from tracegrad.tracestore.schema import (
     spans,
     tasks,
 )
+from tracegrad.tracestore.sweeping import heads_of, sweep, unnamed
 
 RUNS_AT_ONCE = 100
 """Runs that one transaction deletes."""
@@ -85,13 +85,17 @@ class Removal(Noun):
             if not some:
                 return Deletion(skipped=skipped)
             named = _call_names(connection, calls.c.run_id.in_(some))
+            heads = heads_of(connection, call_payloads.c.seq.in_(select(calls.c.seq).where(calls.c.run_id.in_(some))))
             stubs, rows = _delete(connection, some, self._db.now())
+            if swept := sweep(connection, heads):
+                rows[blocks.name] = swept
+        self._blocks.forget()
         return Deletion(
             deleted=tuple(run_id for run_id in some if run_id not in stubs),
             stubs=tuple(sorted(stubs)),
             skipped=skipped,
             rows=rows,
-            left=self._left(some, stubs, named),
+            left=self._left(some, stubs, named, heads),
         )
 
     def delete_unplaced_calls(self, project: str, before: float, limit: int = 1_000) -> int:
@@ -102,24 +106,34 @@ class Removal(Noun):
             .order_by(calls.c.seq)
             .limit(limit)
         )
+        heads: set[int] = set()
         with self._db.write() as connection:
             named = list(connection.execute(oldest).scalars())
             for start in range(0, len(named), CHUNK):
                 mine = named[start : start + CHUNK]
                 about = _call_names(connection, calls.c.call_id.in_(mine))
-                for table in (choice_payloads, call_payloads, choices):
+                asked = call_payloads.c.seq.in_([one.seq for one in about])
+                heads |= heads_of(connection, asked)
+                connection.execute(delete(call_payloads).where(asked))
+                for table in (choice_payloads, choices):
                     connection.execute(delete(table).where(table.c.call_id.in_(mine)))
                 _delete_facts_of(connection, about)
                 connection.execute(update(calls).where(calls.c.retry_of.in_(mine)).values(retry_of=null()))
                 connection.execute(delete(calls).where(calls.c.call_id.in_(mine)))
-            return len(named)
+            sweep(connection, heads)
+        self._blocks.forget()
+        return len(named)
 
-    def _left(self, run_ids: Sequence[str], stubs: set[str], named: "Sequence[_Named]") -> dict[str, int]:
+    def _left(
+        self, run_ids: Sequence[str], stubs: set[str], named: "Sequence[_Named]", heads: set[int]
+    ) -> dict[str, int]:
         """Count what is left, in a transaction of its own. Raises TraceStoreError where it is more than the stubs."""
         with self._db.read() as connection:
             whole = [run_id for run_id in run_ids if run_id not in stubs]
             wrong = _remains(connection, whole, [one for one in named if one.run_id not in stubs])
             left = _remains(connection, sorted(stubs), [one for one in named if one.run_id in stubs])
+            if prompts := unnamed(connection, heads):
+                wrong[blocks.name] = prompts
         wrong |= {table: count for table, count in left.items() if table not in _STUB}
         if wrong:
             raise TraceStoreError(
@@ -132,6 +146,7 @@ class Removal(Noun):
 class _Named:
     """The names of a call: late facts may be about any of them."""
 
+    seq: int
     call_id: str
     run_id: str | None
     completion_id: str | None
@@ -139,7 +154,7 @@ class _Named:
 
 
 def _call_names(connection: Connection, which: ColumnElement[bool]) -> list[_Named]:
-    columns = (calls.c.call_id, calls.c.run_id, calls.c.completion_id, calls.c.project)
+    columns = (calls.c.seq, calls.c.call_id, calls.c.run_id, calls.c.completion_id, calls.c.project)
     return [_Named(*row) for row in connection.execute(select(*columns).where(which))]
 
 
@@ -188,8 +203,8 @@ def _delete(connection: Connection, some: Sequence[str], now: float) -> tuple[se
             rows[table.name] = rows.get(table.name, 0) + done
 
     mine = select(calls.c.call_id).where(calls.c.run_id.in_(some))
-    for table in (choice_payloads, call_payloads):
-        gone(table, table.c.call_id.in_(mine))
+    gone(call_payloads, call_payloads.c.seq.in_(select(calls.c.seq).where(calls.c.run_id.in_(some))))
+    gone(choice_payloads, choice_payloads.c.call_id.in_(mine))
     for table in (rewards, refusals):
         gone(table, table.c.run_id.in_(some))
     rows["attributions"] = _delete_facts_of(connection, _call_names(connection, calls.c.run_id.in_(some)))
@@ -310,7 +325,8 @@ def _remains(connection: Connection, run_ids: Sequence[str], named: Sequence[_Na
     for start in range(0, len(named), CHUNK):
         some = named[start : start + CHUNK]
         call_ids = [one.call_id for one in some]
-        for table in (call_payloads, choices, choice_payloads, consumption):
+        count(call_payloads, call_payloads.c.seq.in_([one.seq for one in some]))
+        for table in (choices, choice_payloads, consumption):
             count(table, table.c.call_id.in_(call_ids))
         for project in {one.project for one in some}:
             for which in _facts_of(project, [one for one in some if one.project == project]):

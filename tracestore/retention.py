@@ -1,8 +1,9 @@
 """Which runs of a project have had their time: by age, and by how much newer content there is.
 
 Oldest first, in bounded pages; what is open or held by a lease is never chosen, nor a stub (see `removal`). The weight
-of a run is the bytes of its requests, token ids, logprobs, answers and spans: a database file is larger, by its
-indexes and by what is free inside. Reads only; `removal` deletes. Called by whoever cares for a store, through `Store`.
+of a run is the bytes of its requests, token ids, logprobs, answers and spans, what runs of a page share counted once:
+a database file is larger, by its indexes and by what is free inside. Reads only; `removal` deletes. Called by whoever
+cares for a store, through `Store`.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,9 @@ from sqlalchemy.types import Text
 
 from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.schema import (
-    CONTENT_DELETED,
-    call_payloads,
-    calls,
-    choice_payloads,
-    holds,
-    runs,
-    spans,
-)
+from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
+from tracegrad.tracestore.payloads import sizes_above
+from tracegrad.tracestore.schema import CONTENT_DELETED, calls, holds, runs, spans
 
 PAGE = 100
 
@@ -126,15 +121,13 @@ def _same_moment(place: Place, by_id: ColumnElement[bool]) -> ColumnElement[bool
 def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
     run_ids = [place.run_id for place in places]
     within = calls.c.run_id.in_(run_ids)
-    weights = dict.fromkeys(run_ids, 0)
-    asked = [call_payloads.c[name] for name in ("prompt_ids", "request", "requested", "effective")]
+    asked = [call_payloads.c[name] for name in ("tail", "request", "requested", "effective")]
     answered = [choice_payloads.c[name] for name in ("token_ids", "logprobs", "message")]
     made = select(calls.c.run_id, func.count(), _bytes(connection, asked))
-    counted = made.join(call_payloads, call_payloads.c.call_id == calls.c.call_id).where(within)
-    n_calls = dict.fromkeys(run_ids, 0)
-    for run_id, count, weight in connection.execute(counted.group_by(calls.c.run_id)):
-        n_calls[run_id] = int(count)
-        weights[run_id] += int(weight)
+    made = made.join(call_payloads, call_payloads.c.seq == calls.c.seq).where(within)
+    counted = connection.execute(made.group_by(calls.c.run_id)).all()
+    n_calls = dict.fromkeys(run_ids, 0) | {run_id: int(count) for run_id, count, _ in counted}
+    weights = dict.fromkeys(run_ids, 0) | {run_id: int(weight) for run_id, _, weight in counted}
     sampled = select(calls.c.run_id, _bytes(connection, answered))
     sampled = sampled.join(choice_payloads, choice_payloads.c.call_id == calls.c.call_id).where(within)
     told = select(spans.c.run_id, _bytes(connection, [spans.c.input, spans.c.output]))
@@ -142,7 +135,29 @@ def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
     for statement in (sampled.group_by(calls.c.run_id), told.group_by(spans.c.run_id)):
         for run_id, weight in connection.execute(statement):
             weights[run_id] += int(weight)
+    for run_id, weight in _prompts(connection, run_ids).items():
+        weights[run_id] += weight
     return [Weighed(place=place, calls=n_calls[place.run_id], weight_bytes=weights[place.run_id]) for place in places]
+
+
+def _prompts(connection: Connection, run_ids: Sequence[str]) -> dict[str, int]:
+    """Weigh the blocks of prompts: each for the first of these runs that has it, since they share them."""
+    heads: dict[str, set[int]] = {run_id: set() for run_id in run_ids}
+    for head in (call_payloads.c.ids_head, call_payloads.c.text_head):
+        of_runs = select(calls.c.run_id, head).join(call_payloads, call_payloads.c.seq == calls.c.seq)
+        of_runs = of_runs.where(calls.c.run_id.in_(run_ids), head.is_not(None)).distinct()
+        for run_id, block_id in connection.execute(of_runs):
+            heads[run_id].add(block_id)
+    sizes = sizes_above(connection, set().union(*heads.values()))
+    weights = {}
+    for run_id in run_ids:
+        waiting, weight = list(heads[run_id]), 0
+        while waiting:
+            parent_id, size = sizes.pop(waiting.pop(), (None, 0))
+            weight += size
+            waiting += [] if parent_id is None else [parent_id]
+        weights[run_id] = weight
+    return weights
 
 
 def _bytes(connection: Connection, columns: Sequence[ColumnElement[object]]) -> ColumnElement[int]:
@@ -152,7 +167,7 @@ def _bytes(connection: Connection, columns: Sequence[ColumnElement[object]]) -> 
 
 
 def _size(connection: Connection, column: ColumnElement[object]) -> ColumnElement[int]:
-    if isinstance(getattr(column.type, "impl", None), Text):
+    if isinstance(getattr(column.type, "impl", column.type), Text):
         plain: ColumnElement[object] = type_coerce(column, Text)
         if connection.dialect.name == "sqlite":
             return func.coalesce(func.length(cast(plain, LargeBinary)), 0)

@@ -1,15 +1,15 @@
 """The tables, as SQLAlchemy Core metadata. What the laws say, constraints say again.
 
-* token and logprob blobs are as long as their counts (law 4);
+* token and logprob blobs are as long as their counts (law 4), and so are the parts of prompts;
 * a run of a group has the group's purpose and task;
 * an `eval` run cannot be held, nor entered in the ledger: `purpose` travels in the key and a CHECK refuses it;
 * a ledger row names the hash of a checkpoint of its own job and step (law 7);
 * trained + excluded tokens of a consumption row equal the sampled tokens of its choice (law 5);
 * at most one unfinished publish per model; ids of versions, publishes and leases are never reused.
 
-Call metadata and payload (prompt ids, sampled ids and logprobs, JSON bodies) lie in tables apart, so that lists and
-counts do not read payload pages. `migrations/` makes the same tables; a test compares the two. Called by the modules
-of this package only.
+Call metadata and payload (prompts, tokens, logprobs, messages) lie in tables apart, so that lists and counts do not
+read payload pages: `payload_schema` has the latter. `migrations/` makes the same tables; a test compares the two.
+Called by the modules of this package only.
 """
 
 from typing import get_args
@@ -33,10 +33,10 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from tracegrad.tracestore.codec import Float32s, Int32s, JsonText
+from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0009"
+HEAD = "0010"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -51,7 +51,7 @@ metadata = MetaData(
 
 CONTENT_DELETED = "content deleted"
 """The `error` of a run of which `removal` left a stub."""
-_Serial = BigInteger().with_variant(Integer, "sqlite")
+SERIAL = BigInteger().with_variant(Integer, "sqlite")
 _LARGEST = "1.7976931348623157e308"
 
 
@@ -190,7 +190,7 @@ policy_versions = Table(
 calls = Table(
     "calls",
     metadata,
-    Column("seq", _Serial, Identity(), primary_key=True),
+    Column("seq", SERIAL, Identity(), primary_key=True),
     Column("call_id", String, nullable=False, unique=True),
     _word("completion_id", null=True),
     Column("run_id", String, ForeignKey("runs.run_id")),
@@ -241,7 +241,7 @@ Index(None, calls.c.project, calls.c.model, calls.c.drift, sqlite_where=_goes_on
 attributions = Table(
     "attributions",
     metadata,
-    Column("seq", _Serial, Identity(), primary_key=True),
+    Column("seq", SERIAL, Identity(), primary_key=True),
     _word("source"),
     _word("call_id", null=True),
     _word("completion_id", null=True),
@@ -274,19 +274,6 @@ langsmith_runs = Table(
 _became_one = langsmith_runs.c.run_id.is_not(None)
 Index(None, langsmith_runs.c.run_id, sqlite_where=_became_one, postgresql_where=_became_one)
 
-call_payloads = Table(
-    "call_payloads",
-    metadata,
-    Column("call_id", String, ForeignKey("calls.call_id"), primary_key=True),
-    _number("n_prompt", null=True),
-    Column("prompt_ids", Int32s),
-    Column("request", JsonText, nullable=False),
-    Column("requested", JsonText, nullable=False),
-    Column("effective", JsonText, nullable=False),
-    CheckConstraint("(prompt_ids IS NULL) = (n_prompt IS NULL)", name="prompt_counted"),
-    CheckConstraint("length(prompt_ids) = 4 * n_prompt", name="prompt_length"),
-)
-
 choices = Table(
     "choices",
     metadata,
@@ -300,26 +287,10 @@ choices = Table(
     CheckConstraint("n_tokens >= 0", name="n_tokens"),
 )
 
-choice_payloads = Table(
-    "choice_payloads",
-    metadata,
-    _key("call_id"),
-    Column("choice_index", Integer, primary_key=True),
-    _number("n_tokens"),
-    Column("token_ids", Int32s, nullable=False),
-    Column("logprobs", Float32s),
-    Column("message", JsonText, nullable=False),
-    ForeignKeyConstraint(
-        ["call_id", "choice_index", "n_tokens"], ["choices.call_id", "choices.choice_index", "choices.n_tokens"]
-    ),
-    CheckConstraint("length(token_ids) = 4 * n_tokens", name="token_length"),
-    CheckConstraint("length(logprobs) = 4 * n_tokens", name="logprob_length"),
-)
-
 rewards = Table(
     "rewards",
     metadata,
-    Column("seq", _Serial, Identity(), primary_key=True),
+    Column("seq", SERIAL, Identity(), primary_key=True),
     Column("reward_id", String, nullable=False, unique=True),
     Column("run_id", String, ForeignKey("runs.run_id"), nullable=False),
     _word("role", null=True),

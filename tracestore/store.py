@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from tracegrad.tracestore import migrate
 from tracegrad.tracestore.attributions import Attributions
+from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.continued import Continued
@@ -76,6 +77,7 @@ class Store(
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._blocks = KnownBlocks()
         self.url = database.url.render_as_string(hide_password=False)
 
     @property

@@ -12,8 +12,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, true
 
 from tracegrad.tracestore.calls import CHUNK
+from tracegrad.tracestore.codec import decode_int32, decode_json, widened
 from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.payload_schema import choice_payloads
+from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.records import (
     Attribution,
     Call,
@@ -29,7 +32,7 @@ from tracegrad.tracestore.records import (
 )
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import run_of
-from tracegrad.tracestore.schema import call_payloads, calls, choice_payloads, choices, leases, runs
+from tracegrad.tracestore.schema import calls, choices, leases, runs
 from tracegrad.tracestore.spans import span_of, spans_of
 
 
@@ -127,23 +130,27 @@ def _calls(
 ) -> Iterator[Call]:
     """The calls that `within` selects; `known` holds their spans by run and id."""
     sampled = _choices(connection, select(choices.c.call_id, choices.c.finish_reason, choices.c.flags), within)
-    rows = connection.execute(
-        select(calls, call_payloads)
-        .join(call_payloads, call_payloads.c.call_id == calls.c.call_id)
-        .where(within)
-        .order_by(calls.c.dispatched_at, calls.c.seq)
-    )
-    for row in rows.mappings():
+    rows = connection.execute(select(calls).where(within).order_by(calls.c.dispatched_at, calls.c.seq))
+    found = list(rows.mappings())
+    payloads = payloads_of(connection, [row[calls.c.seq] for row in found])
+    for row in found:
+        payload = payloads.get(row[calls.c.seq])
+        if payload is None:
+            continue  # the stub of a deleted run's
         span = known[row[calls.c.run_id], row[calls.c.span_id]] if row[calls.c.span_id] is not None else None
         role_by = row[calls.c.role_by]
         knows_role = until is None or role_by is None or role_by <= until.attributions
-        yield _call(row, span, tuple(sampled[row[calls.c.call_id]]), knows_role=knows_role)
+        yield _call(row, payload, span, tuple(sampled[row[calls.c.call_id]]), knows_role=knows_role)
 
 
 def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[str, list[Choice]]:
     statement = (
         columns.add_columns(
-            choices.c.choice_index, choice_payloads.c.token_ids, choice_payloads.c.logprobs, choice_payloads.c.message
+            choices.c.choice_index,
+            choices.c.n_tokens,
+            choice_payloads.c.token_ids,
+            choice_payloads.c.logprobs,
+            choice_payloads.c.message,
         )
         .join(
             choice_payloads,
@@ -159,7 +166,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
         by_call[row.call_id].append(
             Choice(
                 index=row.choice_index,
-                token_ids=row.token_ids,
+                token_ids=decode_int32(widened(row.token_ids, row.n_tokens)),
                 logprobs=row.logprobs,
                 finish_reason=row.finish_reason,
                 message=row.message,
@@ -169,7 +176,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
     return by_call
 
 
-def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...], *, knows_role: bool) -> Call:
+def _call(row: Any, payload: Payload, span: Span | None, sampled: tuple[Choice, ...], *, knows_role: bool) -> Call:
     column = calls.c
     return Call(
         call_id=row[column.call_id],
@@ -185,7 +192,7 @@ def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...], *, knows_rol
         requested_model=row[column.requested_model],
         version_dispatched=row[column.version_dispatched],
         version_completed=row[column.version_completed],
-        prompt_ids=row[call_payloads.c.prompt_ids],
+        prompt_ids=payload.prompt_ids,
         choices=sampled,
         status=row[column.status],
         timing=CallTiming(
@@ -194,9 +201,9 @@ def _call(row: Any, span: Span | None, sampled: tuple[Choice, ...], *, knows_rol
             first_token_at=row[column.first_token_at],
             completed_at=row[column.completed_at],
         ),
-        request=row[call_payloads.c.request],
-        requested=row[call_payloads.c.requested],
-        effective=row[call_payloads.c.effective],
+        request=payload.request_json,
+        requested=decode_json(payload.requested),
+        effective=decode_json(payload.effective),
         stream=row[column.stream],
         quarantine=row[column.quarantine],
         error=row[column.error],

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from tracegrad.tracestore.block_check import chains_checked, prompts_checked
 from tracegrad.tracestore.errors import ConfigError, Conflict, StoreUnavailable
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.schema import CONTENT_DELETED
@@ -23,18 +24,20 @@ _FREE_PAGES = 2_000
 _EXAMPLES = 5
 _OF_A_STUB = f"EXISTS (SELECT 1 FROM runs r WHERE r.run_id = c.run_id AND r.error = '{CONTENT_DELETED}')"
 _ROWS = {
-    "calls without their payload": "SELECT c.call_id FROM calls c LEFT JOIN call_payloads p ON p.call_id = c.call_id"
-    f" WHERE p.call_id IS NULL AND NOT {_OF_A_STUB}",
+    "calls without their payload": "SELECT c.call_id FROM calls c LEFT JOIN call_payloads p ON p.seq = c.seq"
+    f" WHERE p.seq IS NULL AND NOT {_OF_A_STUB}",
     "choices without their tokens": "SELECT o.call_id FROM choices o JOIN calls c ON c.call_id = o.call_id"
     " LEFT JOIN choice_payloads p ON p.call_id = o.call_id AND p.choice_index = o.choice_index"
     f" WHERE p.call_id IS NULL AND NOT {_OF_A_STUB}",
-    "prompts of another length than counted": "SELECT call_id FROM call_payloads"
-    " WHERE (prompt_ids IS NULL) <> (n_prompt IS NULL) OR length(prompt_ids) <> 4 * n_prompt",
+    "prompts that nothing names": "SELECT b.block_id FROM blocks b"
+    " WHERE NOT EXISTS (SELECT 1 FROM blocks k WHERE k.parent_id = b.block_id)"
+    " AND NOT EXISTS (SELECT 1 FROM call_payloads p WHERE p.ids_head = b.block_id)"
+    " AND NOT EXISTS (SELECT 1 FROM call_payloads p WHERE p.text_head = b.block_id)",
     "choices whose tokens or logprobs are not as many as counted": "SELECT o.call_id FROM choices o"
     " JOIN choice_payloads p ON p.call_id = o.call_id AND p.choice_index = o.choice_index"
-    " WHERE length(p.token_ids) <> 4 * o.n_tokens OR length(p.logprobs) <> 4 * o.n_tokens",
-    "payloads of no call": "SELECT p.call_id FROM call_payloads p LEFT JOIN calls c ON c.call_id = p.call_id"
-    " WHERE c.call_id IS NULL",
+    " WHERE length(p.token_ids) NOT IN (2 * o.n_tokens, 3 * o.n_tokens, 4 * o.n_tokens)"
+    " OR length(p.logprobs) <> 4 * o.n_tokens",
+    "payloads of no call": "SELECT p.seq FROM call_payloads p LEFT JOIN calls c ON c.seq = p.seq WHERE c.seq IS NULL",
     "tokens of no choice": "SELECT p.call_id FROM choice_payloads p LEFT JOIN choices o"
     " ON o.call_id = p.call_id AND o.choice_index = p.choice_index WHERE o.call_id IS NULL",
     "calls of unknown runs": "SELECT c.call_id FROM calls c LEFT JOIN runs r ON r.run_id = c.run_id"
@@ -91,6 +94,8 @@ class Upkeep(Noun):
                 if count:
                     some = connection.execute(text(f"{statement} LIMIT {_EXAMPLES}")).scalars()
                     faults.append(Fault(what=what, count=int(count), examples=tuple(map(str, some))))
+        for check in (chains_checked, prompts_checked):
+            faults += [Fault(what=what, count=count, examples=some) for what, count, some in check(self._db, heard)]
         return faults
 
     def backup(self, target: Path, heard: Callable[[int, int], None] = lambda done, total: None) -> int:

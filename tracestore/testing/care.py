@@ -234,10 +234,10 @@ class RetentionContract:
             if number % 2:
                 clock.advance(1)
         (first,) = store.newest_runs("default", limit=1)
-        # 3 prompt ids and 3 sampled ids with logprobs are 36 bytes; request, parameters and message are JSON.
+        # 3 prompt ids, 3 sampled ids (2 bytes each) with logprobs are 24 bytes; the rest is JSON.
         texts = '{"messages":[{"role":"user","content":"hé"}]}', '{"temperature":0.0}', '{"temperature":1.0}'
         message = '{"role":"assistant","content":"x"}'
-        one = 36 + sum(len(text.encode()) for text in (*texts, message))
+        one = 24 + sum(len(text.encode()) for text in (*texts, message))
         assert (first.weight_bytes, first.calls, first.place) == (one, 1, Place(1_124.0, "r249"))
         assert store.place_beyond("default", one * 250) is None
         assert store.place_beyond("default", one * 130) == Place(1_059.0, "r119")
@@ -269,7 +269,7 @@ class UpkeepContract:
     def test_what_is_wrong_is_counted_and_named(self, store: Store) -> None:
         """Rows that no constraint forbids to be missing."""
         full_run(store, "a")
-        sql(store, "DELETE FROM call_payloads WHERE call_id = 'c1-a'")
+        sql(store, "DELETE FROM call_payloads WHERE seq = (SELECT seq FROM calls WHERE call_id = 'c1-a')")
         sql(store, "DELETE FROM choice_payloads WHERE call_id = 'c2-a'")
         heard: list[str] = []
         found = {fault.what: (fault.count, fault.examples) for fault in store.check(heard.append)}

@@ -5,6 +5,7 @@ empty store opened with that clock.
 """
 
 from tracegrad.tracestore.testing.care import RemovalContract, RetentionContract, UpkeepContract
+from tracegrad.tracestore.testing.chains import ChainContract
 from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.diagnosis import (
     DiagnosisContract,
@@ -30,6 +31,7 @@ from tracegrad.tracestore.testing.traces import CallContract, RewardContract, Ta
 class StoreContract(
     TaskContract,
     CallContract,
+    ChainContract,
     ContinuedContract,
     RewardContract,
     SpanContract,

@@ -393,7 +393,7 @@ class PayloadDiagnosisContract:
         with store._db.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=ON")
             connection.exec_driver_sql("UPDATE choice_payloads SET logprobs = x'00000000' WHERE call_id = 'a'")
-            connection.exec_driver_sql("UPDATE call_payloads SET prompt_ids = x'00000000' WHERE call_id = 'b'")
+            connection.exec_driver_sql("UPDATE call_payloads SET tail = x'0000' WHERE seq = 2")
             connection.commit()
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=OFF")
         assert store.check_payloads(ALL).flaws == (Tally(what="length mismatch", count=2, example="b"),)

@@ -249,15 +249,17 @@ class CallContract:
             store.append_calls([make_call("c", "r", version=version.version_id)])
 
     def test_the_schema_checks_lengths(self, store: Store) -> None:
-        """Not even raw SQL stores a blob whose length is not four bytes an element."""
+        """Not even raw SQL stores a blob whose length is not that of its elements."""
         store.append_calls([make_call("c", "r", tokens=[(1, 2, 3)])])
         for table, column in (("choice_payloads", "token_ids"), ("choice_payloads", "logprobs")):
             with pytest.raises(InvalidRecord):
                 sql(store, f"UPDATE {table} SET {column} = :blob", blob=b"\0" * 8)
         with pytest.raises(InvalidRecord):
-            sql(store, "UPDATE call_payloads SET prompt_ids = :blob", blob=b"\0" * 11)
+            sql(store, "UPDATE call_payloads SET tail = :blob", blob=b"\0" * 11)
         with pytest.raises(InvalidRecord):
-            sql(store, "UPDATE call_payloads SET prompt_ids = NULL")
+            sql(store, "UPDATE call_payloads SET tail = NULL")
+        with pytest.raises(InvalidRecord):
+            sql(store, "UPDATE call_payloads SET n_chained = 128")
         with pytest.raises(InvalidRecord):
             sql(store, "UPDATE choices SET n_tokens = 2")
 

@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from tracegrad.tracestore.errors import ConfigError, InvalidRecord, SchemaMismat
 from tracegrad.tracestore.gating import GateTerms, unjudged
 from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
-from tracegrad.tracestore.store import open_store
-from tracegrad.tracestore.testing.rows import make_call, sql
+from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.chains import asked, stored_units
+from tracegrad.tracestore.testing.rows import make_call, ready_group, sql, train
 
 
 def url_of(path: Path) -> str:
@@ -157,6 +159,53 @@ def test_what_a_rule_decided_is_called_inferred_by_the_revision_before(first_sto
     engine.dispose()
     assert said == "inferred"
     store.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return url_of(tmp_path / "store.db") if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+
+
+def test_prompts_become_chains_and_back_without_a_change(empty_url: str) -> None:
+    """Conversations, groups, several pages of calls, two projects, a stub; read before, between and after."""
+    store = open_store(empty_url)
+    runs = ready_group(store)
+    train(store)
+    store.delete_runs(runs)
+    talk = [f"turn{number}" for number in range(8)]
+    for number in range(30):
+        calls = [asked(f"c{number}-{n}", f"r{number}", [*talk[:n], f"mine{number}"]) for n in range(8)]
+        store.append_calls([replace(call, project="pq"[number % 2]) for call in calls])
+    store.append_calls([make_call("none", None, role=None, prompt_ids=None), make_call("empty", "e", prompt_ids=())])
+    before = [store.trace(f"r{number}") for number in range(30)], store.get_call("none"), store.get_call("empty")
+    weight = chained(store)
+    store.close()
+    to_revision(empty_url, "0009")
+    engine = create_engine(empty_url)
+    with engine.connect() as connection:
+        assert "blocks" not in inspect(connection).get_table_names()
+        row = connection.exec_driver_sql(
+            "SELECT length(prompt_ids), n_prompt, request FROM call_payloads WHERE call_id = 'c7-3'"
+        ).one()
+        assert row[0] == 4 * row[1] and row[2].startswith('{"messages":[{"role":"user","content":"turn0 turn0')
+    engine.dispose()
+    store = open_store(empty_url)
+    assert (
+        [store.trace(f"r{number}") for number in range(30)],
+        store.get_call("none"),
+        store.get_call("empty"),
+    ) == before
+    assert chained(store) <= weight, "they share what they shared"
+    assert store.check() == []
+    assert store.get_run(runs[0]).error == "content deleted"
+    store.append_calls([asked("new", "r1", [*talk, "more"], project="q")])
+    store.delete_runs([f"r{number}" for number in range(30)], busy="force")
+    assert chained(store) == 0
+    store.close()
+
+
+def chained(store: Store) -> int:
+    return sum(stored_units(store))
 
 
 def test_every_revision_can_be_taken_back(first_store: str) -> None:

@@ -134,7 +134,7 @@ def test_what_is_there_and_says_otherwise_is_refused(store: Store, tmp_path: Pat
         connection.exec_driver_sql(
             "UPDATE choice_payloads SET logprobs = zeroblob(24) WHERE call_id = 'odd' AND logprobs IS NOT NULL"
         )
-    with pytest.raises(Conflict, match="choice_payloads odd 0 is here already with another logprobs"):
+    with pytest.raises(Conflict, match="call odd is here already with another logprobs"):
         import_from(changed, tmp_path / "out")
     changed.close()
 

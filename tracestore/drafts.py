@@ -1,0 +1,212 @@
+"""The content of calls on its way into the store: encoded and cut before the transaction, written inside it.
+
+Whoever appends holds other writers up (SQLite has one), so that all that costs time and needs no database is done
+first. Refuses content that is not what a call with the same id has. Called by `calls` and `interchange`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, select, type_coerce
+
+from tracegrad.tracestore.blocks import KnownBlocks, store_chains
+from tracegrad.tracestore.chains import IDS_A_UNIT, Chain, Cut, chain_of, cut, cut_request, units_of_ids
+from tracegrad.tracestore.codec import (
+    encode_float32,
+    encode_int32,
+    encode_json,
+    narrow_int32,
+    packed,
+    unpacked,
+    widened,
+)
+from tracegrad.tracestore.hot import HotStatement, run_hot
+from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type, raw_table
+from tracegrad.tracestore.payloads import Payload, payloads_of
+from tracegrad.tracestore.records import Call
+from tracegrad.tracestore.schema import calls, choices
+
+Row = dict[str, Any]
+_INSERT_PAYLOADS = HotStatement(raw_table(call_payloads).insert())
+_INSERT_CHOICES = HotStatement(raw_table(choices).insert())
+_INSERT_TOKENS = HotStatement(raw_table(choice_payloads).insert())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A choice as it lies: token ids as int32, logprobs as float32, JSON as its text."""
+
+    choice_index: int
+    n_tokens: int
+    token_ids: bytes
+    logprobs: bytes | None
+    finish_reason: str | None
+    flags: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The content of a call: as it came, and cut into what is stored."""
+
+    call_id: str
+    payload: Payload
+    answers: Sequence[Answer]
+    ids: Chain | None
+    tail: bytes | None
+    cut: Cut
+    text: Chain | None
+
+
+def draft_of(call: Call) -> Draft:
+    """Encode the content of a call. Raises InvalidRecord for what cannot be stored exactly."""
+    prompt = None if call.prompt_ids is None else encode_int32(call.prompt_ids)
+    payload = Payload(
+        None if call.prompt_ids is None else len(call.prompt_ids),
+        prompt,
+        encode_json(call.request),
+        encode_json(call.requested),
+        encode_json(call.effective),
+    )
+    answers = [
+        Answer(
+            one.index,
+            len(one.token_ids),
+            encode_int32(one.token_ids),
+            None if one.logprobs is None else encode_float32(one.logprobs),
+            one.finish_reason,
+            encode_json(one.flags),
+            encode_json(one.message),
+        )
+        for one in call.choices
+    ]
+    return _drafted(call.call_id, call.project, payload, answers, cut_request(call.request, payload.request))
+
+
+def drafted(call_id: str, project: str, payload: Payload, answers: Sequence[Answer]) -> Draft:
+    """Cut the prompt and the request of a call that came encoded."""
+    return _drafted(call_id, project, payload, answers, cut(payload.request))
+
+
+def _drafted(call_id: str, project: str, payload: Payload, answers: Sequence[Answer], request: Cut) -> Draft:
+    units: list[bytes] = []
+    tail = None
+    if payload.prompt is not None:
+        units, tail = units_of_ids(payload.prompt)
+    return Draft(
+        call_id=call_id,
+        payload=payload,
+        answers=answers,
+        ids=chain_of(project, units, is_text=False) if units else None,
+        tail=tail,
+        cut=request,
+        text=chain_of(project, request.units, is_text=True) if request.units else None,
+    )
+
+
+def insert_drafts(connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks) -> Mapping[bytes, int]:
+    """Write the content of calls, by the number of each; return the blocks to remember once this is committed."""
+    rows = [_choice_row(draft.call_id, answer) for draft in drafts.values() for answer in draft.answers]
+    if rows:
+        run_hot(connection, _INSERT_CHOICES, rows)
+    return insert_payloads(connection, drafts, known)
+
+
+def insert_payloads(connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks) -> Mapping[bytes, int]:
+    """As `insert_drafts`, of calls whose choices are there but for their tokens."""
+    chains = [chain for draft in drafts.values() for chain in (draft.ids, draft.text) if chain is not None]
+    ids, used = store_chains(connection, chains, known)
+    head = iter(ids)
+    payloads = []
+    for seq, draft in drafts.items():
+        heads = [None if chain is None else next(head) for chain in (draft.ids, draft.text)]
+        payloads.append(_payload_row(seq, draft, *heads))
+    tokens = [_token_row(draft.call_id, answer) for draft in drafts.values() for answer in draft.answers]
+    for statement, rows in ((_INSERT_PAYLOADS, payloads), (_INSERT_TOKENS, tokens)):
+        if rows:
+            run_hot(connection, statement, rows)
+    return used
+
+
+def differences(connection: Connection, drafts: Mapping[int, Draft]) -> Iterator[tuple[str, str]]:
+    """Compare the content of stored calls, by number, with that of drafts: yield the call id and what is another.
+
+    A call whose content was deleted has nothing to compare.
+    """
+    stored = payloads_of(connection, list(drafts))
+    answers = answers_of(connection, list(drafts))
+    for seq, draft in drafts.items():
+        if seq not in stored:
+            continue
+        ours = sorted(draft.answers, key=lambda one: one.choice_index)
+        theirs = answers.get(seq, [])
+        pairs: list[tuple[Any, Any]] = [(stored[seq], draft.payload)]
+        pairs += zip(theirs, ours, strict=False)
+        different = [one.name for left, right in pairs for one in fields(left) if _differ(left, right, one.name)]
+        if len(theirs) != len(ours):
+            different.append("number of choices")
+        if different:
+            yield draft.call_id, different[0]
+
+
+def _differ(left: Any, right: Any, name: str) -> bool:
+    return bool(getattr(left, name) != getattr(right, name))
+
+
+def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[Answer]]:
+    """Return the choices of calls as they lie, by the number of the call and in order."""
+    both = (choices.c.call_id == choice_payloads.c.call_id) & (choices.c.choice_index == choice_payloads.c.choice_index)
+    columns = [choices.c.choice_index, choices.c.n_tokens, choice_payloads.c.token_ids, choice_payloads.c.logprobs]
+    columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message]
+    raw = [type_coerce(one, plain_type(one)).label(one.name) for one in columns]
+    found: dict[int, list[Answer]] = {}
+    for row in connection.execute(
+        select(calls.c.seq, *raw)
+        .join_from(calls, choices, choices.c.call_id == calls.c.call_id)
+        .join(choice_payloads, both)
+        .where(calls.c.seq.in_(seqs))
+        .order_by(calls.c.seq, choices.c.choice_index)
+    ):
+        message = unpacked(row.message).decode()
+        tokens = widened(row.token_ids, row.n_tokens)
+        answer = Answer(row.choice_index, row.n_tokens, tokens, row.logprobs, row.finish_reason, row.flags, message)
+        found.setdefault(row.seq, []).append(answer)
+    return found
+
+
+def _payload_row(seq: int, draft: Draft, ids_head: int | None, text_head: int | None) -> Row:
+    payload = draft.payload
+    return {
+        "seq": seq,
+        "ids_head": ids_head,
+        "text_head": text_head,
+        "n_prompt": payload.n_prompt,
+        "n_chained": 0 if draft.ids is None else IDS_A_UNIT * len(draft.ids.units),
+        "tail": None if draft.tail is None else narrow_int32(draft.tail)[1],
+        "places": draft.cut.places,
+        "request": draft.cut.rest,
+        "requested": payload.requested,
+        "effective": payload.effective,
+    }
+
+
+def _choice_row(call_id: str, answer: Answer) -> Row:
+    return {
+        "call_id": call_id,
+        "choice_index": answer.choice_index,
+        "n_tokens": answer.n_tokens,
+        "finish_reason": answer.finish_reason,
+        "flags": answer.flags,
+    }
+
+
+def _token_row(call_id: str, answer: Answer) -> Row:
+    return {
+        "call_id": call_id,
+        "choice_index": answer.choice_index,
+        "n_tokens": answer.n_tokens,
+        "token_ids": narrow_int32(answer.token_ids)[1],
+        "logprobs": answer.logprobs,
+        "message": packed(answer.message.encode()),
+    }

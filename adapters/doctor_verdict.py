@@ -87,6 +87,13 @@ def _publishes(report: Report) -> Iterator[Finding]:
                     f"{publish.error or 'it was given up'}; start `tracegrad train` to publish again"
                 )
                 yield Finding(level="problem", code="publish failed", text=text)
+            elif publish.state in ("rejected", "skipped"):
+                why = publish.error if publish.decision is None else publish.decision["why"]
+                text = (
+                    f"publish {publish.publish_id} of {model} (version {publish.version_id}) was {publish.state}: "
+                    f"{why}; `tracegrad versions` shows what serves, and the figures"
+                )
+                yield Finding(level="note", code=f"publish {publish.state}", text=text)
         verdicts = [seen for seen in map(probe_verdict, newest) if seen is not None]
         if len(verdicts) > 2 and set(verdicts) == {"unresolved"}:
             text = (

@@ -110,6 +110,10 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
             report.problems.append(problem)
     if config.trainer.model in config.models and config.models[config.trainer.model].trained:
         report.trainer = _trainer(store, config)
+    if config.trainer.publish.gate is not None and not store.living_evaluators(config.trainer.model, expires_s):
+        report.problems.append(
+            "no evaluator has a heartbeat: new versions are rejected unjudged; start `tracegrad gate`"
+        )
 
 
 def _model(store: Store, model: str) -> ModelState:

@@ -134,9 +134,12 @@ def _complaint(
     if rule.max_drop is not None and baseline is not None and compared is None:
         return f"it shares no scored task with evaluation {baseline.evaluation_id} of the live version"
     if rule.max_drop is not None and compared is not None and compared.at_worst < -rule.max_drop:
+        bound = (
+            f" (perhaps {compared.at_worst:+.4g}, at confidence {rule.confidence:g})" if rule.confidence > 0.5 else ""
+        )
         return (
-            f"{score} differs by {compared.difference:+.4g} from the live version's over {compared.n} tasks (perhaps "
-            f"{compared.at_worst:+.4g}, at confidence {rule.confidence:g}); allowed is a drop of {rule.max_drop:g}"
+            f"{score} differs by {compared.difference:+.4g} from the live version's over {compared.n} tasks{bound}; "
+            f"allowed is a drop of {rule.max_drop:g}"
         )
     return None
 

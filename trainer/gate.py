@@ -1,9 +1,9 @@
 """The publisher's side of the gate: which engines try a candidate, waiting for its judges, and the rule's answer.
 
 Nobody is made to wait for a judge that is not there: before anything is drained an evaluator has to have a heartbeat
-and the live version its evaluation on the same tasks. Every wait ends at the gate's time-out, and what was not judged
-by then is rejected (law 9). Not gated: the first version of a model (there is nothing to go back to) and one that was
-live before. Refuses nothing itself. Called by `publish`, the controller and start-up.
+and, where the two are to be compared, the live version its evaluation on the same tasks. Every wait ends at the gate's
+time-out, and what was not judged by then is rejected (law 9). Not gated: the first version of a model (there is nothing
+to go back to) and one that was live before. Refuses nothing itself. Called by `publish`, the controller and start-up.
 """
 
 import math
@@ -52,13 +52,18 @@ class Gatekeeper:
         return GateTerms(share=self.settings.share, engines=urls, timeout_s=self.settings.timeout_s)
 
     def refuses(self, live: PolicyVersion) -> Decision | None:
-        """Wait for an evaluator and the live version's evaluation; return why there will be no judgement, or None."""
+        """Wait for an evaluator and, to compare with, the live version's evaluation; None: the candidate can be judged.
+
+        Otherwise the decision says why not.
+        """
+        needs_baseline = self.settings.rule.max_drop is not None
         known = {each.evaluation_id for each in self._store.list_evaluations(version_id=live.version_id)}
         deadline = time.monotonic() + self.settings.timeout_s
         while True:
             evaluators = self._store.living_evaluators(live.model, self._expires_s)
             for each in evaluators:
-                if self._store.find_baseline(live.version_id, each.tasks_hash, each.score) is not None:
+                baseline = self._store.find_baseline(live.version_id, each.tasks_hash, each.score)
+                if baseline is not None or not needs_baseline:
                     return None
             for made in self._store.list_evaluations(version_id=live.version_id):
                 if made.evaluation_id not in known and made.mean is None and made.publish_id is None:
@@ -83,7 +88,7 @@ class Gatekeeper:
             time.sleep(POLL_S)
         candidate = made[-1]
         baseline = self._store.find_baseline(live.version_id, candidate.tasks_hash, candidate.score)
-        if baseline is None:
+        if baseline is None and self.settings.rule.max_drop is not None:
             return unjudged(f"the live version has no evaluation on the tasks of evaluation {candidate.evaluation_id}")
         return judge(self.settings.rule, candidate, baseline)
 

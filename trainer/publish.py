@@ -210,8 +210,8 @@ class Publisher:
         """Let the candidate be evaluated; return the decision for it. Raises PublishRejected: its weights are gone."""
         assert attempt.previous is not None, "the first version of a model is not gated"
         publish = self.store.advance_publish(attempt.publish.publish_id, "evaluating")
-        self._on_state("evaluating")
         try:
+            self._on_state("evaluating")
             decision = gate.decide(publish, attempt.previous)
             if decision.passed:
                 decision = self._still_there(attempt) or decision

@@ -101,6 +101,12 @@ def test_a_healthy_store_gets_no_word() -> None:
         ),
         (
             "note",
+            "publish skipped",
+            "publish 7 of small (version 8) was skipped: it is pinned; `tracegrad versions`",
+            {"publishes": {"small": [publish(7, "skipped", error="it is pinned"), publish(6, "live")]}},
+        ),
+        (
+            "note",
             "probe unresolved",
             "the last 3 probes of small were unresolved",
             {"publishes": {"small": [publish(n, "live", "unresolved") for n in (3, 2, 1)]}},

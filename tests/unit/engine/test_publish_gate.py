@@ -63,7 +63,7 @@ class House:
 
     def publisher(self, on_state: Callable[[str], None] | None = None, **changed: Any) -> Publisher:
         rule = GateRule(max_drop=0.1, confidence=0.5)
-        gate = GateConfig(app="a:g", tasks="t", reward="r:f", rule=rule, **{"timeout_s": 0.3, **changed})
+        gate = GateConfig(app="a:g", tasks="t", reward="r:f", **{"timeout_s": 0.3, "rule": rule, **changed})
         settings = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=0.6, gate=gate)
         clients = [EngineClient(engine.url, "main", timeout_s=5) for engine in self.engines]
 
@@ -354,6 +354,32 @@ def test_a_stop_while_judges_are_waited_for_puts_the_live_weights_back(house: Ho
     with pytest.raises(PublishRejected, match="was told to stop"):
         publisher.publish(new.version_id, probe(1.2, 1.0))
     assert house.serving() == [(1.0, str(house.live.version_id))]
+
+
+@pytest.mark.parametrize("how", [SystemExit, KeyboardInterrupt])
+def test_a_trainer_that_is_told_to_leave_puts_the_live_weights_back_first(
+    house: House, how: type[BaseException]
+) -> None:
+    def leaves(state: str) -> None:
+        if state == "evaluating":
+            raise how
+
+    house.store.beat_evaluator(house.evaluator)
+    new = house.version(1.2, 1)
+    with pytest.raises(how):
+        house.publisher(leaves).publish(new.version_id, probe(1.2, 1.0))
+    assert (house.last.state, house.last.decision["judged"]) == ("rejected", False)  # type: ignore[index]
+    assert house.serving() == [(1.0, str(house.live.version_id))]
+
+
+def test_a_minimum_alone_needs_no_baseline(house: House) -> None:
+    """A live version that cannot be evaluated does not keep a better one from serving."""
+    other = Evaluator(evaluator_id="e", model="main", tasks_hash="other tasks", score="f1")
+    judges = house.judges(0.9)
+    house.store.beat_evaluator(other)
+    publisher = house.publisher(judges, rule=GateRule(minimum=0.8))
+    new = house.version(1.2, 1)
+    assert publisher.publish(new.version_id, probe(1.2, 1.0)).decision.passed  # type: ignore[union-attr]
 
 
 def test_a_pin_is_kept_by_the_publisher_and_by_recovery(house: House) -> None:

@@ -191,6 +191,9 @@ def test_a_publish_that_hangs_names_who_holds_it_and_one_that_failed_says_why(
     store.advance_publish(rejected, "rejected", decision={"passed": False, "judged": True, "why": "it lost 0.2"})
     _, found, text = ask()
     assert found["problems"] == [], "the gate does what it is for"
+    gate = {"app": "a:g", "tasks": "t", "reward": "r:f", "rule": {"minimum": 0.5}}
+    (lonely,) = ask(trainer={"publish": {"gate": gate}})[1]["problems"]
+    assert "no evaluator has a heartbeat" in lonely and "start `tracegrad gate`" in lonely
     assert "version 1 was rejected: it lost 0.2" in " ".join(text.split())
     store.skip_publish(1, "the model is pinned")
     assert "version 1 was skipped: the model is pinned" in " ".join(ask()[2].split())

@@ -23,7 +23,7 @@ HELPS = {
     "gate": "Evaluate what is to be published, over held-out tasks, until Ctrl-C.",
     "status": "Say what is up, what is live, what waits, and what is wrong (then with exit status 1).",
     "runs": "List the newest runs.",
-    "show": "Show one run, or one call: what ran inside what, tokens, rewards and versions.",
+    "show": "Show one run, call or version: what ran inside what, tokens, rewards, which calls made which weights.",
     "reward": "Give stored runs new rewards: the closed ones, or each RUN.",
     "doctor": "Say what is wrong with what was recorded and trained, the worst first (then with exit status 1).",
     "queue": "Say what is ready to be trained, what waits and for what, and what never will be, with the reasons.",

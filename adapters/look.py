@@ -1,4 +1,4 @@
-"""`tracegrad runs` and `tracegrad show RUN | CALL`: what is in the store, for people, or as JSON with --json.
+"""`tracegrad runs` and `tracegrad show RUN | CALL | VERSION`: what is in the store, for people or as JSON (--json).
 
 Reads the store itself, so it needs no proxy. Refuses to create a store that is not there. Prompts and answers are
 shortened in tables and whole in JSON.
@@ -20,6 +20,14 @@ from rich.table import Table
 from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.opening import open_existing, which_store
 from tracegrad.adapters.run_picture import mermaid, tree_of
+from tracegrad.adapters.show_version import (
+    call_lines,
+    call_provenance,
+    print_version,
+    use_lines,
+    version_as_json,
+    version_named,
+)
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.records import (
@@ -84,14 +92,33 @@ def runs(
 
 
 @click.command()
-@click.argument("named", metavar="RUN|CALL")
+@click.argument("named", metavar="RUN|CALL|VERSION")
 @which_store
 @click.option("--full", is_flag=True, help="Do not shorten texts.")
 @click.option("--mermaid", "as_mermaid", is_flag=True, help="The graph of the run, for a Mermaid renderer.")
-def show(*, named: str, path: Path | None, url: str | None, full: bool, as_mermaid: bool, as_json: bool) -> None:
-    """Show one run, or one call: what ran inside what, tokens, rewards and versions.
+@click.option("--calls", is_flag=True, help="Of a version: the calls that its step trained, and how much of each.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Calls on a page of --calls.")
+@click.option("--after", metavar="CALL", help="With --calls: those after this call, the next page.")
+def show(
+    *,
+    named: str,
+    path: Path | None,
+    url: str | None,
+    full: bool,
+    as_mermaid: bool,
+    calls: bool,
+    limit: int,
+    after: str | None,
+    as_json: bool,
+) -> None:
+    """Show one run, call or version: what ran inside what, tokens, rewards, which calls made which weights.
 
-    A call has a run or none, and is named by its own id or by that of its completion.
+    \b
+    tracegrad show RUN
+    tracegrad show CALL               by its id or the completion's; which weights answered it, what was made from it
+    tracegrad show version:12         which calls made these weights (--calls lists them)
+    tracegrad show checkpoint:1a2b    the same, by the beginning of the checkpoint's hash
+    tracegrad show step:JOB/3         the same, by a job's step
     """
     longest = None if full else _SHORT
     store = open_existing(path, url)
@@ -99,7 +126,8 @@ def show(*, named: str, path: Path | None, url: str | None, full: bool, as_merma
         if not _is_run(store, named):
             if as_mermaid:
                 raise click.ClickException(f"{named} is no run, and only a run has a graph")
-            _show_call(store, store.find_call(named)[0], as_json=as_json, longest=longest)
+            if not _show_version(store, named, calls=calls, limit=limit, after=after, as_json=as_json):
+                _show_call(store, store.find_call(named)[0], as_json=as_json, longest=longest)
             return
         trace = store.trace(named)
         conflicts = store.attribution_conflicts(trace.run.run_id)
@@ -123,14 +151,33 @@ def show(*, named: str, path: Path | None, url: str | None, full: bool, as_merma
         print_trace(Console(), trace, conflicts, longest=longest)
 
 
+def _show_version(store: Store, named: str, *, calls: bool, limit: int, after: str | None, as_json: bool) -> bool:
+    """Show a version where `named` is the name of one; say whether it is."""
+    try:
+        version_id = version_named(store, named)
+        if version_id is not None and as_json:
+            _print_json(version_as_json(store, version_id, limit=limit, after=after))
+        elif version_id is not None:
+            print_version(Console(), store, version_id, calls=calls, limit=limit, after=after)
+    except NotFound as error:
+        raise click.ClickException(str(error)) from error
+    return version_id is not None
+
+
 def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None) -> None:
-    call, rewards = store.get_call(call_id), store.call_rewards(call_id)
+    try:
+        call, rewards = store.get_call(call_id), store.call_rewards(call_id)
+    except NotFound as error:  # it was found a moment ago: a stub
+        raise click.ClickException(f"{error}: {'; '.join(use_lines(store.call_uses(call_id)))}") from error
     conflicts = store.attribution_conflicts(call_id=call_id)
+    origin, uses = call_provenance(store, call)
     if as_json:
         more = {
             "rewards": [asdict(reward) for reward in rewards],
             "conflicts": [asdict(one) for one in conflicts],
             "fingerprint": fingerprint_of(call.request),
+            "answered_by": None if origin is None else asdict(origin),
+            "taken_by": [asdict(use) for use in uses],
         }
         _print_json({**asdict(call), **more})
         return
@@ -139,6 +186,8 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
     console.print(escape(f"call {call_id}, {of_run}"))
     _print_conflicts(console, conflicts)
     _print_call(console, {}, call, longest)
+    for line in call_lines(origin, uses):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if rewards:
         console.print(_rewards_table(rewards))
 

@@ -28,6 +28,7 @@ from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
 from tracegrad.tracestore.pins import Pins
+from tracegrad.tracestore.provenance import Provenance
 from tracegrad.tracestore.publishes import Publishes
 from tracegrad.tracestore.queue import QueueView
 from tracegrad.tracestore.removal import Removal
@@ -58,6 +59,7 @@ class Store(
     Ledger,
     Conservation,
     QueueView,
+    Provenance,
     Versions,
     Publishes,
     Evaluations,

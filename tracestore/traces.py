@@ -57,7 +57,12 @@ class Traces(Noun):
                 raise NotFound(f"no call {call_id!r}: `find_call` knows completion ids as well")
             span = None if place.span_id is None else span_of(connection, place.run_id, place.span_id)
             known = {} if span is None else {(span.run_id, span.span_id): span}
-            return next(_calls(connection, named, None, known))
+            found = next(_calls(connection, named, None, known), None)
+            if found is None:
+                raise NotFound(
+                    f"the content of call {call_id!r} was deleted; what was trained of it stays accounted for"
+                )
+            return found
 
     def lease_traces(self, lease: Lease, rule: LeaseRule | None = None) -> list[RunTrace]:
         """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.

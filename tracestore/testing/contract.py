@@ -22,6 +22,7 @@ from tracegrad.tracestore.testing.placing import (
     LangSmithContract,
     SpanContract,
 )
+from tracegrad.tracestore.testing.provenance import ProvenanceContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
@@ -41,6 +42,7 @@ class StoreContract(
     ReadinessContract,
     LeaseContract,
     LedgerContract,
+    ProvenanceContract,
     QueueViewContract,
     RefusalContract,
     UnplacedContract,

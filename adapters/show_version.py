@@ -1,0 +1,119 @@
+"""`tracegrad show version:N`: which calls made these weights; and of a call, which weights answered it.
+
+A version is named by its number, by the beginning of its checkpoint's hash, or by a job's step. Numbers are those of
+the store's `provenance`. Refuses names of other forms (they are runs or calls). Called by `look`.
+"""
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.provenance import CallUse, MadeFrom, TrainedCall, VersionOrigin
+from tracegrad.tracestore.records import Call
+from tracegrad.tracestore.store import Store
+
+_NAMED = re.compile(r"version:(?P<version>\d+)|checkpoint:(?P<hash>\w+)|step:(?P<job>.+)/(?P<step>\d+)")
+
+
+def version_named(store: Store, named: str) -> int | None:
+    """Return the version that `version:N`, `checkpoint:HASH` or `step:JOB/N` means; None where it is no such name.
+
+    Raises:
+        NotFound: there is no such checkpoint or step.
+        Conflict: several checkpoints begin so.
+    """
+    found = _NAMED.fullmatch(named)
+    if found is None:
+        return None
+    if found["version"] is not None:
+        return int(found["version"])
+    if found["hash"] is not None:
+        return store.find_version(checkpoint=found["hash"])
+    return store.find_version(job_id=found["job"], step=int(found["step"]))
+
+
+def version_as_json(store: Store, version_id: int, *, limit: int, after: str | None) -> dict[str, Any]:
+    """Return a version, what it was made from, and a page of the calls of its step. Raises NotFound."""
+    origin, calls = store.version_origin(version_id), store.version_calls(version_id, limit=limit, after=after)
+    return {**asdict(origin), "calls": [asdict(call) for call in calls]}
+
+
+def print_version(
+    console: Console, store: Store, version_id: int, *, calls: bool, limit: int, after: str | None
+) -> None:
+    """Print a version and what it was made from; with `calls` a page of the calls of its step. Raises NotFound."""
+    origin = store.version_origin(version_id)
+    version = origin.version
+    facts = Table(show_header=False, title=f"version {version_id} of {escape(version.model)}", title_justify="left")
+    facts.add_row("kind", version.kind + (", abandoned" if version.abandoned else ""))
+    facts.add_row("checkpoint", escape(f"{version.checkpoint_hash} at {version.checkpoint_path}"))
+    if version.job_id is not None:
+        epoch = "" if origin.epoch is None else f", epoch {origin.epoch}"
+        facts.add_row("made by", escape(f"job {version.job_id}, step {version.step}{epoch}"))
+    if version.parent_id is not None:
+        facts.add_row("from", f"version {version.parent_id}")
+    facts.add_row("its step", _made_from(origin.own) if origin.own.steps else "none: nothing was trained for it")
+    if origin.all_steps.steps > origin.own.steps:
+        facts.add_row("all steps", f"{origin.all_steps.steps} steps: {_made_from(origin.all_steps)}")
+    facts.add_row("answered", f"{origin.answered_calls} calls")
+    console.print(facts)
+    if calls:
+        _print_calls(console, version_id, store.version_calls(version_id, limit=limit, after=after), limit)
+    elif origin.own.runs:
+        console.print(f"the calls of its step: tracegrad show version:{version_id} --calls", highlight=False)
+
+
+def call_provenance(store: Store, call: Call) -> tuple[VersionOrigin | None, list[CallUse]]:
+    """Return what answered a call (None: no version of ours, or none that is known), and the steps that took it."""
+    try:
+        origin = None if call.version_dispatched is None else store.version_origin(call.version_dispatched)
+    except NotFound:
+        origin = None
+    return origin, store.call_uses(call.call_id)
+
+
+def call_lines(origin: VersionOrigin | None, uses: list[CallUse]) -> list[str]:
+    """Return which weights answered a call, and which were made from it, a sentence each."""
+    lines = ["answered by no known version"]
+    if origin is not None:
+        version = origin.version
+        by = "" if version.job_id is None else f", step {version.step} of job {version.job_id}"
+        made = f"; made from {_made_from(origin.all_steps)}" if origin.all_steps.steps else ", before any step"
+        lines = [f"answered by version {version.version_id}{by} (checkpoint {version.checkpoint_hash[:12]}){made}"]
+    return [*lines, *use_lines(uses)]
+
+
+def use_lines(uses: list[CallUse]) -> list[str]:
+    """Return what the steps did with a call, a sentence each."""
+    lines = []
+    for use in uses:
+        left_out = f", {use.excluded_tokens} left out ({', '.join(use.reasons)})" if use.excluded_tokens else ""
+        lines.append(
+            f"taken by step {use.step} of job {use.job_id} (epoch {use.epoch}), which made version {use.version_id}: "
+            f"{use.trained_tokens} tokens trained{left_out}"
+        )
+    return lines or ["trained by no step"]
+
+
+def _print_calls(console: Console, version_id: int, found: list[TrainedCall], limit: int) -> None:
+    table = Table(title=f"calls that made version {version_id}", title_justify="left")
+    for heading in ("run", "call", "role", "version", "trained", "left out", "why"):
+        table.add_column(heading, justify="right" if heading in ("version", "trained", "left out") else "left")
+    for call in found:
+        sampled_by = "" if call.version_id is None else str(call.version_id)
+        tokens = (str(call.trained_tokens), str(call.excluded_tokens))
+        cells = (call.run_id, call.call_id, call.role or "", sampled_by, *tokens, ", ".join(call.reasons))
+        table.add_row(*map(escape, cells))
+    console.print(table)
+    if len(found) == limit:
+        console.print(escape(f"the next page: --calls --after {found[-1].call_id}"), highlight=False)
+
+
+def _made_from(made: MadeFrom) -> str:
+    left_out = f", {made.excluded_tokens} left out" if made.excluded_tokens else ""
+    return f"{made.trained_tokens} trained tokens of {made.choices} answers in {made.runs} runs{left_out}"

@@ -28,7 +28,7 @@ test: test-unit test-wire test-integration ## unit tier, wire tier, then the int
 test-unit: $(STAMP) ## unit tier, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 3 --dist worksteal
 
-test-wire: clients ## proxy, hook and LangSmith over real HTTP, against the fake engine; a minute and a half
+test-wire: clients ## proxy, hook and LangSmith over real HTTP, against the fake engine; two minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wire -m "not long" -q -n 3 --dist worksteal
 
 test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes

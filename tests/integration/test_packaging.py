@@ -28,6 +28,21 @@ def _run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+OF_EVERY_ROOM = (
+    "tests/unit/doctor",
+    "tests/unit/engine",
+    "tests/unit/learner/test_controller.py",
+    "tests/unit/learner/test_train_command.py",
+    "tests/unit/proxy",
+    "tests/unit/rollout/test_rollout_loop.py",
+    "tests/unit/tracestore/test_migrations.py",
+    "tests/unit/tracestore/test_upkeep.py",
+    "tests/wire/proxy/test_proxy_recording.py",
+    "tests/wire/adapters/test_cli.py",
+    "tests/wire/adapters/test_hook.py",
+)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """sdist from the tree, then the wheel from nothing but the unpacked sdist."""
@@ -52,7 +67,7 @@ def test_the_wheel_holds_every_module_and_nothing_flat(wheel: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_unit_tier_passes_on_the_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+def test_tests_of_every_room_pass_on_the_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = str(home / "bin" / "python")
@@ -64,21 +79,17 @@ def test_the_unit_tier_passes_on_the_wheel_in_a_clean_environment(wheel: Path, t
     for name in ("tests", "examples", "scripts", "pyproject.toml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    # The architecture tests read the source tree itself; everything else must pass on what is installed.
+    # What a wheel can lack is a module or a file beside one: so a test or two of every room, not all of them again.
     _run(
         python,
         "-m",
         "pytest",
-        "tests/unit",
-        "tests/wire/proxy/test_proxy_recording.py",
-        "tests/wire/adapters/test_hook.py",
+        *OF_EVERY_ROOM,
         "-q",
         "-n",
-        "3",
+        "2",
         "--dist",
         "worksteal",
-        "--ignore",
-        "tests/unit/architecture",
         "-p",
         "no:cacheprovider",
         cwd=tmp_path,

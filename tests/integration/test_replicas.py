@@ -1,4 +1,7 @@
-"""Two real engines behind one model: both serve, both are published to, and no call spans two versions."""
+"""Two real engines behind one model: both serve, both are published to, and no call spans two versions.
+
+The first is the one that all tests share; it gets its own weights back.
+"""
 
 import re
 import threading
@@ -58,11 +61,13 @@ def ask_all(url: str, third: threading.Event, failures: list[Any]) -> None:
 
 @pytest.mark.timeout(300)
 def test_two_engines_serve_one_model_and_change_weights_together(
-    tiny_model: Path, tmp_path: Path, start_engine: Callable[[Path, Path], EngineProcess]
+    engine: Any, tiny_model: Path, tmp_path: Path, start_engine: Callable[[Path, Path], EngineProcess]
 ) -> None:
     other = tiny.perturbed(tiny_model, tmp_path / "other", scale=0.02)
-    first, second = (start_engine(tiny_model, tmp_path / f"engine-{n}.log") for n in "ab")
-    urls = [first.client.url, second.client.url]
+    second = start_engine(tiny_model, tmp_path / "engine.log")
+    engine.reset()
+    urls = [engine.url, second.client.url]
+    before = [answered(url) for url in urls]
     store = open_store(f"sqlite:///{tmp_path}/store.db")
     try:
         served = {"checkpoint": str(tiny_model), "engine": {"url": urls[0], "external": True}, "replicas": [urls[1]]}
@@ -85,7 +90,8 @@ def test_two_engines_serve_one_model_and_change_weights_together(
             publisher.publish(new)
             load.join()
         assert failures == []
-        assert min(map(answered, urls)) > WORKERS * CALLS // 6, "both serve"
+        answers = [answered(url) - earlier for url, earlier in zip(urls, before, strict=True)]
+        assert min(answers) > WORKERS * CALLS // 6, "both serve"
         assert [EngineClient(url, "tiny").version() for url in urls] == [str(new)] * 2
         runs = [summary.run.run_id for summary in store.list_runs(limit=1000)]
         by_version: dict[int | None, list[Call]] = defaultdict(list)
@@ -106,5 +112,5 @@ def test_two_engines_serve_one_model_and_change_weights_together(
             assert mean_abs(recorded, wanted) < 1e-4, "whichever engine answered, it sampled from its version's weights"
     finally:
         store.close()
-        first.stop()
         second.stop()
+        engine.reset()

@@ -6,6 +6,7 @@ The bandit: a prompt of three ids, answers of one to four ids, two roles, reward
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,30 @@ def recorded_groups(
         group = Group(group_id=key, task_id=task.task_id, planned_size=size, purpose="train")
         groups.append(Recorded(task=task, group=group, traces=traces))
     return groups
+
+
+def stored_groups(folder: Path, *, groups: int, **trainer: Any) -> Config:
+    """Fill a store in `folder` with groups that other weights, equal to the base, sampled; return the configuration."""
+    from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.learner import Learner
+
+    base = random_llama(folder / "base", hidden=64)
+    optimizer = {"epochs": 2, "minibatches": 2, "lr": 1e-3}
+    config = configuration(base, folder / "out", store=f"sqlite:///{folder}/store.db", optimizer=optimizer, **trainer)
+    learner = Learner(config)
+    made = learner.create(str(folder / "sampler"))
+    with closing(open_store(config.store)) as store:
+        version = store.add_version(
+            model=MODEL,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.path,
+            checkpoint_hash=made.hash,
+            step=0,
+            job_id=None,
+        )
+        fill(store, recorded_groups(groups, score=learner.score, version_id=version.version_id))
+    return config
 
 
 def fill(store: Store, groups: Sequence[Recorded]) -> None:

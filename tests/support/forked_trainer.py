@@ -1,0 +1,111 @@
+"""Trainers in processes of their own that start in no time, so that they can be killed often: forks of a warm one.
+
+As a program it imports the trainer, then forks once for each line `CONFIG POINT:STEP AFTER_S` on its standard input
+(`-` for nothing): the child trains offline, with the learner in its own process (no Ray), and is killed at the named
+point, or after so many seconds. It prints the child's exit status (negative: the signal). `Trainers` is the other end.
+Used by tests/wire/test_trainer_kill.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_LOOK_S = 0.002
+
+
+class Trainers:
+    """Owns the warm process. A context manager."""
+
+    def __enter__(self) -> Self:
+        self._warm = subprocess.Popen(
+            [sys.executable, str(Path(__file__))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line() == "warm"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._warm.kill()
+        self._warm.wait()
+
+    def run(self, config: Path, *, point: str = "-", after_s: float | None = None) -> int:
+        """Let one trainer live until its end, a point or a moment; return its exit status, negative for a signal."""
+        assert self._warm.stdin is not None
+        self._warm.stdin.write(f"{config} {point} {'-' if after_s is None else after_s}\n")
+        self._warm.stdin.flush()
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self._warm.stdout is not None
+        line = self._warm.stdout.readline()
+        assert line, f"the warm process ended with status {self._warm.wait()}"
+        return line.strip()
+
+
+def _train(path: str, point: str) -> int:
+    from tracegrad.tracestore.config import load_config
+    from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.controller import Controller, Surroundings
+    from tracegrad.trainer.crash_points import CrashPoints
+    from tracegrad.trainer.job_folder import JobFolder
+    from tracegrad.trainer.learner import Learner
+    from tracegrad.trainer.metrics import Console
+
+    config = load_config(path)
+    store = open_store(config.store)
+    with JobFolder(config.trainer).held() as folder:
+        around = Surroundings(
+            store=store,
+            workers=Learner(config),
+            folder=folder,
+            console=Console(lambda line: None, steps=config.trainer.steps, as_json=False),
+            crash_points=CrashPoints.from_environment({"TRACEGRAD_KILL_AT": point}),
+        )
+        Controller(config, around).run()
+    store.close()
+    return 0
+
+
+def _serve() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import tracegrad.trainer.learner
+
+    LlamaConfig, LlamaForCausalLM, tracegrad.trainer.learner  # noqa: B018 - imported lazily: now, and not in each child
+    print("warm", flush=True)
+    for line in sys.stdin:
+        path, point, after_s = line.split()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                status = _train(path, "" if point == "-" else point)
+            finally:
+                os._exit(status)
+        print(_end(pid, float("inf" if after_s == "-" else after_s)), flush=True)
+
+
+def _end(pid: int, after_s: float) -> int:
+    """Wait for a child, at most `after_s`: then it is killed."""
+    deadline = time.monotonic() + after_s
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(_LOOK_S)
+
+
+if __name__ == "__main__":
+    _serve()

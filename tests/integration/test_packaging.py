@@ -1,4 +1,4 @@
-"""The wheel built from the sdist holds every module, and the unit tier passes on it in a clean environment.
+"""The wheel built from the sdist holds every module, and tests of every room pass on it in a clean environment.
 
 The clean environment sees this one's third-party packages through a .pth line, which Python does not process
 recursively: the editable install of tracegrad is therefore not visible in it, only the wheel.

@@ -12,12 +12,19 @@ start_postgres() {
     fi
     PG_CTL="$bin/pg_ctl"
     (cd "$PG_DIR" && "${PG_AS[@]}" "$bin/initdb" -D "$PG_DIR/data" -U tracegrad --auth=trust >"/dev/null")
-    (cd "$PG_DIR" && "${PG_AS[@]}" "$PG_CTL" -D "$PG_DIR/data" -l "$PG_DIR/log" -w \
-        -o "-c listen_addresses=127.0.0.1 -p $PG_PORT -k $PG_DIR" start >/dev/null)
+    revive_postgres
     export TRACEGRAD_TEST_POSTGRES="postgresql+psycopg://tracegrad@127.0.0.1:$PG_PORT/postgres"
 }
 stop_postgres() {
     [ -n "${PG_DIR:-}" ] || return 0
     (cd "$PG_DIR" && "${PG_AS[@]}" "$PG_CTL" -D "$PG_DIR/data" -m immediate stop >/dev/null) || true
     rm -rf "$PG_DIR"
+}
+# crash_postgres ends the server as a power cut does; revive_postgres starts it again on its port and files.
+crash_postgres() {
+    (cd "$PG_DIR" && "${PG_AS[@]}" "$PG_CTL" -D "$PG_DIR/data" -m immediate -w stop >/dev/null)
+}
+revive_postgres() {
+    (cd "$PG_DIR" && "${PG_AS[@]}" "$PG_CTL" -D "$PG_DIR/data" -l "$PG_DIR/log" -w \
+        -o "-c listen_addresses=127.0.0.1 -p $PG_PORT -k $PG_DIR" start >/dev/null)
 }

@@ -33,6 +33,8 @@ class Finished:
 
     completion_ids: list[str] = field(default_factory=list)
     broken: int = 0
+    refused: list[tuple[int, str]] = field(default_factory=list)
+    """Of those that they did not, the status and the body of each that was answered with an error."""
 
 
 def write_config(folder: Path, engine_url: str, store_url: str) -> Path:
@@ -99,6 +101,8 @@ async def _one_call(session: aiohttp.ClientSession, url: str, number: int, finis
         return
     if answer.status != 200 or (stream and "data: [DONE]" not in text):
         finished.broken += 1
+        if answer.status != 200 or '"error"' in text:
+            finished.refused.append((answer.status, text))
     elif stream:
         finished.completion_ids.append(str(json.loads(text.split("\n\n", 1)[0].removeprefix("data: "))["id"]))
     else:

@@ -66,6 +66,8 @@ class Gate:
     def course(self, caller: Caller) -> Course | None:
         """Where a call may be dispatched to now; None: nowhere."""
         course = course_of(self.view, self.urls, caller, stays=caller.run_id in self.stayed)
+        if course is not None and course.version != self.live_version and not self.ready(course.engines):
+            course = course_of(self.view, self.urls, caller, stays=True)  # its canary is down: the others serve it too
         return course if course is not None and self.ready(course.engines) else None
 
     @property

@@ -16,8 +16,8 @@ SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
 
 import tiny_model as tiny  # noqa: E402
-from ports import free_port  # noqa: E402
 
+from tracegrad.adapters.serving import free_port  # noqa: E402
 from tracegrad.tracestore.config import EngineConfig, ModelConfig  # noqa: E402
 from tracegrad.trainer.engine import EngineProcess  # noqa: E402
 

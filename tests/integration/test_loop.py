@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from ports import free_port
 
+from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.store import Store, open_store
 
 pytestmark = pytest.mark.engine

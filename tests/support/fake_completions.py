@@ -168,6 +168,24 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+async def lifespan(receive: Any, send: Any) -> None:
+    """Say to the server that all is up, and later that all is down."""
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+async def body_of(receive: Any) -> bytes:
+    """The whole body of a request."""
+    raw = b""
+    while True:
+        message = await receive()
+        raw += message.get("body", b"")
+        if not message.get("more_body"):
+            return raw
+
+
 async def reply(
     send: Any, status: int, body: bytes, kind: bytes = b"application/json", *, lie_about_length: bool = False
 ) -> None:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fake_completions import dumps, reply
+from fake_completions import body_of, dumps, reply
 
 
 def save_answers(folder: Path, answer: str) -> Path:
@@ -32,13 +32,7 @@ class SwapWire:
         self.swapped_under_calls = 0
 
     async def _develop(self, path: str, receive: Any, send: Any) -> None:
-        raw = b""
-        while True:
-            message = await receive()
-            raw += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        body = json.loads(raw)
+        body = json.loads(await body_of(receive))
         answer: dict[str, Any] = {"success": True}
         if path == "/reset_prefix_cache":
             answer = {"success": self.in_flight == 0}

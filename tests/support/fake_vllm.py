@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 import uvicorn.server
-from fake_completions import CompletionsWire, dumps, reply
+from fake_completions import CompletionsWire, body_of, dumps, lifespan, reply
 from fake_rendering import RenderingWire
 from fake_sampling import (
     EOS,
@@ -76,10 +76,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
+            await lifespan(receive, send)
             return
         where = (scope["method"], scope["path"])
         if where == ("GET", "/health"):
@@ -119,13 +116,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         }  # fmt: skip
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        raw = b""
-        while True:
-            message = await receive()
-            raw += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        body = json.loads(raw)
+        body = json.loads(await body_of(receive))
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         prefix, plain, stream = self._paths()[scope["path"]]
         if prefix != "tools":

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
-from ports import free_port
 
+from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine_command import engine

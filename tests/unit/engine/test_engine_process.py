@@ -14,8 +14,8 @@ from pathlib import Path
 import fake_engine
 import pytest
 from fake_engine import save_weight
-from ports import free_port
 
+from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import EngineConfig, ModelConfig
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.trainer import engine_launch

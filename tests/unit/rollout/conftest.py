@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fake_completions import body_of, lifespan
 
 from tracegrad.adapters import hook
 from tracegrad.adapters.proxy.app import ProxyApp
@@ -101,19 +102,12 @@ class FakeEngine:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
+            await lifespan(receive, send)
             return
         if scope["path"] != "/v1/chat/completions":
             await _reply(send, 200, {})
             return
-        message = await receive()
-        raw = message["body"]
-        while message.get("more_body"):
-            message = await receive()
-            raw += message["body"]
+        raw = await body_of(receive)
         self.requests.append(json.loads(raw))
         if self.overloaded:
             await _reply(send, 503, {"error": {"message": "overloaded", "type": "x", "param": None, "code": 503}})

@@ -9,9 +9,9 @@ from typing import Any
 import fake_engine
 import pytest
 from click.testing import CliRunner
-from ports import free_port
 
 from tracegrad.adapters import status_report
+from tracegrad.adapters.serving import free_port
 from tracegrad.adapters.status import status
 from tracegrad.tracestore.records import Continues, Run
 from tracegrad.tracestore.store import Store, open_store

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from ports import free_port
 
+from tracegrad.adapters.serving import free_port
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
 from tracegrad.adapters.up import child_specs, event_printer, up
 from tracegrad.tracestore.config import parse_config

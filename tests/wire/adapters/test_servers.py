@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from ports import free_port
+
+from tracegrad.adapters.serving import free_port
 
 GRAPH = """
     import asyncio

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import other_clients
 from client_programs import Served, check_graph, under_tracegrad, words
-from ports import free_port
+
+from tracegrad.adapters.serving import free_port
 
 APP = {"assistant_id": "towns"}
 

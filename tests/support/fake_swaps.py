@@ -28,7 +28,7 @@ class SwapWire:
     PATHS = ("/collective_rpc", "/reset_prefix_cache", "/update_weight_version")
 
     def __init__(self) -> None:
-        self.loaded: list[str] = []
+        self.swapped_in: list[str] = []
         self.swapped_under_calls = 0
 
     async def _develop(self, path: str, receive: Any, send: Any) -> None:
@@ -41,7 +41,7 @@ class SwapWire:
         elif body["method"] == "tracegrad_load_weights":
             self.swapped_under_calls += self.in_flight
             folder = Path(body["kwargs"]["path"])
-            self.loaded.append(folder.name)
+            self.swapped_in.append(folder.name)
             self.answer_text = (folder / "answer.txt").read_text()
             answer = {"results": [{"tied": False, "repacked": False}]}
         else:

@@ -221,7 +221,9 @@ def test_one_engine_what_passes_serves_and_what_does_not_never_reaches_a_user(wh
     assert good.decision is not None and good.decision.passed
     assert set(told) <= {"good 0", "good 1"}, "users never met what was being judged, or was judged badly"
     assert [p.state for p in whole.store.list_publishes("main")] == ["live", "live", "rejected", "rejected"]
-    assert [engine.loaded for engine in whole.engines] == [["good-0", "good-1", "bad-2", "good-1", "crash-3", "good-1"]]
+    assert [engine.swapped_in for engine in whole.engines] == [
+        ["good-0", "good-1", "bad-2", "good-1", "crash-3", "good-1"]
+    ]
     found = whole.store.list_evaluations("main")
     assert [(whole.says[e.version_id], e.mean, e.n_failed, e.publish_id) for e in found] == [
         ("good 0", 1.0, 0, None),
@@ -253,7 +255,7 @@ def test_two_replicas_serve_while_one_is_judged(whole: Whole) -> None:
         assert whole.answer() == "good 2"
     assert met == {"good 0", "bad 1"}, "a share of the runs met the candidate"
     assert report.decision is not None and report.decision.passed
-    assert [engine.loaded for engine in whole.engines] == [
+    assert [engine.swapped_in for engine in whole.engines] == [
         ["good-0", "good-2"],
         ["good-0", "bad-1", "good-0", "good-2"],
     ]

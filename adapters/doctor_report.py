@@ -84,7 +84,9 @@ def gather(
         return extent
 
     run = None if extent.run_id is None else store.get_run(extent.run_id)
-    names = {name for job in jobs for name in (job.rule.reward_names if job.rule is not None else ())}
+    rules = [job.rule for job in jobs if job.rule is not None]
+    names = {name for rule in rules for name in rule.reward_names}
+    sources = {source for rule in rules for source in rule.reward_sources}
     return Report(
         extent=extent,
         run=run,
@@ -98,7 +100,7 @@ def gather(
         duplicates=store.count_duplicates(asked("duplicates")),
         runs=store.count_runs(asked("runs")),
         groups=store.count_groups(asked("groups")),
-        flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names))),
+        flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names)), tuple(sorted(sources))),
         jobs=[_job(store, job, asked(f"job {job.job_id}")) for job in jobs],
         publishes={model: store.last_publishes(model) for model in sorted({job.model for job in jobs})},
         payloads=store.check_payloads(extent, lambda done, total: say(done, total, "payloads")) if deep else None,

@@ -8,7 +8,7 @@ what is about a training job in `diagnosis_jobs`, what needs payloads in `diagno
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, literal, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, literal, or_, select, true
 
 from tracegrad.tracestore.diagnosis_extent import calls_within, groups_within, runs_within
 from tracegrad.tracestore.diagnosis_records import (
@@ -167,10 +167,13 @@ class Diagnosis(Noun):
         examples = {f"{what}_example": found[what].example for what in counts if what != "running"}
         return GroupCounts(groups=sum(one.count for one in found.values()), **counts, **examples)  # type: ignore[arg-type]
 
-    def count_flat_groups(self, extent: Extent, reward_names: tuple[str, ...] = ()) -> FlatGroups:
+    def count_flat_groups(
+        self, extent: Extent, reward_names: tuple[str, ...] = (), reward_sources: tuple[str, ...] = ()
+    ) -> FlatGroups:
         """Return the groups whose members were all rewarded the same: they have no advantage over one another.
 
-        Compared are the current rewards of closed members, by name and role (`reward_names` empty: every name).
+        Compared are the current rewards of closed members, by name and role. `reward_names`, `reward_sources`: only
+        those count (empty: all), as by a lease rule.
         """
         newer = rewards.alias("newer")
         outdated = exists().where(
@@ -180,6 +183,7 @@ class Diagnosis(Noun):
             newer.c.seq > rewards.c.seq,
             _same(newer.c.role, rewards.c.role),
             _same(newer.c.call_id, rewards.c.call_id),
+            newer.c.source.in_(reward_sources) if reward_sources else true(),
         )
         one_name = (
             select(
@@ -194,6 +198,8 @@ class Diagnosis(Noun):
         )
         if reward_names:
             one_name = one_name.where(rewards.c.name.in_(reward_names))
+        if reward_sources:
+            one_name = one_name.where(rewards.c.source.in_(reward_sources))
         named = one_name.subquery("one_name")
         group = (
             select(named.c.group_id, func.max(named.c.differs).label("differs"))

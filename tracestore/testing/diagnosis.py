@@ -271,6 +271,10 @@ class DiagnosisContract:
         by_f1 = store.count_flat_groups(ALL, ("f1",))  # the reward on the role is of the name f1 too
         assert by_f1 == FlatGroups(compared=5, flat=3, example="outdated")
         assert store.count_flat_groups(Extent(run_id="mended-1")) == FlatGroups(compared=1)
+        human = [make_reward(f"human-{run}", run, 0.5, source="human") for run in ("mended-0", "mended-1")]
+        store.add_rewards(human)
+        assert store.count_flat_groups(ALL, (), ("human",)) == FlatGroups(compared=1, flat=1, example="mended")
+        assert store.count_flat_groups(ALL, (), ("t",)) == FlatGroups(compared=5, flat=2, example="outdated")
 
 
 class JobDiagnosisContract:

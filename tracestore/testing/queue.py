@@ -227,6 +227,17 @@ class ReadinessContract:
         assert self.ready(store, model="new", recorded_models=(MODEL,), other_roles=("answerer",)) == 0
         assert self.ready(store, model="new", recorded_models=(MODEL,), roles=("writer",)) == 0
 
+    def test_runs_that_other_models_answered_are_counted(self, store: Store) -> None:
+        """Closed ones that the rule allows, with exact calls by its roles: what naming the model would bring."""
+        ready_group(store)
+        finish_run(store, "theirs")
+        store.append_calls([make_call("judged", "theirs", role="judge", version=first_version(store))])
+        assert store.recorded_elsewhere(make_rule(model="new")) == {MODEL: 3}
+        assert store.recorded_elsewhere(make_rule(model="new", roles=("judge",))) == {MODEL: 1}
+        assert store.recorded_elsewhere(make_rule(model="new", purposes=("train",))) == {MODEL: 2}
+        assert store.recorded_elsewhere(make_rule(model="new", other_roles=("answerer", "judge"))) == {}
+        assert store.recorded_elsewhere(make_rule()) == {}
+
     def test_python_and_sql_mean_the_same(self, store: Store) -> None:
         """Which calls and which rewards a rule counts: `rules` and `readiness`, over all there are."""
         roles, models, names = ("a", "b", None), (MODEL, "other"), ("f1", "em")

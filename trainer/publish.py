@@ -200,9 +200,14 @@ class Publisher:
     def _wait_for_judges(self, attempt: Attempt, gate: Gatekeeper) -> None:
         """Reject the candidate before anybody had to wait, where nobody will judge it."""
         assert attempt.previous is not None, "the first version of a model is not gated"
-        decision = gate.refuses(attempt.previous)
+        publish_id = attempt.publish.publish_id
+        try:
+            decision = gate.refuses(attempt.previous)
+        except (KeyboardInterrupt, SystemExit):
+            self.store.advance_publish(publish_id, "rejected", decision=unjudged(STOPPED).as_json())
+            raise
         if decision is not None:
-            self.store.advance_publish(attempt.publish.publish_id, "rejected", decision=decision.as_json())
+            self.store.advance_publish(publish_id, "rejected", decision=decision.as_json())
             self._on_state("rejected")
             raise _rejected(attempt, decision, None)
 
@@ -214,23 +219,13 @@ class Publisher:
             self._on_state("evaluating")
             decision = gate.decide(publish, attempt.previous)
             if decision.passed:
-                decision = self._still_there(attempt) or decision
+                decision = _still_there(attempt) or decision
         except (KeyboardInterrupt, SystemExit):
             self._reject(attempt, unjudged(STOPPED))
             raise
         if not decision.passed:
             raise _rejected(attempt, decision, self._reject(attempt, decision))
         return decision
-
-    def _still_there(self, attempt: Attempt) -> Decision | None:
-        """An engine that restarted meanwhile serves the live version: then it was not the candidate that was judged."""
-        version = attempt.version
-        try:
-            if attempt.first.serves(version):
-                return None
-        except EngineError as error:
-            return unjudged(str(error))
-        return unjudged(f"an engine came to serve something else than version {version.version_id} while it was judged")
 
     def _reject(self, attempt: Attempt, decision: Decision) -> ProbeResult | None:
         """Put the previous weights back, prove it where that can be done, and write `rejected`."""
@@ -387,6 +382,17 @@ def _refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:
         # Rounding of bf16 alone comes near the default bound where few tokens were compared.
         hint = "; if that is rounding, raise trainer.publish.probe_bound" if seen.verdict == "mismatch" else ""
         raise PublishFailed(f"the engine does not serve version {version.version_id}: {_told(seen)}{hint}", probe=seen)
+
+
+def _still_there(attempt: Attempt) -> Decision | None:
+    """An engine that restarted meanwhile serves the live version: then it was not the candidate that was judged."""
+    version = attempt.version
+    try:
+        if attempt.first.serves(version):
+            return None
+    except EngineError as error:
+        return unjudged(str(error))
+    return unjudged(f"an engine came to serve something else than version {version.version_id} while it was judged")
 
 
 def _rejected(attempt: Attempt, decision: Decision, seen: ProbeResult | None) -> PublishRejected:

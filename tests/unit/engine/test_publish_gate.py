@@ -372,6 +372,19 @@ def test_a_trainer_that_is_told_to_leave_puts_the_live_weights_back_first(
     assert house.serving() == [(1.0, str(house.live.version_id))]
 
 
+def test_who_leaves_before_a_judge_came_leaves_nothing_unfinished(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate_module.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        house.publisher().publish(house.version(1.2, 1).version_id, probe(1.2, 1.0))
+    monkeypatch.undo()
+    assert (house.last.state, house.states) == ("rejected", [])
+
+
 def test_a_minimum_alone_needs_no_baseline(house: House) -> None:
     """A live version that cannot be evaluated does not keep a better one from serving."""
     other = Evaluator(evaluator_id="e", model="main", tasks_hash="other tasks", score="f1")

@@ -10,12 +10,13 @@ Called by `blocks`, `payloads` and migration 0010.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from tracegrad.tracestore.codec import encode_json, narrow_int32, packed, unpacked, widen_int32
+from tracegrad.tracestore.codec import json_bytes, narrow_int32, packed, unpacked, widen_int32
 
 IDS_A_UNIT = 128
 _UNIT_BYTES = 4 * IDS_A_UNIT
@@ -43,6 +44,7 @@ class Chain:
         return self.hashes[index - 1] if index else root_hash(self.project, is_text=self.is_text)
 
 
+@lru_cache(maxsize=256)
 def root_hash(project: str, *, is_text: bool) -> bytes:
     """What stands before the first unit."""
     return blake2b(f"{'text' if is_text else 'ids'}\0{project}".encode(), digest_size=HASH_BYTES).digest()
@@ -96,43 +98,40 @@ def units_of_block(coding: int, content: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A request without its large values: JSON text with ``null`` or ``[]`` for them, their places, and them as units.
+    """A request without its large values: JSON with ``null`` or ``[]`` for them, their places, and them as units.
 
     `places` are numbers of fields, one unit each; ``*`` behind the last one: a list, whose items are the other units.
     """
 
-    rest: str
+    rest: bytes
     places: str | None = None
     units: Sequence[bytes] = ()
 
-
-def cut_request(request: Mapping[str, Any], text: str) -> Cut:
-    """Take the large values out of a request, whose JSON text is `text`. `paste` is the exact inverse."""
-    if len(text) < _LEAST_VALUE:
-        return Cut(text)
-    if not all(isinstance(key, str) for key in request):
-        return cut(text)
-    return _cut({key: encode_json(value).encode() for key, value in request.items()}, text)
+    @property
+    def whole(self) -> bytes:
+        """The request as it was."""
+        return self.rest if self.places is None else paste(self.rest, self.places, b",".join(self.units))
 
 
-def cut(text: str) -> Cut:
-    """As `cut_request`, for a text that anybody may have written: what would not come back as it is is not cut."""
-    if len(text) < _LEAST_VALUE:
-        return Cut(text)
+def cut_request(request: Mapping[str, Any]) -> Cut:
+    """Take the large values out of a request. Raises InvalidRecord for what JSON cannot hold."""
+    if not all(type(key) is str for key in request):
+        return cut(json_bytes(request))
+    return _cut({key: json_bytes(value) for key, value in request.items()})
+
+
+def cut(whole: bytes) -> Cut:
+    """As `cut_request`, for JSON that anybody may have written: what would not come back as it is is not cut."""
     try:
-        made = _cut({key: bytes(value) for key, value in _FIELDS.decode(text).items()}, text)
+        made = _cut({key: bytes(value) for key, value in _FIELDS.decode(whole).items()})
     except msgspec.MsgspecError:
-        return Cut(text)
-    if made.places is None or paste(made.rest, made.places, b",".join(made.units)) == text:
-        return made
-    return Cut(text)
+        return Cut(whole)
+    return made if made.whole == whole else Cut(whole)
 
 
-def _cut(fields: dict[str, bytes], text: str) -> Cut:
+def _cut(fields: dict[str, bytes]) -> Cut:
     """What grows from call to call comes last, so that the calls of a conversation begin alike."""
     large = {place: key for place, (key, value) in enumerate(fields.items()) if len(value) >= _LEAST_VALUE}
-    if not large:
-        return Cut(text)
     grows = [place for place, key in large.items() if key in _GROW and fields[key].startswith(b"[{")][:1]
     alone = [place for place in large if place not in grows]
     units = [fields[large[place]] for place in alone]
@@ -140,10 +139,10 @@ def _cut(fields: dict[str, bytes], text: str) -> Cut:
     for place, key in large.items():
         fields[key] = b"[]" if place in grows else b"null"
     places = [*map(str, alone), *(f"{place}*" for place in grows)]
-    return Cut(_written(fields), ",".join(places), units)
+    return Cut(_written(fields), ",".join(places) or None, units)
 
 
-def paste(rest: str, places: str, joined: bytes) -> str:
+def paste(rest: bytes, places: str, joined: bytes) -> bytes:
     """Put the values back in their places. `joined` are the units with commas between them."""
     fields = {key: bytes(value) for key, value in _FIELDS.decode(rest).items()}
     keys = list(fields)
@@ -159,7 +158,5 @@ def paste(rest: str, places: str, joined: bytes) -> str:
     return _written(fields)
 
 
-def _written(fields: Mapping[str, bytes]) -> str:
-    return (
-        b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(key), value) for key, value in fields.items()])
-    ).decode()
+def _written(fields: Mapping[str, bytes]) -> bytes:
+    return b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(key), value) for key, value in fields.items()])

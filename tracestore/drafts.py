@@ -17,8 +17,6 @@ from tracegrad.tracestore.codec import (
     encode_int32,
     encode_json,
     narrow_int32,
-    packed,
-    unpacked,
     widened,
 )
 from tracegrad.tracestore.hot import HotStatement, run_hot
@@ -48,27 +46,31 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The content of a call: as it came, and cut into what is stored."""
+    """The content of a call, encoded, with its prompt and its request cut."""
 
     call_id: str
-    payload: Payload
+    prompt: bytes | None
+    requested: str
+    effective: str
     answers: Sequence[Answer]
+    cut: Cut
     ids: Chain | None
     tail: bytes | None
-    cut: Cut
     text: Chain | None
+
+    @property
+    def n_prompt(self) -> int | None:
+        """How many token ids the prompt has."""
+        return None if self.prompt is None else len(self.prompt) // 4
+
+    @property
+    def payload(self) -> Payload:
+        """What a reader would get."""
+        return Payload(self.n_prompt, self.prompt, self.cut.whole, self.requested, self.effective)
 
 
 def draft_of(call: Call) -> Draft:
     """Encode the content of a call. Raises InvalidRecord for what cannot be stored exactly."""
-    prompt = None if call.prompt_ids is None else encode_int32(call.prompt_ids)
-    payload = Payload(
-        None if call.prompt_ids is None else len(call.prompt_ids),
-        prompt,
-        encode_json(call.request),
-        encode_json(call.requested),
-        encode_json(call.effective),
-    )
     answers = [
         Answer(
             one.index,
@@ -81,27 +83,41 @@ def draft_of(call: Call) -> Draft:
         )
         for one in call.choices
     ]
-    return _drafted(call.call_id, call.project, payload, answers, cut_request(call.request, payload.request))
+    asked = _Asked(
+        None if call.prompt_ids is None else encode_int32(call.prompt_ids),
+        cut_request(call.request),
+        encode_json(call.requested),
+        encode_json(call.effective),
+    )
+    return _drafted(call.call_id, call.project, asked, answers)
 
 
 def drafted(call_id: str, project: str, payload: Payload, answers: Sequence[Answer]) -> Draft:
     """Cut the prompt and the request of a call that came encoded."""
-    return _drafted(call_id, project, payload, answers, cut(payload.request))
+    asked = _Asked(payload.prompt, cut(payload.request), payload.requested, payload.effective)
+    return _drafted(call_id, project, asked, answers)
 
 
-def _drafted(call_id: str, project: str, payload: Payload, answers: Sequence[Answer], request: Cut) -> Draft:
-    units: list[bytes] = []
-    tail = None
-    if payload.prompt is not None:
-        units, tail = units_of_ids(payload.prompt)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    prompt: bytes | None
+    cut: Cut
+    requested: str
+    effective: str
+
+
+def _drafted(call_id: str, project: str, asked: _Asked, answers: Sequence[Answer]) -> Draft:
+    units, tail = ([], None) if asked.prompt is None else units_of_ids(asked.prompt)
     return Draft(
         call_id=call_id,
-        payload=payload,
+        prompt=asked.prompt,
+        requested=asked.requested,
+        effective=asked.effective,
         answers=answers,
+        cut=asked.cut,
         ids=chain_of(project, units, is_text=False) if units else None,
         tail=tail,
-        cut=request,
-        text=chain_of(project, request.units, is_text=True) if request.units else None,
+        text=chain_of(project, asked.cut.units, is_text=True) if asked.cut.units else None,
     )
 
 
@@ -168,26 +184,24 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
         .where(calls.c.seq.in_(seqs))
         .order_by(calls.c.seq, choices.c.choice_index)
     ):
-        message = unpacked(row.message).decode()
         tokens = widened(row.token_ids, row.n_tokens)
-        answer = Answer(row.choice_index, row.n_tokens, tokens, row.logprobs, row.finish_reason, row.flags, message)
+        answer = Answer(row.choice_index, row.n_tokens, tokens, row.logprobs, row.finish_reason, row.flags, row.message)
         found.setdefault(row.seq, []).append(answer)
     return found
 
 
 def _payload_row(seq: int, draft: Draft, ids_head: int | None, text_head: int | None) -> Row:
-    payload = draft.payload
     return {
         "seq": seq,
         "ids_head": ids_head,
         "text_head": text_head,
-        "n_prompt": payload.n_prompt,
+        "n_prompt": draft.n_prompt,
         "n_chained": 0 if draft.ids is None else IDS_A_UNIT * len(draft.ids.units),
         "tail": None if draft.tail is None else narrow_int32(draft.tail)[1],
         "places": draft.cut.places,
-        "request": draft.cut.rest,
-        "requested": payload.requested,
-        "effective": payload.effective,
+        "request": draft.cut.rest.decode(),
+        "requested": draft.requested,
+        "effective": draft.effective,
     }
 
 
@@ -208,5 +222,5 @@ def _token_row(call_id: str, answer: Answer) -> Row:
         "n_tokens": answer.n_tokens,
         "token_ids": narrow_int32(answer.token_ids)[1],
         "logprobs": answer.logprobs,
-        "message": packed(answer.message.encode()),
+        "message": answer.message,
     }

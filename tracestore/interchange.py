@@ -194,13 +194,14 @@ def _add_payloads(connection: Connection, rows: list[Row]) -> None:
         seq = seqs[row["call_id"]]
         row.update(prompt_ids=None, request=None, requested=None, effective=None, choices=[])
         if (payload := payloads.get(seq)) is not None:
-            row.update(asdict(payload), prompt_ids=payload.prompt)
-        row["choices"] = [asdict(answer) for answer in answers.get(seq, ())]
+            row.update(asdict(payload), prompt_ids=payload.prompt, request=payload.request.decode())
+        row["choices"] = [asdict(one) for one in answers.get(seq, ())]
 
 
 def _draft(row: Row) -> Draft:
-    payload = Payload(row["n_prompt"], row["prompt_ids"], row["request"], row["requested"], row["effective"])
-    answers = [Answer(**{name: choice[name] for name in _ANSWER}) for choice in row["choices"]]
+    request = row["request"].encode()
+    payload = Payload(row["n_prompt"], row["prompt_ids"], request, row["requested"], row["effective"])
+    answers = [Answer(**{name: one[name] for name in _ANSWER}) for one in row["choices"]]
     return drafted(row["call_id"], row["project"], payload, answers)
 
 

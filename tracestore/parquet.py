@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BigInteger, Boolean, Double, Integer, String, Text
 
-from tracegrad.tracestore.codec import Float32s, JsonText, PackedJson, decode_json, encode_json
+from tracegrad.tracestore.codec import Float32s, JsonText, decode_json, encode_json
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound, StoreUnavailable
 from tracegrad.tracestore.interchange import CARRIED, Chosen, Row
 from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
@@ -121,7 +121,7 @@ def _type(stored: Any) -> "pa.DataType":
     pa = _arrow()
     kinds = (
         (Float32s, pa.list_(pa.float32())),
-        ((JsonText, PackedJson), pa.string()),
+        (JsonText, pa.string()),
         (Boolean, pa.bool_()),
         (BigInteger, pa.int64()),
         (Integer, pa.int32()),

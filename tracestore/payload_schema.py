@@ -26,7 +26,7 @@ from sqlalchemy import (
     table,
 )
 
-from tracegrad.tracestore.codec import Float32s, JsonText, PackedJson
+from tracegrad.tracestore.codec import Float32s, JsonText
 from tracegrad.tracestore.schema import SERIAL, metadata
 
 
@@ -95,7 +95,7 @@ choice_payloads = Table(
     Column("n_tokens", Integer, nullable=False),
     Column("token_ids", LargeBinary, nullable=False),
     Column("logprobs", Float32s),
-    Column("message", PackedJson, nullable=False),
+    Column("message", JsonText, nullable=False),
     ForeignKeyConstraint(
         ["call_id", "choice_index", "n_tokens"], ["choices.call_id", "choices.choice_index", "choices.n_tokens"]
     ),
@@ -104,7 +104,7 @@ choice_payloads = Table(
 )
 
 
-_PLAIN: dict[type[Any], Any] = {Float32s: LargeBinary(), JsonText: Text(), PackedJson: LargeBinary()}
+_PLAIN: dict[type[Any], Any] = {Float32s: LargeBinary(), JsonText: Text()}
 
 
 def raw_table(stored: Table, names: Sequence[str] | None = None) -> TableClause:

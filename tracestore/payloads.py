@@ -34,11 +34,11 @@ _ROWS = select(
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A call's payload as it was appended: token ids as int32, JSON as its text."""
+    """A call's payload as it was appended: token ids as int32, JSON as its text (the request in UTF-8)."""
 
     n_prompt: int | None
     prompt: bytes | None
-    request: str
+    request: bytes
     requested: str
     effective: str
 
@@ -92,9 +92,9 @@ def _payload(reader: "ChainReader", row: Any) -> Payload:
         prompt = chained + widened(row.tail, row.n_prompt - row.n_chained)
         if len(prompt) != 4 * row.n_prompt:
             raise ValueError(f"{row.n_prompt} token ids are counted, {len(prompt) // 4} are there")
-    request = row.request
+    request = row.request.encode()
     if row.text_head is not None:
-        request = paste(row.request, row.places, reader.text(row.text_head))
+        request = paste(request, row.places, reader.text(row.text_head))
     return Payload(row.n_prompt, prompt, request, row.requested, row.effective)
 
 

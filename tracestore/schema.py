@@ -230,10 +230,10 @@ calls = Table(
     Index(None, "run_id", "model"),
     Index(None, "version_dispatched", "run_id"),
     Index(None, "completion_id"),
-    Index(None, "request_hash"),
-    Index(None, "retry_of"),
     sqlite_autoincrement=True,
 )
+for _seldom in (calls.c.request_hash, calls.c.retry_of):
+    Index(None, _seldom, sqlite_where=_seldom.is_not(None), postgresql_where=_seldom.is_not(None))
 _goes_on = calls.c.continues.is_not(None)
 Index(None, calls.c.project, calls.c.model, calls.c.drift, sqlite_where=_goes_on, postgresql_where=_goes_on)
 """Only of calls that go on from another: who does not count drift does not pay for it."""
@@ -285,6 +285,7 @@ choices = Table(
     UniqueConstraint("call_id", "choice_index", "n_tokens"),
     CheckConstraint("choice_index >= 0", name="choice_index"),
     CheckConstraint("n_tokens >= 0", name="n_tokens"),
+    sqlite_with_rowid=False,
 )
 
 rewards = Table(

@@ -197,7 +197,7 @@ class ChainContract:
         assert [(fault.what, fault.count) for fault in store.check()] == [
             ("prompts that are not what their hash says", 1)
         ]
-        sql(store, change, other=b"xnot deflated")
+        sql(store, change, other=b"Hnot deflated")
         assert {fault.what for fault in store.check()} == {
             "prompts that are not what their hash says",
             "prompts that cannot be put together as they are counted",

@@ -52,6 +52,8 @@ def upgrade() -> None:
     """Put the old payloads aside, make the new tables, convert."""
     connection = op.get_bind()
     _put_aside(connection)
+    _keep_rowid(connection, False)
+    _index_calls(known_only=True)
     _create_blocks()
     _create_payloads()
     known = KnownBlocks()
@@ -60,10 +62,10 @@ def upgrade() -> None:
         asked = {row.seq: row for row in rows}
         answers: dict[int, list[Answer]] = {seq: [] for seq in asked}
         for row in connection.execute(sa.text(_ANSWERED), {"last": last, "through": rows[-1].seq}):
-            some = (row.choice_index, row.n_tokens, bytes(row.token_ids), _blob(row.logprobs), None, "", row.message)
-            answers.setdefault(row.seq, []).append(Answer(*some))
+            some = (row.choice_index, row.n_tokens, bytes(row.token_ids), _blob(row.logprobs), None, "")
+            answers.setdefault(row.seq, []).append(Answer(*some, row.message))
         payloads = {
-            seq: Payload(row.n_prompt, _blob(row.prompt_ids), row.request, row.requested, row.effective)
+            seq: Payload(row.n_prompt, _blob(row.prompt_ids), row.request.encode(), row.requested, row.effective)
             for seq, row in asked.items()
         }
         drafts = {seq: drafted(row.call_id, row.project, payloads[seq], answers[seq]) for seq, row in asked.items()}
@@ -102,10 +104,36 @@ def downgrade() -> None:
         names = ", ".join(columns)
         op.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM old_{table}")
         op.drop_table(f"old_{table}")
+    _keep_rowid(connection, True)
+    _index_calls(known_only=False)
+
+
+def _keep_rowid(connection: sa.Connection, keep: bool) -> None:
+    """Copy SQLite's `choices` into a table that is its own index, or back."""
+    if connection.dialect.name != "sqlite":
+        return
+    made = "SELECT sql FROM sqlite_master WHERE name = 'choices'"
+    _, _, body = connection.execute(sa.text(made)).scalar_one().partition("(")
+    inside = body.rpartition(")")[0]
+    op.execute(f"CREATE TABLE choices_new ({inside}){'' if keep else ' WITHOUT ROWID'}")
+    op.execute("INSERT INTO choices_new SELECT * FROM choices")
+    op.execute("DROP TABLE choices")
+    op.execute("ALTER TABLE choices_new RENAME TO choices")
+
+
+def _index_calls(*, known_only: bool) -> None:
+    """Most calls are no retries: what is not known needs no entry."""
+    for column in ("request_hash", "retry_of"):
+        op.drop_index(op.f(f"ix_calls_{column}"), table_name="calls")
+        if known_only:
+            _index("calls", [column], f"{column} IS NOT NULL")
+        else:
+            op.create_index(op.f(f"ix_calls_{column}"), "calls", [column])
 
 
 def _fields(content: Payload | Answer, wanted: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(content, name) for name in wanted if hasattr(content, name)}
+    found = {name: getattr(content, name) for name in wanted if hasattr(content, name)}
+    return {name: found[name].decode() if name == "request" else found[name] for name in found}
 
 
 def _blob(stored: Any) -> bytes | None:
@@ -198,10 +226,10 @@ def _create_payloads() -> None:
     )
     for head in heads:
         _index("call_payloads", [head], f"{head} IS NOT NULL")
-    _create_choice_payloads("length(token_ids) IN (2 * n_tokens, 3 * n_tokens, 4 * n_tokens)", sa.LargeBinary())
+    _create_choice_payloads("length(token_ids) IN (2 * n_tokens, 3 * n_tokens, 4 * n_tokens)")
 
 
-def _create_choice_payloads(length: str, message: Any) -> None:
+def _create_choice_payloads(length: str) -> None:
     op.create_table(
         "choice_payloads",
         sa.Column("call_id", sa.String(), nullable=False),
@@ -209,7 +237,7 @@ def _create_choice_payloads(length: str, message: Any) -> None:
         sa.Column("n_tokens", sa.Integer(), nullable=False),
         sa.Column("token_ids", sa.LargeBinary(), nullable=False),
         sa.Column("logprobs", sa.LargeBinary(), nullable=True),
-        sa.Column("message", message, nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
         sa.CheckConstraint("length(logprobs) = 4 * n_tokens", name=op.f("ck_choice_payloads_logprob_length")),
         sa.CheckConstraint(length, name=op.f("ck_choice_payloads_token_length")),
         sa.ForeignKeyConstraint(
@@ -233,4 +261,4 @@ def _create_old() -> None:
         sa.ForeignKeyConstraint(["call_id"], ["calls.call_id"], name=op.f("fk_call_payloads_call_id_calls")),
         sa.PrimaryKeyConstraint("call_id", name=op.f("pk_call_payloads")),
     )
-    _create_choice_payloads("length(token_ids) = 4 * n_tokens", sa.Text())
+    _create_choice_payloads("length(token_ids) = 4 * n_tokens")

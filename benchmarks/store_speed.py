@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import create_engine, text
-from store_calls import choice_of, large_calls, prose, sample
+from store_calls import PROMPT, choice_of, large_calls, prose, sample
 from store_growth import growth, postgres_database, sqlite_file
 from store_peers import ASIDE, compare
 
@@ -36,7 +36,7 @@ GOALS = {
 }
 GOAL_LEASE_MS, GOAL_OPEN_S, GOAL_SHARE_OF_JSON = 100.0, 1.0, 0.1
 BATCH = 128
-TURNS, SYSTEM, ASKED, ANSWERED = 20, 300, 60, 80
+TURNS, SYSTEM, ASKED, ANSWERED, SYSTEM_RUNS = 20, 300, 60, 80, 1_000
 
 
 def per_second(work: Callable[[], None], count: int) -> float:
@@ -81,6 +81,24 @@ def conversation(run: str, seed: int) -> Iterator[Call]:
         messages, ids = [*messages, dict(answer.message)], ids + answer.token_ids
 
 
+def one_system_prompt(runs: int) -> list[Call]:
+    """Runs of one call each, that have a long system prompt in common and nothing else."""
+    system, told = sample(PROMPT, -7), {"role": "system", "content": prose(4 * PROMPT, -7)}
+    calls = []
+    for number in range(runs):
+        asked, answered = 10**6 + 2 * number, 10**6 + 2 * number + 1
+        calls.append(
+            make_call(
+                f"one{number}",
+                f"one-run{number}",
+                prompt_ids=system + sample(ASKED, asked),
+                choices=(choice_of(sample(ANSWERED, answered), prose(4 * ANSWERED, answered), number),),
+                request={"messages": [told, {"role": "user", "content": prose(4 * ASKED, asked)}]},
+            )
+        )
+    return calls
+
+
 def wire_bytes(call: Call) -> int:
     """The request and vLLM's answer to it with ids and logprobs, as JSON. Source: vLLM 0.32, chat completions."""
     (choice,) = call.choices
@@ -110,7 +128,7 @@ def wire_bytes(call: Call) -> int:
 
 
 def conversation_size(store: Store, size: Callable[[], int]) -> dict[str, float]:
-    """Bytes that a call of a 20-turn conversation adds to the store, and its JSON."""
+    """Bytes that a call of a 20-turn conversation adds to the store, one of 1,000 runs of a prompt, and their JSON."""
     runs = [list(conversation(f"talk{number}", number + 1)) for number in range(50)]
     for call in runs[0]:
         store.append_calls([call])
@@ -118,7 +136,12 @@ def conversation_size(store: Store, size: Callable[[], int]) -> dict[str, float]
     for call in (call for calls in runs[1:] for call in calls):
         store.append_calls([call])
     stored = (size() - before) / (TURNS * (len(runs) - 1))
+    before, single = size(), one_system_prompt(SYSTEM_RUNS)
+    for start in range(0, len(single), BATCH):
+        store.append_calls(single[start : start + BATCH])
     return {
+        "bytes_per_call_one_system_prompt": (size() - before) / len(single),
+        "json_bytes_per_call_one_system_prompt": statistics.mean(map(wire_bytes, single[:100])),
         "bytes_per_call_20_turns": stored,
         "json_bytes_per_call_20_turns": statistics.mean(map(wire_bytes, runs[0])),
     }
@@ -188,14 +211,18 @@ def show(report: dict[str, Any]) -> None:
 def _rows(found: dict[str, Any], goals: dict[str, int]) -> Iterator[tuple[str, str, str]]:
     for what in ("append_batched_per_s", "append_single_per_s"):
         yield what, f"{found[what]:,.0f}", f">= {goals[what]:,}" if what in goals else ""
-    share = found["bytes_per_call_20_turns"] / found["json_bytes_per_call_20_turns"]
-    told = f"{found['bytes_per_call_20_turns']:,.0f} of {found['json_bytes_per_call_20_turns']:,.0f} ({share:.2f})"
-    yield "bytes per call, 20 turns, of JSON", told, f"<= {GOAL_SHARE_OF_JSON}"
+    yield "bytes per call, 20 turns, of JSON", _of_json(found, "20_turns"), f"<= {GOAL_SHARE_OF_JSON}"
+    yield "bytes per call, 1,000 runs of one system prompt", _of_json(found, "one_system_prompt"), ""
     for size, took in found["lease_ms"].items():
         yield f"lease and read 64 runs of {size} calls (ms)", f"{took:.0f}", f"<= {GOAL_LEASE_MS:.0f}"
         yield "  its reader's peak memory (MB)", f"{found['reader_peak_mb'][size]:.0f}", ""
         yield f"open a store of {size} calls (s)", f"{found[f'open_s_{size}']:.3f}", f"< {GOAL_OPEN_S:.0f}"
         yield "  made in (s)", f"{found[f'fill_s_{size}']:.0f}", ""
+
+
+def _of_json(found: dict[str, Any], what: str) -> str:
+    stored, wire = found[f"bytes_per_call_{what}"], found[f"json_bytes_per_call_{what}"]
+    return f"{stored:,.0f} of {wire:,.0f} ({stored / wire:.3f})"
 
 
 def _beside(report: dict[str, Any]) -> Table:

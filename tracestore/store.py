@@ -27,6 +27,7 @@ from tracegrad.tracestore.langsmith_runs import LangSmithRuns
 from tracegrad.tracestore.leases import Leases
 from tracegrad.tracestore.ledger import Ledger
 from tracegrad.tracestore.overview import Overview
+from tracegrad.tracestore.parents import Parents
 from tracegrad.tracestore.pins import Pins
 from tracegrad.tracestore.provenance import Provenance
 from tracegrad.tracestore.publishes import Publishes
@@ -53,6 +54,7 @@ class Store(
     LangSmithRuns,
     Traces,
     Continued,
+    Parents,
     Rewards,
     Jobs,
     Leases,

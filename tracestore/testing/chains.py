@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import select, text
 
 from tracegrad.tracestore.chains import IDS_A_UNIT, plain_of
-from tracegrad.tracestore.errors import Conflict, TraceStoreError
+from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
+from tracegrad.tracestore.parents import ChainParent
 from tracegrad.tracestore.payload_schema import blocks
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.schema import metadata
@@ -235,3 +236,38 @@ class ChainContract:
         assert store.delete_runs(runs).stubs == tuple(runs)
         assert mentions(store, "secret") == 0 and stored_units(store) == (0, 0)
         assert store.check() == []
+
+    def test_the_parent_of_a_call_is_the_longest_beginning_of_its_prompt(self, store: Store) -> None:
+        """Of the same run before others, of token ids before messages; never a later one, nor of another project."""
+        turns = [asked(f"t{n}", "r", ["sys", *[f"m{k}" for k in range(n)]], tail=0) for n in range(4)]
+        store.append_calls([asked("foreign", None, ["sys", "m0", "m1"], tail=0, project="other")])
+        for call in turns:
+            store.append_calls([call])
+        store.append_calls([asked("elsewhere", "s", ["sys", "m0", "m1", "m2"], tail=0)])
+        assert store.parent_call("t0") is None and store.parent_call("foreign") is None
+        assert store.parent_call("t3") == ChainParent(call_id="t2", by="ids", shared=3 * UNIT)
+        assert store.parent_call("elsewhere") == ChainParent(call_id="t3", by="ids", shared=4 * UNIT)
+        store.append_calls([asked("again", "r", ["sys", "m0", "m1", "m2"], tail=0)])
+        assert store.parent_call("again") == ChainParent(call_id="t3", by="ids", shared=4 * UNIT)
+
+    def test_what_is_left_over_of_the_earlier_prompt_must_be_there_too(self, store: Store) -> None:
+        """A prompt that ends within a unit is a beginning only where its last ids are."""
+        base = (5,) * UNIT
+        for name, more in (("a", (1, 2)), ("b", (1, 3)), ("c", (1, 2, 9, 9)), ("d", (70_000,))):
+            store.append_calls([make_call(name, "r", prompt_ids=base + more)])
+        assert store.parent_call("c") == ChainParent(call_id="a", by="ids", shared=UNIT + 2)
+        assert store.parent_call("b") is None and store.parent_call("d") is None
+        store.append_calls([make_call("root", "r", prompt_ids=base), make_call("e", "r", prompt_ids=(*base, 1, 4))])
+        assert store.parent_call("e") == ChainParent(call_id="root", by="ids", shared=UNIT)
+
+    def test_without_token_ids_the_messages_tell(self, store: Store) -> None:
+        """As of somebody else's engine; a deleted call tells nothing."""
+        for name, words in (("a", ["w", "x"]), ("b", ["w", "x", "y"]), ("c", ["w", "x", "z"])):
+            request = {"messages": [said(word) for word in words]}
+            store.append_calls([make_call(name, "r", prompt_ids=None, request=request)])
+        assert store.parent_call("b") == store.parent_call("c") == ChainParent(call_id="a", by="text", shared=2)
+        store.append_calls([make_call("small", "r", prompt_ids=None)])
+        assert store.parent_call("small") is None
+        store.delete_runs(["r"], busy="force")
+        with pytest.raises(NotFound):
+            store.parent_call("b")

@@ -73,10 +73,10 @@ def run_lines(job_id: str, standing: RunStanding) -> Iterator[tuple[str, str]]:
 
 def _reason(one: ReasonCount) -> str:
     words = words_of(one.reason)
-    runs = f" in {one.runs} runs" if one.runs else ""
-    such = f" (such as {one.example})" if one.example and one.stage in ("waiting", "dead") else ""
+    such = f", such as {one.example}" if one.example and one.stage in ("waiting", "dead") else ""
+    runs = f" ({one.runs} run{'' if one.runs == 1 else 's'}{such})" if one.runs else ""
     do = _HOW_TO_SEE.get(one.reason, words.do) if one.stage != "elsewhere" else "not for this job"
-    return f"{one.reason}: {one.tokens} tokens{runs} {words.means}{such}; {do}"
+    return f"{one.reason}: {one.tokens} tokens{runs} {words.means}; {do}"
 
 
 def _lease(lease: HeldLease) -> str:

@@ -47,9 +47,12 @@ def test_the_whole_queue_is_told(url: str) -> None:
     assert lines[3].startswith("lease       lease 2 of 2 runs for step 2, until 1970-01-01 00:18:10, which was ")
     told = [line for line in lines if line.startswith("waiting")]
     assert told[0].startswith(
-        "waiting     no reward: 6 tokens in 2 runs that no counted reward reaches (such as silent-1); "
+        "waiting     no reward: 6 tokens (2 runs, such as silent-1) that no counted reward reaches; "
     )
-    assert any("refused: 6 tokens in 2 runs of batches in which the trainer found nothing" in line for line in lines)
+    assert any(
+        "refused: 6 tokens (2 runs, such as masked-1) of batches in which the trainer found nothing" in line
+        for line in lines
+    )
     assert any("no run: 3 tokens" in line and "tracegrad runs --unplaced" in line for line in lines)
     (job,) = json.loads(invoke("--store", url, "--json").stdout)
     assert job["conserved"] and job["groups"]["refused"] == 1

@@ -168,7 +168,7 @@ class Interleavings(RuleBasedStateMachine):
             self._end(run_id, "failed" if flaw == "failed" else "closed", fate)
 
     @rule(
-        act=st.sampled_from(["lease"] * 4 + ["commit"] * 5 + ["renew", "release", "reclaim", "reclaim"]),
+        act=st.sampled_from(["lease"] * 4 + ["commit"] * 5 + ["renew", "release", "refuse", "reclaim", "reclaim"]),
         job=st.sampled_from(list(RULES)),
         which=PICK,
         groups=st.integers(1, 2),
@@ -190,6 +190,8 @@ class Interleavings(RuleBasedStateMachine):
                 self._commit_step(lease, excluded, fate)
             elif act == "renew":
                 self._renew(lease)
+            elif act == "refuse":
+                self._refuse(lease, fate)
             else:
                 self._release(lease, fate)
 
@@ -402,6 +404,16 @@ class Interleavings(RuleBasedStateMachine):
         elif self.do(fate, lambda: self.store.release(lease)) is not Cut:
             known.state = "released"
 
+    def _refuse(self, lease: Lease, fate: str) -> None:
+        """Nothing of it trains: its runs are put aside for the epoch."""
+        known = self.model.leases[lease.lease_id]
+        entries = self._consumption(known, dict.fromkeys(known.saw, "greedy"))
+        if (known.token, known.state) != (lease.token, "held"):
+            refused(LeaseLost, lambda: self.store.refuse(lease, entries))
+        elif self.do(fate, lambda: self.store.refuse(lease, entries)) is not Cut:
+            known.state = "released"
+            self.model.refusals |= {(lease.job_id, run_id, known.epoch) for run_id in known.run_ids}
+
     def _commit_step(self, lease: Lease, excluded: str | None, fate: str) -> None:
         """Of any lease that anybody ever had: the fenced, released and acknowledged are refused."""
         known = self.model.leases[lease.lease_id]
@@ -509,6 +521,7 @@ class Interleavings(RuleBasedStateMachine):
             for job_id, job in self.model.jobs.items():
                 for epoch in (0, 1):
                     self._adds_up(job_id, epoch)
+                self._queue_adds_up(job_id)
                 wanted = job.rule or RULES[job_id]
                 ready = self.model.ready(job_id, wanted, self.clock.now)
                 same(self.store.backlog(job_id, wanted).ready_groups, len(ready))
@@ -521,6 +534,15 @@ class Interleavings(RuleBasedStateMachine):
         expected = self.model.account(job_id, epoch, self.clock.now)
         same((report.stored, report.trained, dict(report.excluded)), expected)
         assert report.conserved
+
+    def _queue_adds_up(self, job_id: str) -> None:
+        expected = self.model.account(job_id, 0, self.clock.now)
+        queue = self.store.queue(job_id, epoch=0)
+        told: Counter[str] = Counter()
+        for one in queue.reasons:
+            told[one.reason] += one.tokens
+        same({reason: tokens for reason, tokens in told.items() if tokens and reason != "trained"}, expected[2])
+        same((queue.stored, queue.tokens("trained"), queue.conserved), (expected[0], expected[1], True))
 
     def _has_what_it_should(self) -> None:
         with self.store._db.read() as connection:

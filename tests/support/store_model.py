@@ -88,6 +88,7 @@ class StoreModel:
     leases: dict[int, ALease] = field(default_factory=dict)
     jobs: dict[str, AJob] = field(default_factory=dict)
     ledger: set[tuple[str, str, int]] = field(default_factory=set)
+    refusals: set[tuple[str, str, int]] = field(default_factory=set)
     consumed: dict[tuple[str, int, str, int], tuple[int, str | None]] = field(default_factory=dict)
     """(job, epoch, call, choice) -> trained tokens, and why the rest was not."""
     steps: dict[int, int] = field(default_factory=dict)
@@ -157,6 +158,7 @@ class StoreModel:
     def delete(self, some: Sequence[str], now: float) -> set[str]:
         """Delete runs; return those of which a stub stays."""
         trained = {run_id for _, run_id, _ in self.ledger if run_id in some}
+        self.refusals = {one for one in self.refusals if one[1] not in some}
         mine = [call for call in self.calls.values() if call.run_id in some]
         names = {call.completion_id for call in mine if call.completion_id is not None}
         self.facts = [one for one in self.facts if one.run_id not in some and one.completion_id not in names]
@@ -240,7 +242,8 @@ class StoreModel:
         members = self.members(unit)
         eligible = [run for run in members if self.is_eligible(run, rule, now)]
         group_id = members[0].group_id
-        if any((job_id, run.run_id, rule.epoch) in self.ledger or self.is_held(job_id, run.run_id) for run in members):
+        taken = self.ledger | self.refusals
+        if any((job_id, run.run_id, rule.epoch) in taken or self.is_held(job_id, run.run_id) for run in members):
             return "group trained without it"
         planned = 1 if group_id is None else self.sizes[group_id]
         if sum(self.is_settled(run, rule, now) for run in members) < planned:
@@ -312,6 +315,7 @@ class StoreModel:
             (run.purpose == "eval", "eval"),
             (self.is_held(job_id, run.run_id), "leased"),
             ((job_id, run.run_id, epoch) in self.ledger, "arrived after the lease"),
+            ((job_id, run.run_id, epoch) in self.refusals, "refused"),
             (call.model != job.model, "other model"),
             (rule.roles is not None and call.role is None, "no role"),
             (not self.counts(call, rule), "other role"),

@@ -29,10 +29,11 @@ def _run(*command: str, cwd: Path) -> str:
 
 
 OF_EVERY_ROOM = (
-    "tests/unit/doctor",
-    "tests/unit/engine",
-    "tests/unit/learner/test_controller.py",
+    "tests/unit/doctor/test_doctor_command.py",
+    "tests/unit/engine/test_engine_commands.py",
+    "tests/unit/engine/test_preflight.py",
     "tests/unit/learner/test_train_command.py",
+    "tests/unit/learner/test_weights.py",
     "tests/unit/proxy",
     "tests/unit/rollout/test_rollout_loop.py",
     "tests/unit/tracestore/test_migrations.py",

@@ -5,7 +5,6 @@ relative paths are relative to the file. Environment and command line override n
 resolves its configuration once, and `--show-config` prints the result.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from tracegrad.tracestore.algorithm import AlgorithmConfig
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.section import Section, explained, near_misses
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
 _FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of the file. Unknown keys are refused."""
-
-
-class EngineConfig(_Section, frozen=True, kw_only=True):
+class EngineConfig(Section, frozen=True, kw_only=True):
     """The vLLM that serves one model."""
 
     url: str = "http://127.0.0.1:8000"
@@ -47,7 +44,7 @@ class EngineConfig(_Section, frozen=True, kw_only=True):
     log: str | None = None
 
 
-class ApiConfig(_Section, frozen=True, kw_only=True):
+class ApiConfig(Section, frozen=True, kw_only=True):
     """Somebody else's OpenAI-compatible API that serves a model. The credential is named, never written down here."""
 
     url: str
@@ -58,7 +55,7 @@ class ApiConfig(_Section, frozen=True, kw_only=True):
     """The name that the API knows the model by."""
 
 
-class ModelConfig(_Section, frozen=True, kw_only=True):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """Physical weights: where they start, and the engines that serve them; or an outside API, never trained."""
 
     checkpoint: str = ""
@@ -79,7 +76,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
         )
 
 
-class SamplingOverride(_Section, frozen=True, kw_only=True):
+class SamplingOverride(Section, frozen=True, kw_only=True):
     """What the proxy sets on the calls of runs with purpose `train`; `None` leaves the client's value."""
 
     temperature: float | None = None
@@ -88,7 +85,7 @@ class SamplingOverride(_Section, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
 
-class AccessConfig(_Section, frozen=True, kw_only=True):
+class AccessConfig(Section, frozen=True, kw_only=True):
     """Who may talk to the proxy, and of what."""
 
     keys: Literal["auto", "on", "off"] | bool = "auto"
@@ -98,7 +95,7 @@ class AccessConfig(_Section, frozen=True, kw_only=True):
     `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
 
 
-class LimitsConfig(_Section, frozen=True, kw_only=True):
+class LimitsConfig(Section, frozen=True, kw_only=True):
     """How much one request may be."""
 
     max_body_bytes: int = 32 * 1024 * 1024
@@ -108,7 +105,7 @@ class LimitsConfig(_Section, frozen=True, kw_only=True):
     max_tools: int = 1_000
 
 
-class ProxyConfig(_Section, frozen=True, kw_only=True):
+class ProxyConfig(Section, frozen=True, kw_only=True):
     """The OpenAI-compatible front. On loopback it needs no API keys, elsewhere it does."""
 
     host: str = "127.0.0.1"
@@ -128,24 +125,7 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     limits: LimitsConfig = LimitsConfig()
 
 
-class AlgorithmConfig(_Section, frozen=True, kw_only=True):
-    """Credit and loss. Defaults are those of PPO with a value head (Schulman et al. 2017, GAE 2015)."""
-
-    advantage: Literal["gae", "group"] = "gae"
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = 3.0
-    value_clip: float | None = 0.2
-    value_coef: float = 0.5
-    kl_coef: float = 0.0
-    normalise_std: bool = True
-    reward_weights: Mapping[str, float] = {}
-    """Reward name -> weight. Empty: every name counts with weight 1; otherwise names not listed count 0."""
-
-
-class OptimizerConfig(_Section, frozen=True, kw_only=True):
+class OptimizerConfig(Section, frozen=True, kw_only=True):
     """AdamW on fp32 master weights."""
 
     lr: float = 1e-5
@@ -158,7 +138,7 @@ class OptimizerConfig(_Section, frozen=True, kw_only=True):
     minibatches: int = 1
 
 
-class BatchConfig(_Section, frozen=True, kw_only=True):
+class BatchConfig(Section, frozen=True, kw_only=True):
     """What one step trains, and how it is laid into rows."""
 
     groups: int = 8
@@ -171,7 +151,7 @@ class BatchConfig(_Section, frozen=True, kw_only=True):
     poll_s: float = 0.25
 
 
-class PublishConfig(_Section, frozen=True, kw_only=True):
+class PublishConfig(Section, frozen=True, kw_only=True):
     """How weights reach the engine, and when a swap is refused."""
 
     probe_tokens: int = 512
@@ -183,7 +163,7 @@ class PublishConfig(_Section, frozen=True, kw_only=True):
     swap_timeout_s: float = 120.0
 
 
-class TrainerConfig(_Section, frozen=True, kw_only=True):
+class TrainerConfig(Section, frozen=True, kw_only=True):
     """One training job."""
 
     job: str = "main"
@@ -201,7 +181,7 @@ class TrainerConfig(_Section, frozen=True, kw_only=True):
     keep_checkpoints: int = 2
 
 
-class RoleRule(_Section, frozen=True, kw_only=True):
+class RoleRule(Section, frozen=True, kw_only=True):
     """A role for calls that no header, path or key gives one. Every condition that is set must hold."""
 
     role: str
@@ -217,7 +197,7 @@ class RoleRule(_Section, frozen=True, kw_only=True):
     """Of the system prompt and the tools, as `tracegrad show --json` prints it."""
 
 
-class Redaction(_Section, frozen=True, kw_only=True):
+class Redaction(Section, frozen=True, kw_only=True):
     """Text that is not to be stored. What it is found in is masked, and a call loses its tokens: it is not trained."""
 
     pattern: str
@@ -226,7 +206,7 @@ class Redaction(_Section, frozen=True, kw_only=True):
     """What stands in its place, literally. Written `with` in the file."""
 
 
-class Config(_Section, frozen=True, kw_only=True):
+class Config(Section, frozen=True, kw_only=True):
     """The whole file."""
 
     store: str = "sqlite:///tracegrad.db"
@@ -278,7 +258,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     try:
         config = msgspec.convert(raw, Config, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
+        raise ConfigError(f"{origin}: {explained(str(error), Config)}") from error
     _check_models(config, origin)
     _check_rules(config, origin)
     _check_redactions(config, origin)
@@ -312,14 +292,14 @@ def _check_models(config: Config, origin: str) -> None:
         named.append(("trainer.model", config.trainer.model))
     for who, model in named:
         if model not in config.models:
-            near = _near(model, config.models)
+            near = near_misses(model, config.models)
             raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
         if who == "trainer.model" and not config.models[model].trained:
             can = ", ".join(name for name, each in config.models.items() if each.trained)
             raise ConfigError(f"{origin}: trainer.model names {model!r}, which is not trained; name one of {can}")
     for role in config.proxy.sampling:
         if role != "*" and role not in config.roles and "*" not in config.roles:
-            near = _near(role, config.roles)
+            near = near_misses(role, config.roles)
             raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
 
 
@@ -327,7 +307,7 @@ def _check_rules(config: Config, origin: str) -> None:
     for number, rule in enumerate(config.role_rules):
         where = f"{origin}: role_rules[{number}]"
         if config.roles and rule.role not in config.roles and "*" not in config.roles:
-            near = _near(rule.role, config.roles)
+            near = near_misses(rule.role, config.roles)
             raise ConfigError(f"{where} gives the role {rule.role!r}, which `roles` does not have{near}")
         if (rule.agent, rule.node, rule.model, rule.fingerprint) == (None,) * 4 and not rule.header:
             raise ConfigError(f"{where} has no condition; give it an agent, node, model, header or fingerprint")
@@ -360,23 +340,6 @@ def _wrong_model(model: ModelConfig) -> str | None:
     if not model.api.url.startswith(("https://", "http://")):
         return f"has api.url {model.api.url!r}: write https://HOST/v1"
     return None
-
-
-def _with_near_misses(message: str) -> str:
-    """msgspec names the unknown field; add the known ones that look like it."""
-    if "unknown field `" not in message:
-        return message
-    field = message.split("unknown field `", 1)[1].split("`", 1)[0]
-    return message + _near(field, _all_keys())
-
-
-def _all_keys() -> set[str]:
-    return {f.encode_name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
-
-
-def _near(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=3)
-    return f"; did you mean {', '.join(close)}?" if close else f" (known: {', '.join(sorted(known)) or 'none'})"
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:

@@ -206,7 +206,7 @@ class Learner:
             fused=True,
         )
         reference = None
-        if self.config.algorithm.kl_coef:
+        if self.config.algorithm.loss.kl_coef:
             reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False)
             reference.requires_grad_(False)
         self._policy = policy

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracegrad.tracestore.config import AlgorithmConfig
+from tracegrad.tracestore.algorithm import LossConfig
 from tracegrad.trainer.errors import BatchError
 
 
@@ -52,7 +52,7 @@ class LossSettings:
     """Bound on proximal / behaviour; counts only where proximal logprobs are given."""
 
     @staticmethod
-    def from_config(config: AlgorithmConfig) -> "LossSettings":
+    def from_config(config: LossConfig) -> "LossSettings":
         """Take what the configuration file says."""
         return LossSettings(
             clip_low=config.clip_low,

@@ -90,7 +90,7 @@ class PpoStep:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
         self._critic = config.algorithm.advantage == "gae"
-        self._settings = LossSettings.from_config(config.algorithm)
+        self._settings = LossSettings.from_config(config.algorithm.loss)
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
@@ -154,7 +154,7 @@ class PpoStep:
             targets_N=credit.targets_N,
         )
         return {
-            **step_metrics(choices, arrays, self._config.algorithm, version_id),
+            **step_metrics(choices, arrays, self._config.algorithm.loss, version_id),
             **facts,
             **credit.counts,
             "updates": updates,

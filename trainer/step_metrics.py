@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracegrad.tracestore.config import AlgorithmConfig
+from tracegrad.tracestore.algorithm import LossConfig
 from tracegrad.trainer.credit import spread
 from tracegrad.trainer.samples import ChoiceSample
 
@@ -40,14 +40,14 @@ class StepArrays:
 
 
 def step_metrics(
-    choices: Sequence[ChoiceSample], arrays: StepArrays, algorithm: AlgorithmConfig, version_id: int | None
+    choices: Sequence[ChoiceSample], arrays: StepArrays, loss: LossConfig, version_id: int | None
 ) -> dict[str, Any]:
     """Return the metrics of all choices, and under "roles" those of each role."""
     everything = np.ones(len(choices), dtype=bool)
     roles = sorted({choice.role for choice in choices if choice.role is not None})
-    metrics = _of(choices, everything, arrays, algorithm, version_id)
+    metrics = _of(choices, everything, arrays, loss, version_id)
     metrics["roles"] = {
-        role: _of(choices, np.array([choice.role == role for choice in choices]), arrays, algorithm, version_id)
+        role: _of(choices, np.array([choice.role == role for choice in choices]), arrays, loss, version_id)
         for role in roles
     }
     return metrics
@@ -63,7 +63,7 @@ def _of(
     choices: Sequence[ChoiceSample],
     chosen_B: Bools,
     arrays: StepArrays,
-    algorithm: AlgorithmConfig,
+    loss: LossConfig,
     version_id: int | None,
 ) -> dict[str, Any]:
     mask_N = spread(chosen_B.astype(np.float64), arrays.starts).astype(bool)
@@ -71,7 +71,7 @@ def _of(
     current_N = mask_N & spread(current_B.astype(np.float64), arrays.starts).astype(bool)
     ratio_N = np.exp(arrays.policy_N[mask_N] - arrays.proximal_N[mask_N])
     advantages_N = arrays.advantages_N[mask_N]
-    clipped_N = np.clip(ratio_N, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    clipped_N = np.clip(ratio_N, 1 - loss.clip_low, 1 + loss.clip_high)
     drift_N = arrays.policy_N[mask_N] - arrays.behaviour_N[mask_N]
     difference_N = np.abs(arrays.proximal_N - arrays.behaviour_N)[current_N]
     metrics = {

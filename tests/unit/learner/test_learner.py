@@ -187,7 +187,9 @@ def test_an_account_that_disagrees_with_the_mask_is_refused(learner: MakeLearner
 def test_reference_kl_holds_the_policy_back(learner: MakeLearner) -> None:
     moved = []
     for kl_coef in (0.0, 10.0):
-        made = learner(algorithm={"advantage": "group", "kl_coef": kl_coef}, optimizer={"epochs": 8, "lr": 5e-3})
+        made = learner(
+            algorithm={"advantage": "group", "loss": {"kl_coef": kl_coef}}, optimizer={"epochs": 8, "lr": 5e-3}
+        )
         plan, samples = samples_of(made)
         moved.append(apply(made, plan, samples).metrics["kl"])
     assert 0 < moved[1] < moved[0] / 2

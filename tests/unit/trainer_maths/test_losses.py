@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tracegrad.tracestore.config import AlgorithmConfig
+from tracegrad.tracestore.algorithm import LossConfig
 from tracegrad.trainer.errors import BatchError
 from tracegrad.trainer.losses import LossInputs, LossSettings, k3, policy_loss, ppo_loss, value_loss
 
@@ -204,7 +204,7 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 def test_settings_come_from_the_configuration():
-    config = AlgorithmConfig(clip_low=0.1, clip_high=0.3, dual_clip=None, value_clip=None, value_coef=2.0, kl_coef=0.5)
+    config = LossConfig(clip_low=0.1, clip_high=0.3, dual_clip=None, value_clip=None, value_coef=2.0, kl_coef=0.5)
     settings = LossSettings.from_config(config)
     assert (settings.clip_low, settings.clip_high, settings.dual_clip) == (0.1, 0.3, None)
     assert (settings.value_clip, settings.value_coef, settings.kl_coef) == (None, 2.0, 0.5)

@@ -5,7 +5,6 @@ relative paths are relative to the file. Environment and command line override n
 resolves its configuration once, and `--show-config` prints the result.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +13,12 @@ import msgspec
 import yaml
 
 from tracegrad.tracestore.algorithm import AlgorithmConfig
+from tracegrad.tracestore.config_checks import check_names
 from tracegrad.tracestore.errors import ConfigError
-from tracegrad.tracestore.section import Section, explained, near_misses
+from tracegrad.tracestore.section import Section, explained
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
-_FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
@@ -55,10 +54,23 @@ class ApiConfig(Section, frozen=True, kw_only=True):
     """The name that the API knows the model by."""
 
 
+class AdapterConfig(Section, frozen=True, kw_only=True):
+    """A LoRA adapter on another model's weights, which stay as they are and may carry several."""
+
+    of: str
+    """The model whose checkpoint it lies on, whose engines serve it."""
+    rank: Annotated[int, msgspec.Meta(ge=1, le=512)] = 16
+    alpha: Annotated[float, msgspec.Meta(gt=0.0)] = 32.0
+    """What the adapter adds is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one (`q_proj`, ...). Empty: every linear layer but the head."""
+
+
 class ModelConfig(Section, frozen=True, kw_only=True):
-    """Physical weights: where they start, and the engines that serve them; or an outside API, never trained."""
+    """Physical weights and the engines that serve them; or an adapter on another model's; or an outside API."""
 
     checkpoint: str = ""
+    adapter: AdapterConfig | None = None
     engine: EngineConfig = EngineConfig()
     replicas: tuple[str, ...] = ()
     """URLs of further engines with the settings of `engine`; `{replica}` in its `env` and `args` is 0, 1, 2, ..."""
@@ -66,8 +78,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     trained: bool = True
 
     def each_engine(self) -> "tuple[ModelConfig, ...]":
-        """Return this configuration once for each of our engines, with that one's URL, log and `{replica}`."""
-        if self.api is not None:
+        """Return this configuration once for each of its own engines, with that one's URL, log and `{replica}`."""
+        if self.api is not None or self.adapter is not None:
             return ()
         urls = (self.engine.url, *self.replicas)
         return tuple(
@@ -167,7 +179,8 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     """One training job."""
 
     job: str = "main"
-    model: str = "main"
+    model: str = ""
+    """The one model that this job trains. Empty: every model that is `trained`."""
     steps: int = 100
     seed: int = 0
     output: str = "out"
@@ -232,6 +245,28 @@ class Config(Section, frozen=True, kw_only=True):
             return self.roles[role]
         return self.roles.get("*")
 
+    def trained_models(self) -> tuple[str, ...]:
+        """Return the models that the job trains, in the order of the file."""
+        one = self.trainer.model
+        return tuple(name for name, model in self.models.items() if model.trained and one in ("", name))
+
+    def held_by(self, name: str) -> str:
+        """Return the model in whose weights `name` lies: an adapter in that of its base, any other in its own."""
+        adapter = self.models[name].adapter
+        return name if adapter is None else adapter.of
+
+    def worker_groups(self) -> dict[str, tuple[str, ...]]:
+        """Return, for each model whose weights a worker group holds, what the group trains: itself, or its adapters."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in self.trained_models():
+            held_by = self.held_by(name)
+            groups[held_by] = (*groups.get(held_by, ()), name)
+        return groups
+
+    def engines_of(self, name: str) -> "tuple[ModelConfig, ...]":
+        """Return `each_engine` of whoever serves the model: for an adapter the base with its engines."""
+        return self.models[self.held_by(name)].each_engine()
+
 
 def load_config(path: str | Path) -> Config:
     """Read and check a configuration file.
@@ -259,9 +294,9 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
         config = msgspec.convert(raw, Config, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{origin}: {explained(str(error), Config)}") from error
-    _check_models(config, origin)
-    _check_rules(config, origin)
-    _check_redactions(config, origin)
+    check_names(config, origin)
+    if not config.trainer.model and len(only := config.trained_models()) == 1:
+        config = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, model=only[0]))
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -281,65 +316,6 @@ def check_checkpoint(name: str, model: ModelConfig) -> None:
 def dump_config(config: Config) -> str:
     """Return `config` as YAML: what `--show-config` prints; `parse_config` reads it back to an equal value."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
-
-
-def _check_models(config: Config, origin: str) -> None:
-    for name, settings in config.models.items():
-        if (wrong := _wrong_model(settings)) is not None:
-            raise ConfigError(f"{origin}: models.{name} {wrong}")
-    named = [(f"role {role!r}", model) for role, model in config.roles.items()]
-    if any(model.trained for model in config.models.values()):
-        named.append(("trainer.model", config.trainer.model))
-    for who, model in named:
-        if model not in config.models:
-            near = near_misses(model, config.models)
-            raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
-        if who == "trainer.model" and not config.models[model].trained:
-            can = ", ".join(name for name, each in config.models.items() if each.trained)
-            raise ConfigError(f"{origin}: trainer.model names {model!r}, which is not trained; name one of {can}")
-    for role in config.proxy.sampling:
-        if role != "*" and role not in config.roles and "*" not in config.roles:
-            near = near_misses(role, config.roles)
-            raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
-
-
-def _check_rules(config: Config, origin: str) -> None:
-    for number, rule in enumerate(config.role_rules):
-        where = f"{origin}: role_rules[{number}]"
-        if config.roles and rule.role not in config.roles and "*" not in config.roles:
-            near = near_misses(rule.role, config.roles)
-            raise ConfigError(f"{where} gives the role {rule.role!r}, which `roles` does not have{near}")
-        if (rule.agent, rule.node, rule.model, rule.fingerprint) == (None,) * 4 and not rule.header:
-            raise ConfigError(f"{where} has no condition; give it an agent, node, model, header or fingerprint")
-        if rule.fingerprint is not None and not _FINGERPRINT.fullmatch(rule.fingerprint):
-            raise ConfigError(f"{where}: {rule.fingerprint!r} is no fingerprint; copy one from `tracegrad show --json`")
-
-
-def _check_redactions(config: Config, origin: str) -> None:
-    for number, redaction in enumerate(config.redact):
-        where = f"{origin}: redact[{number}]"
-        try:
-            empty = re.compile(redaction.pattern).search("") is not None
-        except re.error as error:
-            raise ConfigError(f"{where}: {redaction.pattern!r} is no regular expression: {error}") from error
-        if empty:
-            raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
-
-
-def _wrong_model(model: ModelConfig) -> str | None:
-    """Return what is wrong with the section of a model, None where nothing is."""
-    if model.api is None:
-        urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
-        if len(set(urls)) < len(urls):
-            return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
-        return None if model.checkpoint else "has neither `checkpoint` (weights of ours) nor `api` (somebody else's)"
-    if model.trained:
-        return "is served by an outside API, which cannot be trained: write `trained: false` beside `api`"
-    if model.checkpoint or model.replicas or model.engine != EngineConfig():
-        return "has `api`, so it has no `checkpoint`, `engine` or `replicas`: remove them"
-    if not model.api.url.startswith(("https://", "http://")):
-        return f"has api.url {model.api.url!r}: write https://HOST/v1"
-    return None
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:

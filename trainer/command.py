@@ -49,6 +49,11 @@ def train(
             raise click.UsageError(f"{path} names no models: there is nothing to train")
         if not any(model.trained for model in config.models.values()):
             raise click.UsageError(f"{path} says `trained: false` of every model: there is nothing to train")
+        if len(names := config.trained_models()) > 1 or config.models[names[0]].adapter is not None:
+            raise click.UsageError(
+                f"{path} trains {', '.join(names)}: `tracegrad train` takes jobs of one full model so far; "
+                "name one with trainer.model"
+            )
         code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
     except TraceStoreError as error:
         click.echo(f"tracegrad train: {error}", err=True)

@@ -88,7 +88,7 @@ def test_each_replica_has_its_own_url_log_and_number() -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({}, "neither `checkpoint`"),
+        ({}, "neither `checkpoint`.*nor `api`"),
         ({"checkpoint": "w", "replicas": ["http://127.0.0.1:8000/"]}, "names one engine twice"),
         ({"api": API}, "cannot be trained: write `trained: false`"),
         ({"api": API, "trained": False, "checkpoint": "w"}, "so it has no `checkpoint`"),
@@ -109,3 +109,89 @@ def test_what_is_not_trained_cannot_be_named_by_the_trainer() -> None:
         parse_config({**GOOD, "models": models, "trainer": {"model": "big"}})
     only = parse_config({"models": {"big": models["big"]}, "roles": {"*": "big"}})
     assert only.trainer.model not in only.models, "with nothing to train, trainer.model names nothing"
+
+
+BASE = {"checkpoint": "w", "trained": False}
+MODES = {
+    "full sharing": ({"all": {"checkpoint": "w"}}, {"*": "all"}),
+    "partial sharing": (
+        {"thinks": {"checkpoint": "a"}, "writes": {"checkpoint": "b"}},
+        {"planner": "thinks", "critic": "thinks", "writer": "writes"},
+    ),
+    "full separation": (
+        {"p": {"checkpoint": "a"}, "c": {"checkpoint": "b"}, "w": {"checkpoint": "c"}},
+        {"planner": "p", "critic": "c", "writer": "w"},
+    ),
+    "adapter per role": (
+        {"base": BASE, "p": {"adapter": {"of": "base"}}, "c": {"adapter": {"of": "base", "rank": 4}}},
+        {"planner": "p", "critic": "c", "writer": "base"},
+    ),
+}
+"""Mode -> models, roles. In the last one the writer is frozen: served by the base, never trained."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "groups"),
+    [
+        ("full sharing", {"all": ("all",)}),
+        ("partial sharing", {"thinks": ("thinks",), "writes": ("writes",)}),
+        ("full separation", {"p": ("p",), "c": ("c",), "w": ("w",)}),
+        ("adapter per role", {"base": ("p", "c")}),
+    ],
+)
+def test_a_job_trains_what_is_trained_one_group_for_each_model_that_holds_weights(
+    mode: str, groups: dict[str, tuple[str, ...]]
+) -> None:
+    models, roles = MODES[mode]
+    config = parse_config({"models": models, "roles": roles})
+    assert config.worker_groups() == groups
+    assert config.trained_models() == tuple(name for names in groups.values() for name in names)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_trainer_may_take_one_of_several_models_and_says_which_where_there_is_only_one() -> None:
+    models, roles = MODES["partial sharing"]
+    both = parse_config({"models": models, "roles": roles})
+    one = parse_config({"models": models, "roles": roles, "trainer": {"model": "writes"}})
+    assert (both.trainer.model, both.trained_models()) == ("", ("thinks", "writes"))
+    assert one.trained_models() == ("writes",)
+    assert parse_config({"models": {"solo": {"checkpoint": "w"}}}).trainer.model == "solo"
+
+
+def test_an_adapter_is_served_by_the_engines_of_its_base() -> None:
+    engine = {"url": "http://127.0.0.1:8005"}
+    models = {
+        "base": {**BASE, "engine": engine, "replicas": ["http://127.0.0.1:8006"]},
+        "p": {"adapter": {"of": "base"}},
+    }
+    config = parse_config({"models": models, "roles": {"*": "p"}})
+    assert config.models["p"].each_engine() == ()
+    assert [each.engine.url for each in config.engines_of("p")] == ["http://127.0.0.1:8005", "http://127.0.0.1:8006"]
+    assert config.engines_of("p") == config.engines_of("base")
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        (
+            {"base": BASE, "p": {"adapter": {"of": "bas"}}},
+            "models.p.adapter.of names the model 'bas'.*did you mean base",
+        ),
+        ({"base": BASE, "p": {"adapter": {"of": "base", "rnak": 8}}}, "did you mean rank"),
+        ({"base": BASE, "p": {"adapter": {"of": "base", "rank": 0}}}, "Expected `int` >= 1"),
+        ({"base": {"checkpoint": "w"}, "p": {"adapter": {"of": "base"}}}, "write `trained: false` in models.base"),
+        (
+            {"base": BASE, "p": {"adapter": {"of": "base"}, "checkpoint": "w"}},
+            "has `adapter`, so it has no `checkpoint`",
+        ),
+        ({"base": BASE, "p": {"adapter": {"of": "base"}, "trained": False}}, "map its roles to 'base'"),
+        (
+            {"base": BASE, "p": {"adapter": {"of": "base"}}, "q": {"adapter": {"of": "p"}}},
+            "an adapter itself; name what that one lies on, 'base'",
+        ),
+        ({"judge": {"api": API, "trained": False}, "p": {"adapter": {"of": "judge"}}}, "takes no adapter"),
+    ],
+)
+def test_a_wrong_adapter_is_refused(models: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({"models": models})

@@ -102,7 +102,8 @@ REASONS: Mapping[str, Words] = {
     ),
     NO_REWARD: Words(
         "that no counted reward reaches",
-        "reward the runs (POST /tracegrad/v1/rewards), and compare the names with `trainer.algorithm.reward_weights`",
+        "reward the runs (POST /tracegrad/v1/rewards), and compare the names with "
+        "`trainer.algorithm.credit.reward_weights`",
     ),
     SUPERSEDED: Words("of calls that the client sent again", "nothing: the retry's answer is trained"),
     NO_RUN: Words(

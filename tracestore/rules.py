@@ -15,13 +15,13 @@ def lease_rule(config: Config, *, offline: bool = False) -> LeaseRule:
     Offline there is no bound: whoever trains from stored runs has asked for what older weights sampled.
     """
     trainer = config.trainer
-    grouped = trainer.algorithm.advantage == "group"
+    credit = trainer.algorithm.credit
     by_name = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
     return LeaseRule(
         model=trainer.model,
         roles=None if config.roles.get("*") == trainer.model else by_name,
         max_staleness=ANY_STALENESS if offline else trainer.batch.max_staleness,
-        min_group=trainer.batch.min_group if grouped else 1,
-        reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
+        min_group=trainer.batch.min_group if credit.grouped else 1,
+        reward_names=tuple(sorted(credit.reward_weights)),
         project=config.project,
     )

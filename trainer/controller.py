@@ -193,7 +193,7 @@ class Controller:
                 self._store.lease_traces(lease),
                 model=self._model,
                 role_model=self.config.model_of,
-                reward_weights=config.algorithm.reward_weights,
+                reward_weights=config.algorithm.credit.reward_weights,
             )
             parent = self._current
             result = self._workers.step(lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens)

@@ -89,7 +89,7 @@ class PpoStep:
     ) -> None:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
-        self._critic = config.algorithm.advantage == "gae"
+        self._critic = not config.algorithm.credit.grouped
         self._settings = LossSettings.from_config(config.algorithm.loss)
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
@@ -166,20 +166,20 @@ class PpoStep:
 
     def credit(self, samples: Samples, proximal: Evaluation | None) -> Credit:
         """Turn rewards into advantages: GAE over the critic's values, or group-relative."""
-        algorithm = self._config.algorithm
+        settings = self._config.algorithm.credit
         starts = token_starts(samples.choices)
-        returns_B = choice_returns(samples.choices, samples.rewards, algorithm.reward_weights)
+        returns_B = choice_returns(samples.choices, samples.rewards, settings.reward_weights)
         if self._critic:
             values_N = _present(None if proximal is None else proximal.values_N)
-            gae = gae_advantages(returns_B, values_N, starts, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
-            advantages_N = normalise(gae.advantages_N) if algorithm.normalise_std else gae.advantages_N
+            gae = gae_advantages(returns_B, values_N, starts, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+            advantages_N = normalise(gae.advantages_N) if settings.normalise == "batch" else gae.advantages_N
             return Credit(returns_B=returns_B, advantages_N=advantages_N, targets_N=gae.targets_N, counts={})
         grouped = group_advantages(
             samples.choices,
             returns_B,
-            run_returns(samples.rewards, algorithm.reward_weights),
+            run_returns(samples.rewards, settings.reward_weights),
             samples.run_groups,
-            normalise_std=algorithm.normalise_std,
+            normalise_std=settings.advantage == "grpo",
         )
         names = ("n_cells", "n_single_cells", "n_zero_variance", "n_lone_runs")
         return Credit(

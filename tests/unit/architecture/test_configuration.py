@@ -33,6 +33,8 @@ def test_what_is_printed_reads_back_equal() -> None:
         ({"trainer": {"model": "small", "steps": "ten"}}, "Expected `int`"),
         ({"trainer": {"algorithm": {"clip_low": 0.1}}}, "`clip_low`.*it stands under `trainer.algorithm.loss`"),
         ({"trainer": {"algorithm": {"loss": {"cliplow": 0.1}}}}, "did you mean clip_low"),
+        ({"trainer": {"algorithm": {"advantage": "grpo"}}}, "it stands under `trainer.algorithm.credit`"),
+        ({"trainer": {"algorithm": {"credit": {"gamma": 1.5}}}}, "<= 1.0 - at `\\$.trainer.algorithm.credit.gamma`"),
         ({"trainer": {"roles": {}}}, "it stands at the top"),
         ({"trainer": {"dtype": "float32"}}, "it stands under `models.NAME.engine`"),
         ({"trainer": {"algorithm": {"loss": {"clip_low": -0.1}}}}, ">= 0.0 - at `\\$.trainer.algorithm.loss.clip_low`"),

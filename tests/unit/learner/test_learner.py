@@ -18,7 +18,7 @@ from tracegrad.trainer.results import Scored, StepResult
 from tracegrad.trainer.samples import Samples, build_batch
 
 MakeLearner = Callable[..., Learner]
-GROUP = {"algorithm": {"advantage": "group"}}
+GROUP = {"algorithm": {"credit": {"advantage": "grpo"}}}
 
 
 def samples_of(learner: Learner, groups: int = 3, **kwargs: Any) -> tuple[BatchPlan, Samples]:
@@ -40,10 +40,10 @@ def apply(learner: Learner, plan: BatchPlan, samples: Samples, **kwargs: Any) ->
     return learner.step(plan, samples, **{"version_id": 1, **kwargs})
 
 
-@pytest.mark.parametrize("advantage", ["gae", "group"])
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
 def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
     """On-policy: sample a token, reward the lucky one. By chance 1/24; after 25 steps it must exceed 3/4."""
-    made = learner(algorithm={"advantage": advantage}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
+    made = learner(algorithm={"credit": {"advantage": advantage}}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
     prompt = (3, 4, 5)
     generator = torch.Generator().manual_seed(0)
 
@@ -188,7 +188,8 @@ def test_reference_kl_holds_the_policy_back(learner: MakeLearner) -> None:
     moved = []
     for kl_coef in (0.0, 10.0):
         made = learner(
-            algorithm={"advantage": "group", "loss": {"kl_coef": kl_coef}}, optimizer={"epochs": 8, "lr": 5e-3}
+            algorithm={"credit": {"advantage": "grpo"}, "loss": {"kl_coef": kl_coef}},
+            optimizer={"epochs": 8, "lr": 5e-3},
         )
         plan, samples = samples_of(made)
         moved.append(apply(made, plan, samples).metrics["kl"])

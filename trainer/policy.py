@@ -68,17 +68,23 @@ class Policy(nn.Module):
         slot_chunk: int = 256,
     ) -> None:
         super().__init__()
-        _check_supported(lm)
+        prepare(lm, gradient_checkpointing={"use_reentrant": False} if gradient_checkpointing else None)
+        self._set_up(lm, _take_masters(lm, precision), precision, detach_value, slot_chunk)
+
+    def _set_up(
+        self, lm: Any, masters: dict[str, nn.Parameter], precision: Precision, detach_value: bool, slot_chunk: int
+    ) -> None:
         self.precision: Precision = precision
         self.detach_value = detach_value
         self.slot_chunk = slot_chunk
-        self._masters: dict[str, nn.Parameter] = {}
-        self.lm: Any = self._with_masters(lm.float())
+        self._lm: Any = lm
+        self._masters = masters
         self.value_head = ValueHead(lm.config.hidden_size)
-        _no_dropout(self.lm)
-        if gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.lm.train(gradient_checkpointing)
+
+    @property
+    def lm(self) -> Any:
+        """The language model, ready to compute what this policy says."""
+        return self._lm
 
     @classmethod
     def from_checkpoint(
@@ -141,8 +147,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters into the weights that compute. Call after every optimizer step or master load."""
-        for name, weight in self.lm.named_parameters():
-            master = self._masters[name]
+        for name, weight in self._lm.named_parameters():
+            master = self._masters.get(name, weight)
             if master is not weight:
                 weight.copy_(master)
 
@@ -184,7 +190,8 @@ class Policy(nn.Module):
         config = self.lm.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        weights = sum(p.numel() for name, p in self._masters.items() if "embed" not in name and "lm_head" not in name)
+        outside = ("embed", "lm_head", "lora_")
+        weights = sum(p.numel() for name, p in self._lm.named_parameters() if not any(part in name for part in outside))
         return float(per_pair) / weights
 
     @property
@@ -242,22 +249,6 @@ class Policy(nn.Module):
         entropy_S = -(logprobs_SV.exp() * logprobs_SV).sum(-1) if with_entropy else None
         return logprobs_SV[slot_E, token_E], entropy_S
 
-    # -- construction
-
-    def _with_masters(self, lm: Any) -> Any:
-        if self.precision == "fp32":
-            self._masters = dict(lm.named_parameters())
-            return lm
-        self._masters = {
-            name: nn.Parameter(parameter.detach().clone(), requires_grad=True)
-            for name, parameter in lm.named_parameters()
-        }
-        for name, weight in lm.named_parameters():
-            # Weights only: `lm.to(bfloat16)` would also round the rotary frequencies, which vLLM keeps in float32.
-            weight.data = weight.data.to(torch.bfloat16)
-            weight.register_post_accumulate_grad_hook(_into_master(self._masters[name]))
-        return lm
-
     @torch.no_grad()
     def verify(self) -> None:
         """Compare packed edges with the model's own forward pass on two forked contexts.
@@ -280,6 +271,46 @@ class Policy(nn.Module):
                 f"{self.lm.config.model_type}: packed and plain log-probabilities differ by {worst:.3g} nats; "
                 "its attention ignores the ancestry mask, or its head does more than a linear map"
             )
+
+
+def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> None:
+    """Take dropout out of a language model, and have it recompute its layers' activations where asked to.
+
+    Raises:
+        UnsupportedModel: its attention or head is not what packed rows are evaluated with.
+    """
+    _check_supported(lm)
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if gradient_checkpointing is not None:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(gradient_checkpointing))
+    lm.train(gradient_checkpointing is not None)
+
+
+def _take_masters(lm: Any, precision: Precision) -> dict[str, nn.Parameter]:
+    """Return the float32 parameters to train, by the LM's names; its weights are then what the precision says."""
+    lm.float()
+    if precision == "fp32":
+        return dict(lm.named_parameters())
+    masters = {
+        name: nn.Parameter(parameter.detach().clone(), requires_grad=True) for name, parameter in lm.named_parameters()
+    }
+    round_weights(lm)
+    for name, weight in lm.named_parameters():
+        weight.register_post_accumulate_grad_hook(_into_master(masters[name]))
+    return masters
+
+
+def round_weights(lm: Any) -> None:
+    """Round the weights, and only these: `lm.to(bfloat16)` would also round the rotary frequencies.
+
+    vLLM keeps those in float32.
+    """
+    for weight in lm.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
 
 
 def _into_master(master: nn.Parameter) -> Any:
@@ -309,14 +340,6 @@ def _check_supported(lm: Any) -> None:
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if types != {"full_attention"} or sliding is not None:
         raise UnsupportedModel(f"{config.model_type}: only full attention can be packed; it has {sorted(types)}")
-
-
-def _no_dropout(lm: Any) -> None:
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _same_names(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

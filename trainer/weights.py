@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,11 @@ from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.tensor_files import write_tensors
 
+if TYPE_CHECKING:
+    from tracegrad.trainer.lora import AdapterPolicy
+
 MODEL = "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VALUE_HEAD = f"{STATE_FOLDER}/value_head.safetensors"
 MASTERS = f"{STATE_FOLDER}/masters.safetensors"
 MOMENTS = {name: f"{STATE_FOLDER}/{name}.safetensors" for name in ("exp_avg", "exp_avg_sq")}
@@ -61,6 +66,15 @@ def save_serving(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -
             if source.is_file():
                 shutil.copyfile(source, folder / source.name)
     return {MODEL: write_tensors(folder / MODEL, policy.lm_state(), dtype)}
+
+
+def save_adapter(folder: Path, policy: "AdapterPolicy", dtype: torch.dtype, base: Path) -> dict[str, str]:
+    """Write what the engine loads beside the base, in peft's format; return the sha256 of the weights by file name."""
+    assert policy.peft_config is not None, "the base itself is saved by nobody"
+    config = {**policy.peft_config.to_dict(), "base_model_name_or_path": str(base), "inference_mode": True}
+    stated = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True))
+    return {ADAPTER: write_tensors(folder / ADAPTER, policy.lm_state(), dtype)}
 
 
 def save_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, str]:

@@ -6,6 +6,7 @@ comes with the near misses. Called by `tracestore.config`, once for each file.
 import re
 from typing import TYPE_CHECKING
 
+from tracegrad.tracestore.algorithm import wrong_algorithm
 from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.section import near_misses
 
@@ -26,6 +27,8 @@ def check_names(config: "Config", origin: str) -> None:
     _check_roles(config, origin)
     _check_rules(config, origin)
     _check_redactions(config, origin)
+    if (wrong := wrong_algorithm(config.trainer.algorithm)) is not None:
+        raise ConfigError(f"{origin}: trainer.algorithm.{wrong}")
 
 
 def _check_models(config: "Config", origin: str) -> None:

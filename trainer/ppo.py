@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tracegrad.tracestore.config import TrainerConfig
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
+from tracegrad.trainer.corrections import KEPT, rejection_reasons
 from tracegrad.trainer.credit import (
     behaviour_logprobs,
     choice_returns,
@@ -34,11 +34,12 @@ from tracegrad.trainer.credit import (
 )
 from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
-from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
+from tracegrad.trainer.losses import objective
 from tracegrad.trainer.packing import Packing, pack
-from tracegrad.trainer.policy import EdgeOutputs, Policy
+from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.samples import ChoiceSample, Samples
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
+from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,36 +52,6 @@ class Credit:
     counts: dict[str, int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Fixed:
-    """What stays the same through all updates of a step, (N,) float32. Critic and reference may be absent."""
-
-    behaviour: Tensor
-    proximal: Tensor | None
-    """None: the policy that is being differentiated is the one the step starts with."""
-    advantages: Tensor
-    targets: Tensor | None
-    old_values: Tensor | None
-    reference: Tensor | None
-
-    def inputs(self, index_E: Tensor, logprobs_E: Tensor, values_E: Tensor | None) -> LossInputs:
-        """Gather one row's share."""
-
-        def at(tensor_N: Tensor | None) -> Tensor | None:
-            return None if tensor_N is None else tensor_N[index_E]
-
-        return LossInputs(
-            policy_logprobs_E=logprobs_E,
-            behaviour_logprobs_E=self.behaviour[index_E],
-            advantages_E=self.advantages[index_E],
-            proximal_logprobs_E=logprobs_E.detach() if self.proximal is None else self.proximal[index_E],
-            reference_logprobs_E=at(self.reference),
-            values_E=values_E,
-            old_values_E=at(self.old_values),
-            targets_E=at(self.targets),
-        )
-
-
 class PpoStep:
     """Applies steps to a policy through its optimizer. Holds no state between steps."""
 
@@ -90,7 +61,6 @@ class PpoStep:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
         self._critic = not config.algorithm.credit.grouped
-        self._settings = LossSettings.from_config(config.algorithm.loss)
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
@@ -128,7 +98,7 @@ class PpoStep:
         credit = self.credit(samples, proximal)
         packing = self.pack(choices)
         fixed = self._fixed(samples, proximal, credit)
-        seen = _Seen(len(fixed.behaviour))
+        seen = Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
         parts = self._config.optimizer.minibatches
         updates = self._config.optimizer.epochs * parts
@@ -140,21 +110,28 @@ class PpoStep:
                 rows = [[packed_row(row) for row in part.rows] for part in packings]
                 _check_mask(plan.step, [row for part in rows for row in part], samples)
                 for part in rows:
-                    facts = self._update(plan.step, part, fixed, seen)
+                    facts = self._update(plan.step, Minibatch.of(part), fixed, seen)
         arrays = StepArrays(
             starts=token_starts(choices),
             returns_B=credit.returns_B,
             behaviour_N=behaviour_logprobs(choices),
             proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
             policy_N=seen.policy_N,
+            reference_N=None if fixed.reference is None else fixed.reference.double().numpy(),
             advantages_N=credit.advantages_N,
             entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
+            ratio_N=seen.ratio_N,
+            clipped_N=seen.clipped_N,
+            dual_clipped_N=seen.dual_clipped_N,
+            weight_N=seen.weight_N,
+            rejected_N=seen.rejected_N,
+            reasons=rejection_reasons(self._config.algorithm.correction),
             values_N=seen.values_N if self._critic else None,
             old_values_N=None if proximal is None else proximal.values_N,
             targets_N=credit.targets_N,
         )
         return {
-            **step_metrics(choices, arrays, self._config.algorithm.loss, version_id),
+            **step_metrics(choices, arrays, version_id),
             **facts,
             **credit.counts,
             "updates": updates,
@@ -196,32 +173,39 @@ class PpoStep:
         n_tokens = int(token_starts(choices)[-1])
         return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
 
-    def _fixed(self, samples: Samples, proximal: Evaluation | None, credit: Credit) -> _Fixed:
-        old_values_N = None if proximal is None else proximal.values_N
+    def _fixed(self, samples: Samples, proximal: Evaluation | None, credit: Credit) -> Fixed:
         reference_N = None
         if self._reference is not None:
             reference_N = self._evaluate_with(self._reference, samples.choices, full=False).logprobs_N
-        return _Fixed(
-            behaviour=_float32(behaviour_logprobs(samples.choices)),
-            proximal=None if proximal is None else _float32(proximal.logprobs_N),
-            advantages=_float32(credit.advantages_N),
-            targets=None if credit.targets_N is None else _float32(credit.targets_N),
-            old_values=None if old_values_N is None else _float32(old_values_N),
-            reference=None if reference_N is None else _float32(reference_N),
+        return Fixed(
+            lengths=torch.tensor([len(choice.token_ids) for choice in samples.choices]),
+            behaviour=torch.from_numpy(behaviour_logprobs(samples.choices)).float(),
+            proximal=None if proximal is None else float32(proximal.logprobs_N),
+            advantages=torch.from_numpy(credit.advantages_N).float(),
+            targets=float32(credit.targets_N),
+            old_values=None if proximal is None else float32(proximal.values_N),
+            reference=float32(reference_N),
         )
 
-    def _update(self, step: int, rows: Sequence[PackedRow], fixed: _Fixed, seen: "_Seen") -> dict[str, Any]:
-        """One optimizer step over the rows of a minibatch; the weights change only if everything is finite."""
-        n_tokens = sum(row.n_edges for row in rows)
-        total = 0.0
+    def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen) -> dict[str, Any]:
+        """One optimizer step over a minibatch; the weights change only if everything is finite, something counts."""
+        total, n_rejected = 0.0, 0
+        algorithm = self._config.algorithm
+        with_entropy = fixed.proximal is None or algorithm.loss.entropy_coef > 0.0
         self._policy.zero_grads()
-        for row in rows:
-            outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=fixed.proximal is None)
-            inputs = fixed.inputs(row.edge_index_E, outputs.logprobs_E, outputs.values_E)
-            loss = ppo_loss(inputs, self._settings).total_sum / n_tokens
-            loss.backward()
-            total += float(loss.detach())
-            seen.note(row.edge_index_E, outputs)
+        for row in batch.rows:
+            outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=with_entropy)
+            loss = objective(fixed.inputs(row, outputs, batch, algorithm.loss), algorithm)
+            loss.total.backward()
+            total += float(loss.total.detach())
+            n_rejected += int((loss.correction.rejected_E != KEPT).sum())
+            seen.note(row, outputs, loss)
+        if n_rejected == batch.n_tokens:
+            raise StepRefused(
+                f"step {step}: all {n_rejected} tokens of an update are rejected by trainer.algorithm.correction: "
+                "the engine's logprobs and the trainer's are too far apart, or the bounds too narrow "
+                "(`logprob_abs_diff` in metrics.jsonl tells); the weights are unchanged"
+            )
         norm = self._clip_grads()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
@@ -256,20 +240,6 @@ class PpoStep:
                 self._policy.zero_grads()
                 if kept is not None:
                     kept.restore()
-
-
-class _Seen:
-    """What the training passes computed, (N,), of each token's last one; NaN where nothing did."""
-
-    def __init__(self, n_tokens: int) -> None:
-        self.policy_N, self.values_N, self.entropy_N = (np.full(n_tokens, np.nan) for _ in range(3))
-
-    def note(self, index_E: Tensor, outputs: EdgeOutputs) -> None:
-        """Keep one row's outputs, detached."""
-        arrays = (self.policy_N, self.values_N, self.entropy_N)
-        for array_N, tensor_E in zip(arrays, (outputs.logprobs_E, outputs.values_E, outputs.entropy_E), strict=True):
-            if tensor_E is not None:
-                array_N[index_E.numpy()] = tensor_E.detach().double().numpy()
 
 
 class _Snapshot:
@@ -309,7 +279,3 @@ def _present(values: Floats | None) -> Floats:
     if values is None:
         raise StepRefused("the proximal evaluation lacks values or entropies: call evaluate(..., full=True)")
     return values
-
-
-def _float32(values: Floats) -> Tensor:
-    return torch.from_numpy(values).float()

@@ -45,6 +45,36 @@ def test_mistakes_are_named(change: dict[str, object], says: str) -> None:
         parse_config({**GOOD, **change})
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        (
+            {"loss": {"aggregate": "constant"}},
+            r"trainer.algorithm.loss.aggregate is constant: set loss.aggregate_tokens",
+        ),
+        ({"loss": {"objective": "gpso"}}, "Invalid enum value 'gpso'"),
+        ({"correction": {"anchor": "behaviour"}}, "set correction.weights to off"),
+        ({"correction": {"reject": [{"level": "token"}]}}, r"reject\[0\] has no bound"),
+        ({"correction": {"reject": [{"low": 2.0, "high": 0.5}]}}, r"reject\[0\] keeps nothing"),
+        ({"correction": {"reject": [{"lowest": 2.0}]}}, "did you mean low"),
+    ],
+)
+def test_an_algorithm_that_cannot_be_meant_is_refused(algorithm: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**GOOD, "trainer": {"model": "small", "algorithm": algorithm}})
+
+
+def test_each_objective_has_its_own_bounds_unless_told() -> None:
+    def bounds(**loss: object) -> tuple[float, float]:
+        return parse_config(
+            {**GOOD, "trainer": {"model": "small", "algorithm": {"loss": loss}}}
+        ).trainer.algorithm.loss.bounds
+
+    assert bounds() == (0.2, 0.2)
+    assert bounds(objective="gspo") == (3e-4, 4e-4)
+    assert bounds(objective="cispo", clip_high=1.0) == (1.0, 1.0)
+
+
 def test_sampling_for_an_unknown_role_is_refused() -> None:
     raw = {**GOOD, "roles": {"planner": "small"}, "proxy": {"sampling": {"planer": {"temperature": 0.8}}}}
     with pytest.raises(ConfigError, match="did you mean planner"):

@@ -176,6 +176,103 @@ def test_nothing_to_train_is_refused_with_the_reasons(learner: MakeLearner) -> N
     assert equal(before, weights(made))
 
 
+def test_when_every_token_is_rejected_the_step_is_refused(learner: MakeLearner) -> None:
+    made = learner(
+        algorithm={"credit": {"advantage": "grpo"}, "correction": {"reject": [{"level": "token", "low": 1.5}]}}
+    )
+    before = weights(made)
+    plan, samples = samples_of(made)
+    with pytest.raises(
+        StepRefused, match=r"step 1: all \d+ tokens of an update are rejected by trainer.algorithm.correct"
+    ):
+        apply(made, plan, samples)
+    assert equal(before, weights(made))
+
+
+def test_rejected_tokens_are_consumed_and_counted_by_reason(learner: MakeLearner) -> None:
+    """Law 5: the loss mask selects them and their step is their step; their weight in it is 0."""
+    made = learner(
+        algorithm={"credit": {"advantage": "grpo"}, "correction": {"reject": [{"level": "token", "high": 1.5}]}}
+    )
+    plan, samples = samples_of(made)
+    first = samples.choices[0]
+    far = replace(first, behaviour_logprobs=tuple(value - 1.0 for value in first.behaviour_logprobs))
+    result = apply(made, plan, replace(samples, choices=(far, *samples.choices[1:])))
+    assert result.metrics["tokens_masked"] == {"token ratio low": 0, "token ratio high": len(first.token_ids)}
+    assert result.metrics["roles"][str(first.role)]["tokens_masked"]["token ratio high"] == len(first.token_ids)
+    assert sum(entry.trained_tokens for entry in result.consumption) == result.metrics["tokens_trained"]
+    assert result.metrics["weight_mean"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"objective": "ppo"},
+        {"objective": "cispo"},
+        {"objective": "gspo", "aggregate": "sequences"},
+        {"objective": "gspo_token", "aggregate": "sequences"},
+        {"aggregate": "constant", "aggregate_tokens": 4},
+    ],
+    ids=str,
+)
+def test_every_objective_learns_and_does_not_care_about_rows(learner: MakeLearner, loss: dict[str, Any]) -> None:
+    """One batch, 20 updates on it with wide bounds: the lucky answers become likelier. Any split into rows is equal."""
+    settings = {
+        "credit": {"advantage": "grpo"},
+        "loss": {**loss, "clip_low": 1.0, "clip_high": 9.0, "entropy_coef": 0.001},
+    }
+    norms = []
+    for row_tokens in (512, 16):
+        made = learner(
+            algorithm=settings, batch={"row_tokens": row_tokens}, optimizer={"lr": 0.0, "max_grad_norm": 1e9}
+        )
+        norms.append(apply(made, *samples_of(made, groups=4)).metrics["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    made = learner(algorithm=settings, optimizer={"lr": 5e-3, "epochs": 20})
+    plan, samples = samples_of(made, groups=4)
+    lucky = [choice for choice in samples.choices if choice.token_ids[0] == recorded.LUCKY]
+    before = made.ppo.evaluate(lucky).logprobs_N.mean()
+    apply(made, plan, samples)
+    assert made.ppo.evaluate(lucky).logprobs_N.mean() > before + 0.5
+
+
+def test_when_the_engine_and_the_trainer_agree_three_policies_are_two(learner: MakeLearner) -> None:
+    """Behaviour = proximal: the decoupled objective and plain PPO take the same steps, to 1e-6."""
+    optimizer, finals = {"epochs": 2, "minibatches": 2, "lr": 1e-4}, []
+    for correction in ({}, {"anchor": "behaviour", "weights": "off"}, {"weights": "sequence"}):
+        made = learner(algorithm={"credit": {"advantage": "grpo"}, "correction": correction}, optimizer=optimizer)
+        apply(made, *samples_of(made, groups=4))
+        finals.append(weights(made))
+    for final in finals[1:]:
+        for name, tensor in final.items():
+            torch.testing.assert_close(tensor, finals[0][name], rtol=0, atol=1e-6)
+    unlike = learner(algorithm={"credit": {"advantage": "grpo"}}, optimizer=optimizer)
+    plan, samples = samples_of(unlike, groups=4)
+    halved = [tuple(value - 0.7 for value in choice.behaviour_logprobs) for choice in samples.choices]
+    moved = [replace(c, behaviour_logprobs=low) for c, low in zip(samples.choices[::2], halved[::2], strict=True)]
+    apply(
+        unlike,
+        plan,
+        replace(samples, choices=tuple(x for p in zip(moved, samples.choices[1::2], strict=True) for x in p)),
+    )
+    assert any(float((t - finals[0][n]).abs().max()) > 1e-5 for n, t in weights(unlike).items())
+
+
+def test_metrics_tell_the_policies_apart(learner: MakeLearner) -> None:
+    made = learner(algorithm={"loss": {"kl_coef": 0.1}}, optimizer={"epochs": 3, "lr": 5e-3})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    for of in (metrics, *metrics["roles"].values()):
+        assert set(of["kl_to"]) == {"behaviour", "proximal", "reference"}
+        assert all(value["k3"] >= 0.0 for value in of["kl_to"].values())
+        assert of["kl_to"]["proximal"]["k3"] == pytest.approx(of["kl_to"]["behaviour"]["k3"], abs=1e-4)
+        assert of["value_error"] > 0.0
+        assert of["explained_variance"] is not None
+    assert metrics["kl_to"]["reference"]["k3"] > 0.0, "the reference is the base: the third epoch has left it"
+    group = learner(**GROUP)
+    assert set(apply(group, *samples_of(group)).metrics["kl_to"]) == {"behaviour", "proximal"}
+
+
 def test_an_account_that_disagrees_with_the_mask_is_refused(learner: MakeLearner) -> None:
     made = learner()
     plan, samples = samples_of(made)

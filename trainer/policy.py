@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tracegrad.trainer.batches import PackedRow, probe_row
 from tracegrad.trainer.errors import UnsupportedModel
+from tracegrad.trainer.kept_sets import KeptSets, renormalised
 
 Precision = Literal["fp32", "bf16"]
 
@@ -115,10 +116,13 @@ class Policy(nn.Module):
         return policy
 
     def edge_outputs(self, row: PackedRow, *, with_values: bool = True, with_entropy: bool = False) -> EdgeOutputs:
-        """Return logprobs at each edge's temperature, and if asked values and entropies (nats), all (E,) float32."""
+        """Return logprobs at each edge's temperature, and if asked values and entropies (nats), all (E,) float32.
+
+        Where an edge has a kept set, its logprob and entropy are over that set.
+        """
         hidden_TD = self._hidden(row)
         hidden_SD = hidden_TD[row.slot_parent_S]
-        logprobs_E, entropy_S = self._logprobs(hidden_SD, row, with_entropy)
+        logprobs_E, entropy_E = self._logprobs(hidden_SD, row, with_entropy)
         values_E = None
         if with_values:
             values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
@@ -126,7 +130,7 @@ class Policy(nn.Module):
         return EdgeOutputs(
             logprobs_E=logprobs_E,
             values_E=values_E,
-            entropy_E=None if entropy_S is None else entropy_S[row.edge_slot_E],
+            entropy_E=entropy_E,
         )
 
     # -- weights
@@ -217,6 +221,7 @@ class Policy(nn.Module):
         """Chunk by slots; edges follow their slots, then return to the row's order."""
         order_E = torch.argsort(row.edge_slot_E, stable=True)
         slot_E, token_E = row.edge_slot_E[order_E], row.edge_token_E[order_E]
+        kept = KeptSets.of_row(row.edge_kept_E, row.kept_token_K, order_E)
         bounds = range(0, hidden_SD.shape[0], self.slot_chunk)
         firsts = torch.searchsorted(slot_E, torch.tensor([*bounds, hidden_SD.shape[0]], device=slot_E.device)).tolist()
         logprobs, entropies = [], []
@@ -228,26 +233,41 @@ class Policy(nn.Module):
                 row.slot_temperature_S[chunk],
                 slot_E[edges] - first,
                 token_E[edges],
-                with_entropy,
+                None if kept is None else kept.between(edges.start, edges.stop),
             )
             if torch.is_grad_enabled():
-                logprob_e, entropy_s = checkpoint(self._chunk, *arguments, use_reentrant=False)
+                logprob_e, entropy_e = checkpoint(
+                    self._chunk, *arguments, with_entropy=with_entropy, use_reentrant=False
+                )
             else:
-                logprob_e, entropy_s = self._chunk(*arguments)
+                logprob_e, entropy_e = self._chunk(*arguments, with_entropy=with_entropy)
             logprobs.append(logprob_e)
-            entropies.append(entropy_s)
-        sorted_E = torch.cat(logprobs) if logprobs else hidden_SD.new_zeros(0, dtype=torch.float32)
-        logprobs_E = torch.empty_like(sorted_E).index_copy(0, order_E, sorted_E)
-        return logprobs_E, torch.cat(entropies) if with_entropy and entropies else None
+            entropies.append(entropy_e)
+
+        def in_row_order(parts: list[Tensor]) -> Tensor:
+            sorted_E = torch.cat(parts) if parts else hidden_SD.new_zeros(0, dtype=torch.float32)
+            return torch.empty_like(sorted_E).index_copy(0, order_E, sorted_E)
+
+        return in_row_order(logprobs), in_row_order(entropies) if with_entropy else None
 
     def _chunk(
-        self, hidden_SD: Tensor, temperature_S: Tensor, slot_E: Tensor, token_E: Tensor, with_entropy: bool
+        self,
+        hidden_SD: Tensor,
+        temperature_S: Tensor,
+        slot_E: Tensor,
+        token_E: Tensor,
+        kept: KeptSets | None,
+        *,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         logits_SV = head(hidden_SD).float() / temperature_S[:, None]
         logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
-        entropy_S = -(logprobs_SV.exp() * logprobs_SV).sum(-1) if with_entropy else None
-        return logprobs_SV[slot_E, token_E], entropy_S
+        logprobs_E = logprobs_SV[slot_E, token_E]
+        entropy_E = -(logprobs_SV.exp() * logprobs_SV).sum(-1)[slot_E] if with_entropy else None
+        if kept is not None and kept.token_K.numel():
+            return renormalised(logprobs_SV, slot_E, logprobs_E, entropy_E, kept)
+        return logprobs_E, entropy_E
 
     @torch.no_grad()
     def verify(self) -> None:

@@ -62,6 +62,9 @@ class ChoiceSample:
 
     Invariants: ``len(prompt_ids) >= 1``, ``len(token_ids) == len(behaviour_logprobs) >= 1``, every logprob finite,
     `temperature` >= MIN_TEMPERATURE. `behaviour_logprobs` are at `temperature`, as recorded when sampled (nats).
+    `kept_ids`: for each sampled token the ids that top-p and top-k left, over which its logprob is normalised, the
+    token among them; None: the whole vocabulary. `version_spans`: (first token, policy version) in ascending order
+    where the weights were exchanged while the choice was sampled; empty: all tokens are `version_id`'s.
     """
 
     run_id: str
@@ -77,6 +80,16 @@ class ChoiceSample:
     temperature: float
     finish_reason: str
     version_id: int
+    kept_ids: tuple[tuple[int, ...], ...] | None = None
+    version_spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def token_versions(self) -> tuple[int, ...]:
+        """The policy version of each sampled token."""
+        versions = [self.version_id] * len(self.token_ids)
+        for first, version_id in self.version_spans:
+            versions[first:] = [version_id] * (len(versions) - first)
+        return tuple(versions)
 
     @property
     def group_key(self) -> str:

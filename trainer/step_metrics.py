@@ -66,8 +66,7 @@ def explained_variance(values_N: Floats, targets_N: Floats) -> float | None:
 
 def _of(choices: Sequence[ChoiceSample], chosen_B: Bools, arrays: StepArrays, version_id: int | None) -> dict[str, Any]:
     mask_N = spread(chosen_B.astype(np.float64), arrays.starts).astype(bool)
-    current_B = np.array([choice.version_id == version_id for choice in choices])
-    current_N = mask_N & spread(current_B.astype(np.float64), arrays.starts).astype(bool)
+    current_N = mask_N & np.array([version == version_id for choice in choices for version in choice.token_versions])
     ratio_N, weight_N = arrays.ratio_N[mask_N], arrays.weight_N[mask_N]
     advantages_N = arrays.advantages_N[mask_N]
     difference_N = np.abs(arrays.proximal_N - arrays.behaviour_N)[current_N]

@@ -100,12 +100,24 @@ class CreditConfig(Section, frozen=True, kw_only=True):
         return self.advantage not in UNGROUPED
 
 
+class RefusalConfig(Section, frozen=True, kw_only=True):
+    """When a step is refused although every number in it is finite. A refused step changes no weight."""
+
+    grad_norm_factor: _Positive | None = 100.0
+    """A gradient that clipping would cut explodes where its norm is above this many times the usual (median) one."""
+    grad_norm_history: Annotated[int, msgspec.Meta(ge=5)] = 20
+    """How many steps' norms are remembered; the first five are never refused."""
+    silent_steps: Annotated[int, msgspec.Meta(ge=1)] | None = 20
+    """Stop after so many steps in a row in which no run earned anything. None: never."""
+
+
 class AlgorithmConfig(Section, frozen=True, kw_only=True):
     """Credit and loss. Defaults are those of PPO with a value head (Schulman et al. 2017, GAE 2015)."""
 
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    refuse: RefusalConfig = RefusalConfig()
 
 
 def wrong_algorithm(algorithm: AlgorithmConfig) -> str | None:

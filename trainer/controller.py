@@ -25,13 +25,14 @@ from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.errors import EngineError, PublishError
+from tracegrad.trainer.errors import EngineError, PublishError, StepRefused
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.metrics import Console, MetricsLog
 from tracegrad.trainer.publish import Publisher
 from tracegrad.trainer.results import Saved
-from tracegrad.trainer.samples import build_batch
+from tracegrad.trainer.samples import Samples, build_batch
+from tracegrad.trainer.staleness import without_stale_runs
 from tracegrad.trainer.startup import (
     clear_orphans,
     find_weights,
@@ -165,10 +166,14 @@ class Controller:
         waited = started - self._idle_since
         crash.reached("after-lease", step)
         try:
-            saved, metrics = self._compute(lease, {"wait": waited})
+            done = self._compute(lease, {"wait": waited})
         except LeaseLost as error:
             self._restore(error)
             return
+        if done is None:
+            self._around.stop.wait(self.config.trainer.batch.poll_s)
+            return
+        saved, metrics = done
         crash.reached("after-ledger", step)
         line = {**metrics, "version": self._current.version_id, "publish": None}
         try:
@@ -184,26 +189,40 @@ class Controller:
         self._prune()
         self._idle_since = time.monotonic()
 
-    def _compute(self, lease: Lease, seconds: dict[str, float]) -> tuple[Saved, dict[str, Any]]:
-        """Train, write and commit under the lease; afterwards the new version is the current one."""
+    def _compute(self, lease: Lease, seconds: dict[str, float]) -> tuple[Saved, dict[str, Any]] | None:
+        """Train, write and commit under the lease; afterwards the new version is the current one.
+
+        None: everything in the lease has become too stale, so that it was returned. A refused step's lease is returned
+        as well: who mends the reason, the rewards perhaps, wants them leased as they are then.
+        """
         config, crash, step = self.config.trainer, self._around.crash_points, lease.plan.step
         probe_tokens = config.publish.probe_tokens if self._publisher is not None else 0
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
-            samples = build_batch(
-                self._store.lease_traces(lease),
-                model=self._model,
-                role_model=self.config.model_of,
-                reward_weights=config.algorithm.credit.reward_weights,
-            )
             parent = self._current
-            result = self._workers.step(lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens)
+            samples, stale = self._samples(lease)
+            if stale and not samples.choices:
+                self._store.release(keeper.current)
+                return None
+            try:
+                result = self._workers.step(
+                    lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens
+                )
+            except StepRefused:
+                self._store.release(keeper.current)
+                raise
             crash.reached("after-step", step)
             crash.soon("during-checkpoint", step, delay_s=0.02)
             saved = self._workers.save(str(self._around.folder.checkpoints), step)
             crash.reached("after-checkpoint", step)
             made = saved.checkpoint
             times = {**seconds, **result.metrics["seconds"], "checkpoint": made.write_s}
-            metrics = {**result.metrics, "step": step, "checkpoint_bytes": made.size_bytes, "seconds": times}
+            metrics = {
+                **result.metrics,
+                "step": step,
+                "runs_stale": len(stale),
+                "checkpoint_bytes": made.size_bytes,
+                "seconds": times,
+            }
             commit = StepCommit(
                 checkpoint_path=made.path,
                 checkpoint_hash=made.hash,
@@ -226,6 +245,27 @@ class Controller:
                     raise
                 time.sleep(_COMMIT_PAUSE_S)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _samples(self, lease: Lease) -> tuple[Samples, frozenset[str]]:
+        """Return what the lease has to train, and the runs in it that have become too stale meanwhile."""
+        samples = build_batch(
+            self._store.lease_traces(lease),
+            model=self._model,
+            role_model=self.config.model_of,
+            reward_weights=self.config.trainer.algorithm.credit.reward_weights,
+        )
+        samples, stale = without_stale_runs(
+            samples,
+            lambda version_id: self._store.get_version(version_id).step,
+            step=self._current.step,
+            max_staleness=self._rule.max_staleness,
+        )
+        if stale:
+            self._around.console.say(
+                f"step {lease.plan.step}: {len(stale)} of {len(lease.plan.run_ids)} runs became too stale since they "
+                f"were leased and are {'left out' if samples.choices else 'returned'}"
+            )
+        return samples, stale
 
     def _publish(self, saved: Saved) -> dict[str, Any] | None:
         if self._publisher is None:

@@ -25,6 +25,7 @@ from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, score
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
+from tracegrad.trainer.refusals import StepHistory, is_silent
 from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
@@ -46,6 +47,7 @@ class Learner:
         self._optimizer: torch.optim.AdamW | None = None
         self._ppo: PpoStep | None = None
         self._probe: tuple[list[ChoiceSample], tuple[Scored, ...]] | None = None
+        self._history = StepHistory()
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -69,6 +71,7 @@ class Learner:
             self._adopt(Policy.from_checkpoint(path, self.config.precision))
         load_state(Path(path), self.policy, self._optimizer_or_raise())
         self._probe = None
+        self._history = StepHistory.from_json(manifest["facts"].get("history"))
         return int(manifest["step"])
 
     def save(self, root: str, step: int) -> Saved:
@@ -150,10 +153,13 @@ class Learner:
                 f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. "
                 + ". ".join(sentences(samples.excluded_tokens))
             )
+        silent, refuse = is_silent(samples.rewards.values()), self.config.algorithm.refuse
+        self._history.check_reward(plan.step, silent, refuse)
         self._probe = None
         proximal, probe = self._proximal(samples.choices, probe_tokens)
         evaluated = time.monotonic()
-        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id)
+        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id, history=self._history)
+        self._history = self._history.after(metrics["grad_norm"], silent, refuse)
         self._probe = probe
         return_freed_memory()
         return StepResult(
@@ -161,6 +167,7 @@ class Learner:
             metrics={
                 **metrics,
                 "runs": len(plan.run_ids),
+                "silent_steps": self._history.silent_steps,
                 "tokens_excluded": samples.excluded_tokens,
                 "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "seconds": {**metrics["seconds"], "evaluate": evaluated - started},
@@ -219,7 +226,7 @@ class Learner:
                 state = save_state(folder, self.policy, self._optimizer_or_raise(), self._dtype)
                 return {**state, **serving.result()}
 
-        return write_checkpoint(root, step, fill, {"model": self.config.model})
+        return write_checkpoint(root, step, fill, {"model": self.config.model, "history": self._history.as_json()})
 
 
 def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample:

@@ -3,8 +3,9 @@
 Order: proximal logprobs and values of every sampled token under the weights the step starts with (with one update and
 no critic that pass is the update's own forward: nothing is computed twice); credit per choice; then `epochs` x
 `minibatches` updates over packed rows, each loss divided by the count of trained tokens of its minibatch, whatever
-rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite,
-nothing to train, and rows that do not select every trained token exactly once per epoch (law 5).
+rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite, a
+gradient that explodes, an update in which every token is rejected, nothing to train, and rows that do not select every
+trained token exactly once per epoch (law 5).
 Everything random comes from the plan's seed. Called by the learner.
 """
 
@@ -37,6 +38,7 @@ from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
 from tracegrad.trainer.losses import objective
 from tracegrad.trainer.packing import Packing, pack
 from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.refusals import StepHistory
 from tracegrad.trainer.samples import ChoiceSample, Samples
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
@@ -83,12 +85,18 @@ class PpoStep:
         return self._critic or self._config.optimizer.epochs * self._config.optimizer.minibatches > 1
 
     def run(
-        self, plan: BatchPlan, samples: Samples, proximal: Evaluation | None, *, version_id: int | None
+        self,
+        plan: BatchPlan,
+        samples: Samples,
+        proximal: Evaluation | None,
+        *,
+        version_id: int | None,
+        history: StepHistory | None = None,
     ) -> dict[str, Any]:
         """Update the weights once through the step; return its metrics.
 
         `proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
-        `needs_proximal`.
+        `needs_proximal`. `history`: of the steps before, to refuse a gradient that explodes.
 
         Raises:
             StepRefused: see the module.
@@ -110,7 +118,7 @@ class PpoStep:
                 rows = [[packed_row(row) for row in part.rows] for part in packings]
                 _check_mask(plan.step, [row for part in rows for row in part], samples)
                 for part in rows:
-                    facts = self._update(plan.step, Minibatch.of(part), fixed, seen)
+                    facts = self._update(plan.step, Minibatch.of(part), fixed, seen, history or StepHistory())
         arrays = StepArrays(
             starts=token_starts(choices),
             returns_B=credit.returns_B,
@@ -187,7 +195,7 @@ class PpoStep:
             reference=float32(reference_N),
         )
 
-    def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen) -> dict[str, Any]:
+    def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen, history: StepHistory) -> dict[str, Any]:
         """One optimizer step over a minibatch; the weights change only if everything is finite, something counts."""
         total, n_rejected = 0.0, 0
         algorithm = self._config.algorithm
@@ -209,6 +217,7 @@ class PpoStep:
         norm = self._clip_grads()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
+        history.check_norm(step, norm, max_grad_norm=self._config.optimizer.max_grad_norm, config=algorithm.refuse)
         lr = self._set_learning_rates(step)
         self._optimizer.step()
         self._policy.zero_grads()

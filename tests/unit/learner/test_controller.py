@@ -188,6 +188,7 @@ def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure,
     with pytest.raises(StepRefused):
         train(config, store, Refuses(config))
     assert store.last_checkpoint("test") is None
+    assert store.reclaim("test", 60.0) is None, "the lease is returned, so that mended rewards are seen"
 
 
 def test_a_stop_ends_after_the_step_at_hand(configure: Configure, store: Store) -> None:

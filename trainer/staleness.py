@@ -1,0 +1,46 @@
+"""Staleness at the step: what became too old between lease and step is left out, with a count (law 8).
+
+Readiness refuses what is too stale when it leases; a lease can outlive that moment (a trainer that was away, a bound
+that was lowered, steps that are queued). So the bound is asked once more of the samples themselves: a choice is as old
+as its oldest token, a run as its oldest trainable choice. A run over the bound is dropped whole: its tokens are
+accounted for as `too stale` and its rewards belong to no statistics. Refuses nothing; no I/O. Called by the controller.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tracegrad.tracestore.reasons import TOO_STALE
+from tracegrad.tracestore.records import Consumption
+from tracegrad.trainer.samples import Samples
+
+
+def without_stale_runs(
+    samples: Samples, step_of: Callable[[int], int], *, step: int, max_staleness: int
+) -> tuple[Samples, frozenset[str]]:
+    """Return the samples without over-stale runs, and the ids of these.
+
+    `step_of`: policy version -> the step that made it (asked once for each). `step`: of the weights that are about to
+    be trained. A run is too stale when ``step - oldest`` exceeds `max_staleness`.
+    """
+    versions = {version for choice in samples.choices for version in choice.token_versions}
+    old = {version for version in versions if step - step_of(version) > max_staleness}
+    stale = frozenset(choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions))
+    if not stale:
+        return samples, stale
+    return (
+        replace(
+            samples,
+            choices=tuple(choice for choice in samples.choices if choice.run_id not in stale),
+            consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in samples.consumption),
+            rewards={run_id: given for run_id, given in samples.rewards.items() if run_id not in stale},
+            run_groups={run_id: group for run_id, group in samples.run_groups.items() if run_id not in stale},
+        ),
+        stale,
+    )
+
+
+def _excluded(entry: Consumption) -> Consumption:
+    """Take what would have been trained out; what was excluded before keeps its reason."""
+    if entry.reason is not None:
+        return entry
+    return replace(entry, trained_tokens=0, excluded_tokens=entry.trained_tokens, reason=TOO_STALE)

@@ -16,6 +16,7 @@ from tracegrad.tracestore.algorithm import AlgorithmConfig
 from tracegrad.tracestore.config_checks import check_names
 from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.section import Section, explained
+from tracegrad.tracestore.tracking import TrackingConfig
 
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
@@ -238,6 +239,7 @@ class Config(Section, frozen=True, kw_only=True):
     """In order, in everything that people or models said."""
     proxy: ProxyConfig = ProxyConfig()
     trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def model_of(self, role: str | None) -> str | None:
         """Return the physical model of `role`, or None where the role map says nothing of it."""

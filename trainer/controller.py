@@ -40,6 +40,7 @@ from tracegrad.trainer.startup import (
     probe_set,
     wait_for_engines,
 )
+from tracegrad.trainer.trackers import Tracker
 from tracegrad.trainer.workers import Trains
 
 _COMMIT_TRIES = 5
@@ -55,6 +56,7 @@ class Surroundings:
     folder: JobFolder
     console: Console
     engines: Sequence[EngineClient] = ()
+    trackers: Sequence[Tracker] = ()
     crash_points: CrashPoints = field(default_factory=CrashPoints)
     stop: Event = field(default_factory=Event)
 
@@ -68,7 +70,7 @@ class Controller:
         self._store, self._workers = around.store, around.workers
         self._job, self._model = config.trainer.job, config.trainer.model
         self._rule = lease_rule(config, offline=not around.engines)
-        self._metrics = MetricsLog(around.folder.path)
+        self._metrics = MetricsLog(around.folder.path, around.trackers, around.console.say)
         self._publisher: Publisher | None = None
         self._version: PolicyVersion | None = None
         self._step = 0

@@ -9,6 +9,7 @@ TrainerError
 ├── PublishError         new weights did not reach the engine, or could not be shown to have reached it
 ├── CheckpointError      a checkpoint is incomplete, or its hash is not the one in the ledger
 ├── StepRefused          an update was not finite or not bounded: the weights stay as they were
+├── TrackingError        an experiment tracker is not installed, cannot be opened, or refused a step's numbers
 ├── WorkerFailed         a worker process died, or failed in a way that has no name here
 └── JobBusy              another trainer of the same job runs on this output folder
 """
@@ -48,6 +49,10 @@ class CheckpointError(TrainerError):
 
 class StepRefused(TrainerError):
     """An update was not finite or not bounded: the weights stay as they were."""
+
+
+class TrackingError(TrainerError):
+    """An experiment tracker is not installed, cannot be opened, or refused a step's numbers."""
 
 
 class WorkerFailed(TrainerError):

@@ -14,7 +14,7 @@ _AtLeastZero = Annotated[float, msgspec.Meta(ge=0.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 
-UNGROUPED = frozenset({"gae"})
+UNGROUPED = frozenset({"gae", "reinforce++"})
 """Values of `trainer.algorithm.credit.advantage` under which no run is compared with others of its group."""
 
 
@@ -86,11 +86,25 @@ class CorrectionConfig(Section, frozen=True, kw_only=True):
 class CreditConfig(Section, frozen=True, kw_only=True):
     """From rewards to advantages (`trainer.algorithm.credit`)."""
 
-    advantage: Literal["gae", "grpo", "dr_grpo"] = "gae"
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "gae"
+    """GAE has a critic; the others compare a run with the rest of its group (`reinforce++`: of the batch)."""
+    scope: Literal["call", "role", "graph"] = "call"
+    """How far a reward reaches: what it stands on; also earlier calls of the role; also all ancestors in the graph."""
+    cell: Literal["turn", "role"] = "turn"
+    """Which calls of a group are compared: those of one role at one place in the graph, or all of the role."""
+    normalise: Literal["role", "model", "batch", "off"] | None = None
+    """Whose tokens share mean 0 and deviation 1. None: a role's under gae and reinforce++, off where cells compare."""
     gamma: _Share = 1.0
+    """Discount for each sampled token inside a call."""
     gae_lambda: _Share = 0.95
-    normalise: Literal["batch", "off"] = "batch"
-    """Over which tokens GAE's advantages get mean 0 and deviation 1."""
+    critic_lambda: _Share | None = None
+    """Lambda of the critic's targets, inside calls and between them (VAPO: 1). None: that of the advantages."""
+    length_adaptive: _Positive | None = None
+    """VAPO's alpha: lambda = 1 - 1 / (alpha length) inside a call, in place of `gae_lambda`."""
+    turn_gamma: _Share = 1.0
+    """Discount for each call between a call and the reward."""
+    turn_lambda: _Share = 1.0
+    """Lambda from a call to the one after it; below 1 it trusts the critic's value of that call."""
     reward_weights: Mapping[str, float] = {}
     """Reward name -> weight. Empty: every name counts with weight 1; otherwise names not listed count 0."""
 

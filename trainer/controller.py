@@ -255,6 +255,7 @@ class Controller:
             model=self._model,
             role_model=self.config.model_of,
             reward_weights=self.config.trainer.algorithm.credit.reward_weights,
+            scope=self.config.trainer.algorithm.credit.scope,
         )
         samples, stale = without_stale_runs(
             samples,

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,7 @@ from tracegrad.tracestore.config import TrainerConfig
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
 from tracegrad.trainer.corrections import KEPT, rejection_reasons
-from tracegrad.trainer.credit import (
-    behaviour_logprobs,
-    choice_returns,
-    gae_advantages,
-    group_advantages,
-    normalise,
-    run_returns,
-    spread,
-    token_starts,
-)
+from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, token_starts
 from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
 from tracegrad.trainer.losses import objective
@@ -44,16 +34,6 @@ from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Credit:
-    """Advantages (and, with a critic, value targets) per trained token; `counts` go into the metrics."""
-
-    returns_B: Floats
-    advantages_N: Floats
-    targets_N: Floats | None
-    counts: dict[str, int]
-
-
 class PpoStep:
     """Applies steps to a policy through its optimizer. Holds no state between steps."""
 
@@ -62,7 +42,7 @@ class PpoStep:
     ) -> None:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
-        self._critic = not config.algorithm.credit.grouped
+        self._critic = config.algorithm.credit.advantage == "gae"
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
@@ -121,12 +101,11 @@ class PpoStep:
                     facts = self._update(plan.step, Minibatch.of(part), fixed, seen, history or StepHistory())
         arrays = StepArrays(
             starts=token_starts(choices),
-            returns_B=credit.returns_B,
+            credit=credit,
             behaviour_N=behaviour_logprobs(choices),
             proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
             policy_N=seen.policy_N,
             reference_N=None if fixed.reference is None else fixed.reference.double().numpy(),
-            advantages_N=credit.advantages_N,
             entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
             ratio_N=seen.ratio_N,
             clipped_N=seen.clipped_N,
@@ -136,12 +115,10 @@ class PpoStep:
             reasons=rejection_reasons(self._config.algorithm.correction),
             values_N=seen.values_N if self._critic else None,
             old_values_N=None if proximal is None else proximal.values_N,
-            targets_N=credit.targets_N,
         )
         return {
             **step_metrics(choices, arrays, version_id),
             **facts,
-            **credit.counts,
             "updates": updates,
             "tokens_computed": packing.stats.n_nodes,
             "tokens_unique": packing.stats.n_unique,
@@ -150,29 +127,9 @@ class PpoStep:
         }
 
     def credit(self, samples: Samples, proximal: Evaluation | None) -> Credit:
-        """Turn rewards into advantages: GAE over the critic's values, or group-relative."""
-        settings = self._config.algorithm.credit
-        starts = token_starts(samples.choices)
-        returns_B = choice_returns(samples.choices, samples.rewards, settings.reward_weights)
-        if self._critic:
-            values_N = _present(None if proximal is None else proximal.values_N)
-            gae = gae_advantages(returns_B, values_N, starts, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
-            advantages_N = normalise(gae.advantages_N) if settings.normalise == "batch" else gae.advantages_N
-            return Credit(returns_B=returns_B, advantages_N=advantages_N, targets_N=gae.targets_N, counts={})
-        grouped = group_advantages(
-            samples.choices,
-            returns_B,
-            run_returns(samples.rewards, settings.reward_weights),
-            samples.run_groups,
-            normalise_std=settings.advantage == "grpo",
-        )
-        names = ("n_cells", "n_single_cells", "n_zero_variance", "n_lone_runs")
-        return Credit(
-            returns_B=returns_B,
-            advantages_N=spread(grouped.advantages_B, starts),
-            targets_N=None,
-            counts={name: int(getattr(grouped, name)) for name in names},
-        )
+        """Turn rewards into advantages, with the critic's values where there is one."""
+        values_N = _present(None if proximal is None else proximal.values_N) if self._critic else None
+        return assign(samples, self._config.algorithm.credit, values_N)
 
     # -- inside
 

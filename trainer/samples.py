@@ -9,7 +9,7 @@ the learner with the runs of one lease.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ from tracegrad.tracestore.reasons import (
 )
 from tracegrad.tracestore.records import Call, Choice, Consumption, Reward, RunTrace, Span
 from tracegrad.trainer.errors import SampleError
+from tracegrad.trainer.returns import Scope, reached_calls
+from tracegrad.trainer.run_graph import RunGraph, run_graph
 
 MIN_TEMPERATURE = 0.01
 """Below this a call counts as greedy: vLLM clamps smaller temperatures, so the recorded one was not used."""
@@ -103,13 +105,15 @@ class Samples:
 
     `choices` follow the order of the traces, then of the calls in them, then the choice index. `consumption` has
     one entry per recorded choice, in the same order. `rewards` holds the counted rewards of every run that did not
-    fail (also of those without a trainable choice: they belong to the statistics of their group).
+    fail (also of those without a trainable choice: they belong to the statistics of their group), `graphs` the run
+    graph over all calls of such a run, whatever their model.
     """
 
     choices: tuple[ChoiceSample, ...]
     consumption: tuple[Consumption, ...]
     rewards: Mapping[str, tuple[Reward, ...]]
     run_groups: Mapping[str, str]
+    graphs: Mapping[str, RunGraph]
 
     @property
     def n_trained_tokens(self) -> int:
@@ -132,11 +136,13 @@ def build_batch(
     model: str,
     role_model: Callable[[str | None], str | None],
     reward_weights: Mapping[str, float] | None = None,
+    scope: Scope = "call",
 ) -> Samples:
     """Turn the traces of a lease into samples of `model`.
 
     `role_model` is the role map (`Config.model_of`). `reward_weights`: reward name -> weight; empty or None counts
-    every name. The order of `traces` is the order of the plan and is kept.
+    every name. `scope`: how far a reward reaches (see `returns`); a call that none reaches is excluded. The order of
+    `traces` is the order of the plan and is kept.
 
     Raises:
         SampleError: an open or eval run, or two current rewards of one name on one target.
@@ -145,16 +151,20 @@ def build_batch(
     consumption: list[Consumption] = []
     rewards: dict[str, tuple[Reward, ...]] = {}
     run_groups: dict[str, str] = {}
+    graphs: dict[str, RunGraph] = {}
     for trace in traces:
         _check_run(trace)
         run_id = trace.run.run_id
         counted = counted_rewards(trace, reward_weights)
+        graph = run_graph(trace)
+        reached = reached_calls(graph, counted, scope)
         if trace.run.status == "closed":
             rewards[run_id] = counted
+            graphs[run_id] = graph
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
-                reason = exclusion(trace, call, choice, model=model, role_model=role_model, rewards=counted)
+                reason = exclusion(trace, call, choice, model=model, role_model=role_model, reached=reached)
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -168,7 +178,13 @@ def build_batch(
                 )
                 if reason is None:
                     choices.append(_sample(trace, call, choice))
-    return Samples(choices=tuple(choices), consumption=tuple(consumption), rewards=rewards, run_groups=run_groups)
+    return Samples(
+        choices=tuple(choices),
+        consumption=tuple(consumption),
+        rewards=rewards,
+        run_groups=run_groups,
+        graphs=graphs,
+    )
 
 
 def counted_rewards(trace: RunTrace, weights: Mapping[str, float] | None) -> tuple[Reward, ...]:
@@ -193,13 +209,6 @@ def counted_rewards(trace: RunTrace, weights: Mapping[str, float] | None) -> tup
     return tuple(counted)
 
 
-def reaches(reward: Reward, *, role: str | None, call_id: str) -> bool:
-    """Say whether a reward of the run is credit of this call: on the run, on its own role, or on itself."""
-    if reward.call_id is not None:
-        return reward.call_id == call_id
-    return reward.role is None or reward.role == role
-
-
 def exclusion(
     trace: RunTrace,
     call: Call,
@@ -207,17 +216,19 @@ def exclusion(
     *,
     model: str,
     role_model: Callable[[str | None], str | None],
-    rewards: Sequence[Reward],
+    reached: Container[str],
 ) -> str | None:
-    """Return why the choice must not train, or None. The first reason that holds is the one counted."""
-    role = call.attribution.role
+    """Return why the choice must not train, or None. The first reason that holds is the one counted.
+
+    `reached`: the calls that a counted reward reaches (`returns.reached_calls`).
+    """
     return (
         _wrong_owner(call, model, role_model)
         or (RUN_FAILED if trace.run.status == "failed" else None)
         or _bad_call(call, choice)
         or _bad_tokens(call, choice)
         or _not_a_sample_of_the_policy(call, choice)
-        or (None if any(reaches(r, role=role, call_id=call.call_id) for r in rewards) else NO_REWARD)
+        or (None if call.call_id in reached else NO_REWARD)
         or (SUPERSEDED if any(other.retry_of == call.call_id for other in trace.calls) else None)
     )
 

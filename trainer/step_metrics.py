@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracegrad.trainer.credit import spread
+from tracegrad.trainer.credit import Credit, spread
 from tracegrad.trainer.samples import ChoiceSample
 
 Floats = NDArray[np.float64]
@@ -20,7 +20,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepArrays:
-    """Everything known of the trained tokens after a step, (N,) but for `starts` and `returns_B`.
+    """Everything known of the trained tokens after a step, (N,) but for `starts` and `credit`.
 
     `policy_N`, `values_N`, `ratio_N`, `clipped_N`, `dual_clipped_N` are of the last epoch's training pass (before its
     own update); `old_values_N` and `entropy_N` of the proximal pass. `weight_N`: importance weights, 0 where rejected;
@@ -29,12 +29,11 @@ class StepArrays:
     """
 
     starts: NDArray[np.int64]
-    returns_B: Floats
+    credit: Credit
     behaviour_N: Floats
     proximal_N: Floats
     policy_N: Floats
     reference_N: Floats | None
-    advantages_N: Floats
     entropy_N: Floats
     ratio_N: Floats
     clipped_N: Floats
@@ -43,7 +42,6 @@ class StepArrays:
     rejected_N: Floats
     values_N: Floats | None
     old_values_N: Floats | None
-    targets_N: Floats | None
     reasons: tuple[str, ...] = ()
 
 
@@ -51,10 +49,11 @@ def step_metrics(choices: Sequence[ChoiceSample], arrays: StepArrays, version_id
     """Return the metrics of all choices, and under "roles" those of each role."""
     everything = np.ones(len(choices), dtype=bool)
     roles = sorted({choice.role for choice in choices if choice.role is not None})
-    metrics = _of(choices, everything, arrays, version_id)
-    metrics["roles"] = {
-        role: _of(choices, np.array([choice.role == role for choice in choices]), arrays, version_id) for role in roles
-    }
+    metrics = {**_of(choices, everything, arrays, version_id), **arrays.credit.counts, "roles": {}}
+    for role in roles:
+        chosen_B = np.array([choice.role == role for choice in choices])
+        numbers = _of(choices, chosen_B, arrays, version_id)
+        metrics["roles"][role] = {**numbers, **arrays.credit.roles.get(role, {})}
     return metrics
 
 
@@ -68,11 +67,12 @@ def _of(choices: Sequence[ChoiceSample], chosen_B: Bools, arrays: StepArrays, ve
     mask_N = spread(chosen_B.astype(np.float64), arrays.starts).astype(bool)
     current_N = mask_N & np.array([version == version_id for choice in choices for version in choice.token_versions])
     ratio_N, weight_N = arrays.ratio_N[mask_N], arrays.weight_N[mask_N]
-    advantages_N = arrays.advantages_N[mask_N]
+    advantages_N = arrays.credit.advantages_N[mask_N]
     difference_N = np.abs(arrays.proximal_N - arrays.behaviour_N)[current_N]
     divergences = _divergences(arrays, mask_N)
     return {
-        "reward": _mean_over_runs(choices, chosen_B, arrays.returns_B),
+        "reward": _mean_over_runs(choices, chosen_B, arrays.credit.rewards_B),
+        "return": _mean_over_runs(choices, chosen_B, arrays.credit.returns_B),
         "choices": int(chosen_B.sum()),
         "tokens_trained": int(mask_N.sum()),
         "advantage": float(advantages_N.mean()),
@@ -121,9 +121,9 @@ def _rejections(rejected_N: Floats, reasons: Sequence[str]) -> dict[str, int]:
 
 
 def _critic(arrays: StepArrays, mask_N: Bools) -> dict[str, Any]:
-    if arrays.values_N is None or arrays.old_values_N is None or arrays.targets_N is None:
+    if arrays.values_N is None or arrays.old_values_N is None or arrays.credit.targets_N is None:
         return {}
-    targets_N, old_values_N = arrays.targets_N[mask_N], arrays.old_values_N[mask_N]
+    targets_N, old_values_N = arrays.credit.targets_N[mask_N], arrays.old_values_N[mask_N]
     return {
         "value_loss": float(0.5 * np.square(arrays.values_N[mask_N] - targets_N).mean()),
         "value_error": float(np.abs(old_values_N - targets_N).mean()),
@@ -131,10 +131,10 @@ def _critic(arrays: StepArrays, mask_N: Bools) -> dict[str, Any]:
     }
 
 
-def _mean_over_runs(choices: Sequence[ChoiceSample], chosen_B: Bools, returns_B: Floats) -> float:
-    """Each run counts once, whatever its number of calls."""
+def _mean_over_runs(choices: Sequence[ChoiceSample], chosen_B: Bools, values_B: Floats) -> float | None:
+    """Each run counts once, whatever its number of calls. NaN is no value; None: no run has any."""
     of_run: dict[str, list[float]] = {}
-    for choice, chosen, value in zip(choices, chosen_B, returns_B, strict=True):
-        if chosen:
+    for choice, chosen, value in zip(choices, chosen_B, values_B, strict=True):
+        if chosen and not np.isnan(value):
             of_run.setdefault(choice.run_id, []).append(float(value))
-    return float(np.mean([np.mean(values) for values in of_run.values()]))
+    return float(np.mean([np.mean(values) for values in of_run.values()])) if of_run else None

@@ -34,6 +34,7 @@ def without_stale_runs(
             consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in samples.consumption),
             rewards={run_id: given for run_id, given in samples.rewards.items() if run_id not in stale},
             run_groups={run_id: group for run_id, group in samples.run_groups.items() if run_id not in stale},
+            graphs={run_id: graph for run_id, graph in samples.graphs.items() if run_id not in stale},
         ),
         stale,
     )

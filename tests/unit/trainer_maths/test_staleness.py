@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tracegrad.tracestore.reasons import TOO_STALE
 from tracegrad.tracestore.records import Consumption, Reward
+from tracegrad.trainer.run_graph import CallNode, linked
 from tracegrad.trainer.samples import Samples
 from tracegrad.trainer.staleness import without_stale_runs
 
@@ -30,6 +31,7 @@ def samples_of(choices):
         consumption=(*consumption, greedy),
         rewards={r: (Reward(reward_id=r, run_id=r, name="score", value=1.0, source="t"),) for r in runs},
         run_groups=dict.fromkeys(runs, "group_1"),
+        graphs={run: linked([CallNode(call_id=run, role=None, model="m")], []) for run in runs},
     )
 
 
@@ -51,7 +53,7 @@ def test_a_run_is_as_old_as_its_oldest_token(make_choice):
     left, stale = without_stale_runs(samples_of([fresh, *mixed]), step_of, step=40, max_staleness=10)
     assert stale == {"b"}
     assert left.choices == (fresh,)
-    assert set(left.rewards) == set(left.run_groups) == {"a"}
+    assert set(left.rewards) == set(left.run_groups) == set(left.graphs) == {"a"}
     assert left.excluded_tokens == {TOO_STALE: 5, "greedy": 4}
     assert left.n_trained_tokens == 2
 

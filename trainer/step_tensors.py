@@ -90,7 +90,7 @@ class Seen:
 
     def note(self, row: PackedRow, outputs: EdgeOutputs, loss: LossOutputs) -> None:
         """Keep one row's outputs, detached."""
-        index_E = row.edge_index_E.numpy()
+        index_E = row.edge_index_E.cpu().numpy()
         for array_N, tensor_E in (
             (self.policy_N, outputs.logprobs_E),
             (self.values_N, outputs.values_E),
@@ -102,4 +102,4 @@ class Seen:
             (self.rejected_N, loss.correction.rejected_E),
         ):
             if tensor_E is not None:
-                array_N[index_E] = tensor_E.detach().double().numpy()
+                array_N[index_E] = tensor_E.detach().double().cpu().numpy()

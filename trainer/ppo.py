@@ -25,7 +25,7 @@ from tracegrad.trainer.corrections import KEPT, rejection_reasons
 from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, token_starts
 from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
-from tracegrad.trainer.losses import objective
+from tracegrad.trainer.losses import kl_estimate, objective
 from tracegrad.trainer.packing import Packing, pack
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.refusals import StepHistory
@@ -43,6 +43,7 @@ class PpoStep:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
         self._critic = config.algorithm.credit.advantage == "gae"
+        self._penalised = config.algorithm.loss.kl_coef > 0.0 and config.algorithm.loss.kl_in == "reward"
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
@@ -61,8 +62,11 @@ class PpoStep:
 
     @property
     def needs_proximal(self) -> bool:
-        """Whether `run` needs an evaluation beforehand: a critic's values, or logprobs that outlive an update."""
-        return self._critic or self._config.optimizer.epochs * self._config.optimizer.minibatches > 1
+        """Whether `run` needs an evaluation beforehand: a critic's values, a penalty in the reward, or logprobs that
+        outlive an update.
+        """
+        updates = self._config.optimizer.epochs * self._config.optimizer.minibatches
+        return self._critic or self._penalised or updates > 1
 
     def run(
         self,
@@ -83,9 +87,10 @@ class PpoStep:
         """
         started = time.monotonic()
         choices = samples.choices
-        credit = self.credit(samples, proximal)
+        reference_N = self._reference_logprobs(choices)
+        credit = self.credit(samples, proximal, reference_N)
         packing = self.pack(choices)
-        fixed = self._fixed(samples, proximal, credit)
+        fixed = self._fixed(samples, proximal, reference_N, credit)
         seen = Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
         parts = self._config.optimizer.minibatches
@@ -105,7 +110,7 @@ class PpoStep:
             behaviour_N=behaviour_logprobs(choices),
             proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
             policy_N=seen.policy_N,
-            reference_N=None if fixed.reference is None else fixed.reference.double().numpy(),
+            reference_N=reference_N,
             entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
             ratio_N=seen.ratio_N,
             clipped_N=seen.clipped_N,
@@ -126,10 +131,19 @@ class PpoStep:
             "seconds": {"update": time.monotonic() - started},
         }
 
-    def credit(self, samples: Samples, proximal: Evaluation | None) -> Credit:
-        """Turn rewards into advantages, with the critic's values where there is one."""
+    def credit(self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None = None) -> Credit:
+        """Turn rewards into advantages, with the critic's values where there is one.
+
+        With `kl_in: reward` each token's reward is less by its KL penalty, of the weights that the step starts with.
+        """
+        algorithm = self._config.algorithm
         values_N = _present(None if proximal is None else proximal.values_N) if self._critic else None
-        return assign(samples, self._config.algorithm.credit, values_N)
+        penalties_N = None
+        if self._penalised:
+            sampled_N = torch.from_numpy(_present(None if proximal is None else proximal.logprobs_N))
+            other_N = torch.from_numpy(_present(reference_N))
+            penalties_N = -algorithm.loss.kl_coef * kl_estimate(algorithm.loss.kl_estimator, sampled_N, other_N).numpy()
+        return assign(samples, algorithm.credit, values_N, penalties_N)
 
     # -- inside
 
@@ -138,10 +152,12 @@ class PpoStep:
         n_tokens = int(token_starts(choices)[-1])
         return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
 
-    def _fixed(self, samples: Samples, proximal: Evaluation | None, credit: Credit) -> Fixed:
-        reference_N = None
-        if self._reference is not None:
-            reference_N = self._evaluate_with(self._reference, samples.choices, full=False).logprobs_N
+    def _reference_logprobs(self, choices: Sequence[ChoiceSample]) -> Floats | None:
+        return None if self._reference is None else self._evaluate_with(self._reference, choices, full=False).logprobs_N
+
+    def _fixed(
+        self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None, credit: Credit
+    ) -> Fixed:
         return Fixed(
             lengths=torch.tensor([len(choice.token_ids) for choice in samples.choices]),
             behaviour=torch.from_numpy(behaviour_logprobs(samples.choices)).float(),
@@ -243,5 +259,5 @@ def _check_mask(step: int, rows: Sequence[PackedRow], samples: Samples) -> None:
 
 def _present(values: Floats | None) -> Floats:
     if values is None:
-        raise StepRefused("the proximal evaluation lacks values or entropies: call evaluate(..., full=True)")
+        raise StepRefused("the step lacks values, entropies or reference logprobs: call evaluate(..., full=True)")
     return values

@@ -293,6 +293,39 @@ def test_reference_kl_holds_the_policy_back(learner: MakeLearner) -> None:
     assert 0 < moved[1] < moved[0] / 2
 
 
+@pytest.mark.parametrize("advantage", ["gae", "reinforce++"])
+def test_a_kl_penalty_in_the_reward_is_credit_of_each_token(learner: MakeLearner, advantage: str) -> None:
+    """Golden: with the reference 1 nat lower, k1 is 1 and k3 e^-1, taken from every token's reward."""
+    for estimator, penalty in (("k1", 0.5), ("k3", 0.5 * np.exp(-1.0))):
+        loss = {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": estimator}
+        settings = {"credit": {"advantage": advantage, "normalise": "off", "gae_lambda": 1.0}, "loss": loss}
+        made, without = learner(algorithm=settings), learner(algorithm={**settings, "loss": {}})
+        _, samples = samples_of(made)
+        proximal = made.ppo.evaluate(samples.choices, full=True)
+        found = made.ppo.credit(samples, proximal, proximal.logprobs_N - 1.0)
+        plain = without.ppo.credit(samples, proximal)
+        lengths = np.diff(token_starts(samples.choices))
+        to_come = np.concatenate([np.arange(length, 0, -1) for length in lengths])
+        if advantage == "reinforce++":
+            to_come = np.repeat(lengths, lengths)
+        np.testing.assert_allclose(found.advantages_N, plain.advantages_N - penalty * to_come, atol=1e-6)
+        assert made.ppo.needs_proximal
+
+
+def test_a_kl_penalty_in_the_reward_holds_the_policy_back(learner: MakeLearner) -> None:
+    moved = []
+    for kl_coef in (0.0, 20.0):
+        loss = {"kl_coef": kl_coef, "kl_in": "reward", "kl_estimator": "k1"}
+        settings = {"credit": {"advantage": "dr_grpo"}, "loss": loss}
+        made = learner(algorithm=settings, optimizer={"lr": 5e-3})
+        plan, samples = samples_of(made)
+        for step in range(1, 13):
+            metrics = apply(made, replace(plan, step=step), samples).metrics
+        moved.append(metrics["kl"])
+        assert metrics["reward"] == pytest.approx(apply(learner(**GROUP), plan, samples).metrics["reward"])
+    assert 0 < moved[1] < moved[0] / 2
+
+
 def test_warm_up_grows_with_the_step_alone(learner: MakeLearner) -> None:
     made = learner(optimizer={"lr": 1e-3, "warmup_steps": 4})
     plan, samples = samples_of(made)

@@ -19,12 +19,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from tracegrad.tracestore.config import AdapterConfig
 from tracegrad.tracestore.section import near_misses
 from tracegrad.trainer.errors import UnsupportedModel
-from tracegrad.trainer.policy import Policy, Precision, prepare, round_weights
+from tracegrad.trainer.policy import Policy, Precision, load_language_model, prepare, round_weights
 
 _PREFIX = "base_model.model."
 """What peft writes before the name of the module that an adapter lies on."""
@@ -63,8 +62,7 @@ class Trunk:
         Raises:
             UnsupportedModel: see `Policy.verify`.
         """
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        trunk = cls(lm, precision=precision, gradient_checkpointing=gradient_checkpointing)
+        trunk = cls(load_language_model(path), precision=precision, gradient_checkpointing=gradient_checkpointing)
         if verify:
             trunk.bare().verify()
         return trunk

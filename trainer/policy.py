@@ -13,6 +13,7 @@ backward makes them, the optimizer steps the masters, and `refresh` rounds them 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ from tracegrad.trainer.kept_sets import KeptSets, renormalised
 
 Precision = Literal["fp32", "bf16"]
 
+_LOADING = Lock()
+"""transformers patches itself while it loads; two threads at once leave it patched (tied heads come apart)."""
 _UNUSUAL_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -56,8 +59,10 @@ class Policy(nn.Module):
     """Causal LM + value head.
 
     `lm` is any decoder-only Hugging Face model with full attention. `detach_value` keeps the value loss out of the
-    trunk. `slot_chunk`: slots whose logits are held at once.
+    trunk. `slot_chunk`: slots whose logits are held at once. `peft_config`: of an adapter; None, of a full model.
     """
+
+    peft_config: Any = None
 
     def __init__(
         self,
@@ -103,7 +108,7 @@ class Policy(nn.Module):
         Raises:
             UnsupportedModel: see `verify`.
         """
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        lm = load_language_model(path)
         policy = cls(
             lm,
             precision=precision,
@@ -291,6 +296,12 @@ class Policy(nn.Module):
                 f"{self.lm.config.model_type}: packed and plain log-probabilities differ by {worst:.3g} nats; "
                 "its attention ignores the ancestry mask, or its head does more than a linear map"
             )
+
+
+def load_language_model(path: str | Path) -> Any:
+    """Load a folder in Hugging Face format, in float32 with `sdpa` attention."""
+    with _LOADING:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> None:

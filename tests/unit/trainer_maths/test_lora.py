@@ -11,7 +11,7 @@ from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.lora import Trunk
 from tracegrad.trainer.packing import pack
 from tracegrad.trainer.policy import Policy
-from tracegrad.trainer.weights import save_adapter
+from tracegrad.trainer.weights import save_serving
 
 SMALL = {
     "vocab_size": 61,
@@ -172,7 +172,7 @@ def test_what_is_saved_is_what_peft_loads(row, tmp_path):
     policy = trained(trunk.adapter("p", AdapterConfig(of="base", rank=4, alpha=12.0, targets=("o_proj", "up_proj"))))
     folder = tmp_path / "adapter"
     folder.mkdir()
-    save_adapter(folder, policy, torch.float32, tmp_path / "base")
+    save_serving(folder, policy, torch.float32, tmp_path / "base")
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), folder)
     ids = [1, 2, 3, 4, 8, 9]
     logits = theirs(input_ids=torch.tensor([ids])).logits[0, 3:5]

@@ -72,6 +72,15 @@ def test_discounts_count_the_calls_on_the_longest_way():
     assert returns(chain, [reward(4)], "call", 0.5) == {"a": 4, "b": 4, "c": 4}
 
 
+@pytest.mark.parametrize(("long", "short"), [("bc", "d"), ("cd", "b")])
+def test_of_two_ways_the_longer_one_discounts(long, short):
+    ways = graph_of(
+        dict.fromkeys("abcde", "x"), f"a>{long[0]}", f"{long[0]}>{long[1]}", f"{long[1]}>e", f"a>{short}", f"{short}>e"
+    )
+    # Three calls lie on the long way from a to the end of e, two on the short one: 8 * 0.5^3 and not 8 * 0.5^2.
+    assert returns(ways, [reward(8, call_id="e")], "graph", 0.5)["a"] == 1
+
+
 def test_weights_choose_and_scale_rewards():
     rewards = [reward(1), reward(1, "format", role="worker"), reward(1, "seen")]
     assert returns(DIAMOND, rewards, "call", weights={"f1": 2, "format": -0.5}) == {"p": 2, "l": 1.5, "r": 1.5, "z": 2}

@@ -17,6 +17,10 @@ from torch import Tensor
 from tracegrad.tracestore.algorithm import LossConfig
 from tracegrad.trainer.sequences import choice_means
 
+_FAR = 20.0
+"""Ratios are told apart up to e^20. Beyond it exp overflows in float32 sooner or later, and an infinite ratio makes the
+gradient of the clip that holds it NaN (0 times infinity)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surrogate:
@@ -42,7 +46,7 @@ def surrogate(
     * ``gspo``: as ppo with s for r, the gradient flowing through s into all tokens of the choice.
     * ``gspo_token``: as gspo, each token with the value of s and the gradient of its own logprob.
     """
-    logratio_E = policy_logprobs_E - anchor_logprobs_E
+    logratio_E = (policy_logprobs_E - anchor_logprobs_E).clamp(-_FAR, _FAR)
     low, high = config.bounds
     if config.objective == "cispo":
         return _cispo(policy_logprobs_E, logratio_E.detach().exp(), advantages_E, 1.0 - low, 1.0 + high)

@@ -273,6 +273,27 @@ def test_value_loss_golden_numbers():
     assert value_loss(values, old, targets, value_clip=None).tolist() == pytest.approx([0.405, 0.125, 0.125])
 
 
+@pytest.mark.parametrize("loss", OBJECTIVES)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_token_that_the_engine_all_but_excluded_does_not_make_the_gradient_nan(loss, advantage):
+    """In float32 exp(100) is infinite: recorded at e^-100, now likely; and the other way round."""
+    leaf = torch.tensor([-0.1, -100.0, -1.0], requires_grad=True)
+    behaviour = torch.tensor([-100.0, -0.1, -1.0])
+    given = LossInputs(
+        policy_logprobs_E=leaf,
+        proximal_logprobs_E=leaf.detach(),
+        behaviour_logprobs_E=behaviour,
+        advantages_E=torch.full((3,), advantage),
+        choice_E=torch.arange(3),
+        weight_E=torch.ones(3),
+    )
+    for correction in CORRECTIONS:
+        out = objective(given, algorithm(correction, **loss))
+        (gradient,) = torch.autograd.grad(out.total, leaf)
+        unbounded = correction.cap is None and correction.weights != "off" and not correction.reject
+        assert bool(torch.isfinite(gradient).all()) or unbounded
+
+
 # -- KL estimators
 
 

@@ -202,6 +202,8 @@ class Learner:
         self._history = self._history.after(metrics["grad_norm"], silent, refuse)
         self._probe = probe
         return_freed_memory()
+        for role, numbers in metrics["roles"].items():
+            numbers["tokens_excluded"] = samples.excluded_tokens_of(role)
         return StepResult(
             consumption=samples.consumption,
             metrics={

@@ -118,6 +118,7 @@ class PpoStep:
             weight_N=seen.weight_N,
             rejected_N=seen.rejected_N,
             reasons=rejection_reasons(self._config.algorithm.correction),
+            version_ages=samples.version_ages,
             values_N=seen.values_N if self._critic else None,
             old_values_N=None if proximal is None else proximal.values_N,
         )

@@ -9,8 +9,8 @@ the learner with the runs of one lease.
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tracegrad.tracestore.reasons import (
@@ -106,7 +106,8 @@ class Samples:
     `choices` follow the order of the traces, then of the calls in them, then the choice index. `consumption` has
     one entry per recorded choice, in the same order. `rewards` holds the counted rewards of every run that did not
     fail (also of those without a trainable choice: they belong to the statistics of their group), `graphs` the run
-    graph over all calls of such a run, whatever their model.
+    graph over all calls of such a run, whatever their model. `version_ages`: policy version -> how many steps before
+    the weights that are about to be trained it was made; empty where nobody asked (see `staleness`).
     """
 
     choices: tuple[ChoiceSample, ...]
@@ -114,6 +115,7 @@ class Samples:
     rewards: Mapping[str, tuple[Reward, ...]]
     run_groups: Mapping[str, str]
     graphs: Mapping[str, RunGraph]
+    version_ages: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def n_trained_tokens(self) -> int:
@@ -123,11 +125,20 @@ class Samples:
     @property
     def excluded_tokens(self) -> dict[str, int]:
         """Exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
-        totals: dict[str, int] = {}
-        for entry in self.consumption:
-            if entry.reason is not None:
-                totals[entry.reason] = totals.get(entry.reason, 0) + entry.excluded_tokens
-        return totals
+        return _by_reason(self.consumption)
+
+    def excluded_tokens_of(self, role: str) -> dict[str, int]:
+        """As `excluded_tokens`, of the calls of one role in the runs that did not fail."""
+        calls = {node.call_id for graph in self.graphs.values() for node in graph.nodes if node.role == role}
+        return _by_reason(entry for entry in self.consumption if entry.call_id in calls)
+
+
+def _by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for entry in consumption:
+        if entry.reason is not None:
+            totals[entry.reason] = totals.get(entry.reason, 0) + entry.excluded_tokens
+    return totals
 
 
 def build_batch(

@@ -17,19 +17,21 @@ from tracegrad.trainer.samples import Samples
 def without_stale_runs(
     samples: Samples, step_of: Callable[[int], int], *, step: int, max_staleness: int
 ) -> tuple[Samples, frozenset[str]]:
-    """Return the samples without over-stale runs, and the ids of these.
+    """Return the samples without over-stale runs and with the age of each version, and the ids of those runs.
 
     `step_of`: policy version -> the step that made it (asked once for each). `step`: of the weights that are about to
     be trained. A run is too stale when ``step - oldest`` exceeds `max_staleness`.
     """
     versions = {version for choice in samples.choices for version in choice.token_versions}
-    old = {version for version in versions if step - step_of(version) > max_staleness}
+    ages = {version: step - step_of(version) for version in sorted(versions)}
+    old = {version for version, age in ages.items() if age > max_staleness}
     stale = frozenset(choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions))
     if not stale:
-        return samples, stale
+        return replace(samples, version_ages=ages), stale
     return (
         replace(
             samples,
+            version_ages=ages,
             choices=tuple(choice for choice in samples.choices if choice.run_id not in stale),
             consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in samples.consumption),
             rewards={run_id: given for run_id, given in samples.rewards.items() if run_id not in stale},

@@ -4,8 +4,8 @@ A number that does not exist (no tokens by the current version, no critic, no re
 (law 6). Called by `ppo`; keys are those of `metrics.jsonl`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class StepArrays:
     `policy_N`, `values_N`, `ratio_N`, `clipped_N`, `dual_clipped_N` are of the last epoch's training pass (before its
     own update); `old_values_N` and `entropy_N` of the proximal pass. `weight_N`: importance weights, 0 where rejected;
     `rejected_N`: 0, or the number (from 1) of a word in `reasons`. The critic's arrays are None under group advantages,
-    the reference's without a KL penalty.
+    the reference's without a KL penalty. `version_ages`: policy version -> steps; empty: not known.
     """
 
     starts: NDArray[np.int64]
@@ -43,6 +43,7 @@ class StepArrays:
     values_N: Floats | None
     old_values_N: Floats | None
     reasons: tuple[str, ...] = ()
+    version_ages: Mapping[int, int] = field(default_factory=dict)
 
 
 def step_metrics(choices: Sequence[ChoiceSample], arrays: StepArrays, version_id: int | None) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def _of(choices: Sequence[ChoiceSample], chosen_B: Bools, arrays: StepArrays, ve
         "tokens_masked": _rejections(arrays.rejected_N[mask_N], arrays.reasons),
         "logprob_abs_diff": float(difference_N.mean()) if len(difference_N) else None,
         "stale_tokens": int(mask_N.sum() - current_N.sum()),
+        **_staleness(choices, chosen_B, arrays.version_ages),
         **_critic(arrays, mask_N),
     }
 
@@ -118,6 +120,15 @@ def _rejections(rejected_N: Floats, reasons: Sequence[str]) -> dict[str, int]:
     for reason, count in zip(reasons, counts[1:], strict=True):
         totals[reason] = totals.get(reason, 0) + int(count)
     return totals
+
+
+def _staleness(choices: Sequence[ChoiceSample], chosen_B: Bools, ages: Mapping[int, int]) -> dict[str, float]:
+    """Return the age of the tokens, in steps: in the mean, and of the oldest."""
+    if not ages:
+        return {}
+    chosen = (choice for choice, is_chosen in zip(choices, chosen_B, strict=True) if is_chosen)
+    ages_N = [ages[version] for choice in chosen for version in choice.token_versions]
+    return {"staleness_mean": float(np.mean(ages_N)), "staleness_max": max(ages_N)}
 
 
 def _critic(arrays: StepArrays, mask_N: Bools) -> dict[str, Any]:

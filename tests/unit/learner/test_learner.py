@@ -341,6 +341,27 @@ def test_metrics_tell_stale_tokens_apart(learner: MakeLearner) -> None:
     assert metrics["stale_tokens"] == metrics["tokens_trained"]
 
 
+def test_metrics_tell_the_age_of_tokens_and_what_each_role_lost(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 0.0}, **GROUP)
+    traces = recorded.traces_of(recorded.recorded_groups(2, score=made.score))
+    calls = [replace(call, status="aborted") if call.attribution.role == "writer" else call for call in traces[0].calls]
+    samples = build_batch(
+        [replace(traces[0], calls=tuple(calls)), *traces[1:]],
+        model=recorded.MODEL,
+        role_model=lambda _r: recorded.MODEL,
+    )
+    old = samples.choices[0]
+    choices = (replace(old, version_spans=((0, 0), (1, 1))), *samples.choices[1:])
+    plan = BatchPlan(step=3, epoch=0, seed=0, run_ids=("r",))
+    metrics = apply(made, plan, replace(samples, choices=choices, version_ages={0: 2, 1: 1})).metrics
+    assert (metrics["staleness_max"], metrics["roles"][str(old.role)]["staleness_max"]) == (2, 2)
+    assert metrics["staleness_mean"] == pytest.approx(1 + 1 / metrics["tokens_trained"])
+    assert metrics["tokens_excluded"] == metrics["roles"]["writer"]["tokens_excluded"]
+    assert metrics["roles"]["writer"]["tokens_excluded"]["aborted"] > 0
+    assert metrics["roles"]["planner"]["tokens_excluded"] == {}
+    assert "staleness_max" not in apply(made, plan, samples).metrics, "where nobody asked for ages there are none"
+
+
 def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:
     made = learner(batch={"row_tokens": 4096})
     plan, samples = samples_of(made)

@@ -5,7 +5,7 @@ after the last token is the first state of what follows. If exactly one call fol
 that value is bootstrapped from, and on a chain the result is GAE over the concatenated tokens. If several follow, their
 values overlap (each holds what comes after the place where the branches meet), so none is taken: the distinct rewards
 behind them are summed. A call without a value of its own (of another model, or context only) is stepped over: its
-rewards count, its tokens do not.
+rewards count, its tokens do not. Rewards of single tokens count in their call, and beyond it where a value does.
 
 Sources: GAE, Schulman et al. 2015 (arXiv 1506.02438, eq. 16); length-adaptive and decoupled lambda, VAPO, Yue et al.
 2025 (arXiv 2504.05118). Called by `credit`.

@@ -3,14 +3,21 @@
 import json
 import sys
 import types
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import recorded_runs as recorded
+from click.testing import CliRunner
 
-from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.config import Config, dump_config, parse_config
+from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.tracking import MlflowConfig, TrackingConfig, WandbConfig
+from tracegrad.trainer.command import train
 from tracegrad.trainer.errors import TrackingError
+from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import MetricsLog
 from tracegrad.trainer.trackers import open_trackers
 
@@ -203,3 +210,43 @@ def test_the_real_mlflow_in_a_file(tmp_path: Path) -> None:
     run_id = json.loads((tmp_path / "tracking.json").read_text())["mlflow"]
     history = client.get_metric_history(run_id, "roles/writer _ 2/kl_to/proximal/k3")
     assert [(each.step, each.value) for each in history] == [(3, 0.25), (4, 0.25)]
+
+
+class InProcess:
+    """Stands for Ray: the learner itself."""
+
+    def __init__(self, config: Config, *, address: str | None = None) -> None:
+        self._learner = Learner(config)
+
+    def __enter__(self) -> Learner:
+        return self._learner
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_command_tells_the_configured_tracker(
+    wandb: FakeWandb, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recorded.configuration(llama, tmp_path / "out", store=f"sqlite:///{tmp_path}/store.db", steps=2)
+    config = msgspec.structs.replace(config, tracking=TrackingConfig(wandb=WandbConfig(project="p")))
+    sampler = Learner(config)
+    made = sampler.create(str(tmp_path / "sampler"))
+    with closing(open_store(config.store)) as store:
+        version = store.add_version(
+            model=recorded.MODEL,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.path,
+            checkpoint_hash=made.hash,
+            step=0,
+            job_id=None,
+        )
+        recorded.fill(store, recorded.recorded_groups(4, score=sampler.score, version_id=version.version_id))
+    (tmp_path / "tracegrad.yaml").write_text(dump_config(config))
+    monkeypatch.setattr("tracegrad.trainer.workers.RayWorkers", InProcess)
+    result = CliRunner().invoke(train, ["--config", str(tmp_path / "tracegrad.yaml"), "--offline"])
+    assert result.exit_code == 0, result.output
+    assert [step for step, _ in wandb.logged] == [1, 2]
+    assert {"kl_to/proximal/k3", "roles/writer/entropy", "weight_max", "grad_norm"} < wandb.logged[0][1].keys()
+    assert wandb.finished == 1

@@ -69,9 +69,12 @@ class ScopedGraph:
     def weights(self, steps: Sequence[float]) -> list[dict[int, float]]:
         """Return, per call, the discount to the end of each call that follows it: the product of `steps` on the way.
 
-        `steps`: per call, from the end of the one before to its own end, in [0, 1]. Of several ways the least.
+        `steps`: per call, from the end of the one before to its own end, in [0, 1]. Of several ways the least. What is
+        not named weighs 1.
         """
         found: list[dict[int, float]] = [{} for _ in self.next]
+        if all(step == 1.0 for step in steps):
+            return found
         for number in self.latest_first:
             for following in self.next[number]:
                 ways = {following: 1.0, **found[following]}

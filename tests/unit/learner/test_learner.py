@@ -109,6 +109,21 @@ def test_the_loss_is_a_mean_over_all_trained_tokens(learner: MakeLearner) -> Non
     assert sum(role["tokens_trained"] for role in metrics["roles"].values()) == starts[-1]
 
 
+def test_the_metrics_count_what_was_compared_for_all_and_each_role(learner: MakeLearner) -> None:
+    """Three groups of four runs with a call of each role: a cell for each role in each group. No spans, so no edges."""
+    made = learner(optimizer={"lr": 0.0}, algorithm={"credit": {"advantage": "rloo", "scope": "graph"}})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    planner, writer = (metrics["roles"][role] for role in recorded.ROLES)
+    assert (metrics["n_cells"], planner["n_cells"], writer["n_cells"]) == (6, 3, 3)
+    assert (metrics["n_single_cells"], metrics["n_lone_runs"]) == (0, 0)
+    assert metrics["n_unlinked_choices"] == metrics["choices"] == 24
+    # The writer has a reward of its own role beside the run's: nothing else reaches either, so return and reward agree.
+    assert metrics["return"] == metrics["reward"]
+    style = [one.value for given in samples.rewards.values() for one in given if one.role is not None]
+    assert writer["return"] - planner["return"] == pytest.approx(sum(style) / len(style))
+
+
 def test_two_trainings_are_bitwise_equal(learner: MakeLearner) -> None:
     settings = {"optimizer": {"epochs": 2, "minibatches": 2, "lr": 1e-2}}
     final = []

@@ -43,15 +43,24 @@ class ScopedGraph:
             self.following = tuple(mask & of_role[node.role] for node, mask in pairs)
         elif scope == "call":
             self.following = (0,) * len(graph.nodes)
-        self.next = tuple(tuple(bits(mask & ~self._implied(mask))) for mask in self.following)
         self.latest_first = sorted(range(len(graph.nodes)), key=lambda number: self.following[number].bit_count())
         """A call after all that follow it: whatever follows has fewer that follow."""
+        self.next = self._direct()
 
-    def _implied(self, mask: int) -> int:
-        implied = 0
-        for number in bits(mask):
-            implied |= self.following[number]
-        return implied
+    def _direct(self) -> tuple[tuple[int, ...], ...]:
+        """The earliest of what follows a call follows it directly; what follows that one does not; and so on."""
+        earliest_first = self.latest_first[::-1]
+        found: list[tuple[int, ...]] = [()] * len(self.following)
+        for place, number in enumerate(earliest_first):
+            left, direct = self.following[number], []
+            for later in range(place + 1, len(earliest_first)):
+                if not left:
+                    break
+                if left >> (candidate := earliest_first[later]) & 1:
+                    direct.append(candidate)
+                    left &= ~(self.following[candidate] | 1 << candidate)
+            found[number] = tuple(sorted(direct))
+        return tuple(found)
 
     def paid_at(self, number: int, atoms: Iterable[Atom]) -> float:
         """Return the sum of the rewards that end with this call: those on it, and on nothing that follows it."""

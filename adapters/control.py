@@ -60,14 +60,14 @@ class Control:
         )
 
     async def reward(self, run_id: str, specs: Sequence[RewardSpec]) -> None:
-        """Post the rewards of a run in one request. Their ids depend on run, name and role: twice is once."""
+        """Post the rewards of a run in one request. Their ids depend on run, name and target: twice is once."""
         if not specs:
             return
         rows: list[dict[str, Any]] = []
         for spec in specs:
-            reward_id = stable_id("rwd", run_id, spec.name, spec.role or "", self._source)
+            reward_id = stable_id("rwd", run_id, spec.name, spec.role or spec.call_id or "", self._source)
             row = {"reward_id": reward_id, "run_id": run_id, "name": spec.name, "value": float(spec.value)}
-            rows.append(row | {"source": self._source} | ({"role": spec.role} if spec.role is not None else {}))
+            rows.append({**row, "source": self._source, **spec.target})
         await self._reach(lambda: self.client.apost_rewards(rows))
 
     async def end_run(self, run_id: str, status: RunStatus, error: str | None) -> None:

@@ -4,12 +4,13 @@ A `problem` wants action (exit status 1), a `note` may be as meant. Sentences ab
 `tracestore.reasons`, the words in which the trainer refuses. Pure. Called by `doctor`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tracegrad.adapters.doctor_report import JobReport, Report
 from tracegrad.tracestore import reasons
+from tracegrad.tracestore.algorithm import UNGROUPED
 from tracegrad.tracestore.reasons import quarantine_words, words_of
 from tracegrad.tracestore.records import Publish
 
@@ -203,8 +204,7 @@ def _groups(report: Report) -> Iterator[Finding]:
             f"{_such(groups.failed_example or groups.unrewarded_example, 'group')}; {words_of(reasons.GROUP_SMALL).do}"
         )
         yield Finding(level="note", code="group members", text=text)
-    grouped = any((each.job.config.get("algorithm") or {}).get("advantage") == "group" for each in report.jobs)
-    if flat.flat and grouped:
+    if flat.flat and any(_compares(each.job.config) for each in report.jobs):
         text = (
             f"in {flat.flat} of {flat.compared} groups all members have the same reward, which teaches nothing under "
             f"group advantages{_such(flat.example, 'group')}; use harder or easier tasks, larger groups, a higher "
@@ -212,6 +212,12 @@ def _groups(report: Report) -> Iterator[Finding]:
         )
         much: Level = "problem" if flat.flat > MOST * flat.compared else "note"
         yield Finding(level=much, code="zero variance", text=text)
+
+
+def _compares(config: Mapping[str, Any]) -> bool:
+    """Whether the job compares the runs of a group. Jobs registered by earlier versions say so outside of `credit`."""
+    algorithm = config.get("algorithm") or {}
+    return (algorithm.get("credit") or algorithm).get("advantage", "gae") not in UNGROUPED
 
 
 def _ended_badly(report: Report) -> Iterator[Finding]:

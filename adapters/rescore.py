@@ -7,8 +7,9 @@ raises, its run gets no reward (law 6), and is counted. Reads the store in batch
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tracegrad.adapters.errors import RewardFailed
 from tracegrad.adapters.rewards import arewards_of
@@ -85,17 +86,14 @@ class Rescoring:
         self.done.runs += 1
         try:
             rows = await arewards_of(self._function, trace, self._task(trace))
+            _check_calls(rows, trace)
         except RewardFailed as error:
             self.done.failed += 1
             if len(self.done.failures) < MOST_FAILURES_TOLD:
                 self.done.failures.append(f"{trace.run.run_id}: {error}")
             return []
-        said = {
-            (one.name, one.role): one.value
-            for one in trace.rewards
-            if one.call_id is None and one.source == self._source
-        }
-        new = [row for row in rows if said.get((row["name"], row.get("role"))) != row["value"]]
+        said = {(one.name, one.role, one.call_id): one.value for one in trace.rewards if one.source == self._source}
+        new = [row for row in rows if said.get((row["name"], row.get("role"), row.get("call_id"))) != row["value"]]
         if not rows:
             self.done.without += 1
         elif new:
@@ -111,6 +109,13 @@ class Rescoring:
         if task_id not in self._tasks:
             self._tasks[task_id] = self._store.get_task(task_id)
         return self._tasks[task_id]
+
+
+def _check_calls(rows: Sequence[Mapping[str, Any]], trace: RunTrace) -> None:
+    known = {call.call_id for call in trace.calls}
+    for row in rows:
+        if row.get("call_id", None) not in {None, *known}:
+            raise RewardFailed(f"reward {row['name']!r} names the call {row['call_id']!r}, which the run does not have")
 
 
 def run_pass(

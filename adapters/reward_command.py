@@ -49,7 +49,7 @@ def reward(
 
     \b
     The function takes a run's trace (its calls, answers, spans and rewards) and its task (or None), and returns a
-    number, a mapping of names to numbers, a list of RewardSpec (with `role`), or None for no reward:
+    number, a mapping of names to numbers, a list of RewardSpec (with `role` or `call_id`), or None for no reward:
 
     \b
         def brevity(trace, task):

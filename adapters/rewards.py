@@ -51,8 +51,7 @@ async def arewards_of(function: RewardFunction, given: Any, output: Any) -> list
 def _rows(result: Any) -> list[dict[str, Any]]:
     rows = []
     for spec in read_rewards(result):
-        row: dict[str, Any] = {"name": spec.name, "value": float(spec.value)}
-        rows.append(row | ({"role": spec.role} if spec.role is not None else {}))
+        rows.append({"name": spec.name, "value": float(spec.value), **spec.target})
     return rows
 
 

@@ -1,7 +1,7 @@
 """Reward functions of rollouts and evaluations: `fn(task, output)` and what it may return.
 
 A number (named `reward`), a mapping of names to numbers, a sequence of `RewardSpec` (or mappings with the same
-keys) for rewards on a role, or None for "no reward". Refuses NaN, infinity and two rewards with one name and
+keys) for rewards on a role or a call, or None for "no reward". Refuses NaN, infinity and two rewards with one name and
 target: a missing reward is not 0 and a broken one is not a reward (law 6). Called by the runs' executor.
 """
 
@@ -17,11 +17,18 @@ from tracegrad.tracestore.records import Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSpec:
-    """One named reward of a run; with `role`, of that role's choices in it only."""
+    """One named reward of a run; with `role`, of that role's choices in it only; with `call_id`, of that call's."""
 
     name: str
     value: float
     role: str | None = None
+    call_id: str | None = None
+
+    @property
+    def target(self) -> dict[str, str]:
+        """The field of a posted reward that says what it stands on; none of a run's."""
+        named = {"role": self.role, "call_id": self.call_id}
+        return {field: value for field, value in named.items() if value is not None}
 
 
 RewardResult = float | Mapping[str, float] | Sequence[RewardSpec | Mapping[str, Any]] | None
@@ -42,22 +49,26 @@ def read_rewards(result: Any) -> tuple[RewardSpec, ...]:
     """Turn what a reward function returned into rewards; None gives none.
 
     Raises:
-        RewardShapeError: another type, a value that is not a finite number, or one (name, role) twice.
+        RewardShapeError: another type, a value that is not a finite number, or one name twice on one target.
     """
     specs = tuple(_specs(result))
-    seen: set[tuple[str, str | None]] = set()
+    seen: set[tuple[str, str | None, str | None]] = set()
     for spec in specs:
         _check(spec)
-        if (spec.name, spec.role) in seen:
-            where = f" on role {spec.role!r}" if spec.role else ""
+        if (key := (spec.name, spec.role, spec.call_id)) in seen:
+            where = "".join(f" on {field.removesuffix('_id')} {value!r}" for field, value in spec.target.items())
             raise RewardShapeError(f"the reward function returned {spec.name!r}{where} twice for one run")
-        seen.add((spec.name, spec.role))
+        seen.add(key)
     return specs
 
 
 def run_scores(specs: Sequence[RewardSpec]) -> dict[str, float]:
-    """Return the rewards by display name: `name`, or `role:name` for a role's (as `RunSummary` has them)."""
-    return {spec.name if spec.role is None else f"{spec.role}:{spec.name}": float(spec.value) for spec in specs}
+    """Return the rewards by display name: `name`, or `role:name` for a role's (as `RunSummary` has them).
+
+    Those of single calls are left out: they say nothing of the run.
+    """
+    of_runs = [spec for spec in specs if spec.call_id is None]
+    return {spec.name if spec.role is None else f"{spec.role}:{spec.name}": float(spec.value) for spec in of_runs}
 
 
 def _specs(result: Any) -> list[RewardSpec]:
@@ -80,7 +91,9 @@ def _spec(item: Any) -> RewardSpec:
         return item
     if isinstance(item, Mapping) and {"name", "value"} <= item.keys() <= _SPEC_KEYS:
         return RewardSpec(**item)
-    raise RewardShapeError(f"{item!r} in a reward list is not a RewardSpec or a mapping of name, value and role")
+    raise RewardShapeError(
+        f"{item!r} in a reward list is not a RewardSpec or a mapping of name, value, and role or call_id"
+    )
 
 
 def _check(spec: RewardSpec) -> None:
@@ -88,6 +101,10 @@ def _check(spec: RewardSpec) -> None:
         raise RewardShapeError(f"{spec.name!r} is not a reward name: it must be a non-empty string")
     if spec.role is not None and (not isinstance(spec.role, str) or not spec.role):
         raise RewardShapeError(f"reward {spec.name!r}: {spec.role!r} is not a role name")
+    if spec.call_id is not None and (not isinstance(spec.call_id, str) or not spec.call_id):
+        raise RewardShapeError(f"reward {spec.name!r}: {spec.call_id!r} is not the id of a call")
+    if len(spec.target) > 1:
+        raise RewardShapeError(f"reward {spec.name!r} names a role and a call: name one target")
     if not _is_number(spec.value) or not math.isfinite(spec.value):
         raise RewardShapeError(f"reward {spec.name!r} is {spec.value!r}: it must be a finite number")
 

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from tracegrad.tracestore.algorithm import AlgorithmConfig
 from tracegrad.trainer.batches import PackedRow, packed_row
-from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
+from tracegrad.trainer.losses import LossInputs, objective
 from tracegrad.trainer.packing import PackingStats, pack
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.samples import ChoiceSample, Turn
@@ -104,13 +105,16 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer, rows: list[PackedR
         assert out.values_E is not None
         inputs = LossInputs(
             policy_logprobs_E=out.logprobs_E,
+            proximal_logprobs_E=out.logprobs_E.detach(),
             behaviour_logprobs_E=out.logprobs_E.detach(),
+            choice_E=row.edge_choice_E,
+            weight_E=torch.full((row.n_edges,), 1.0 / n_tokens),
             advantages_E=torch.linspace(-1.0, 1.0, row.n_edges),
             values_E=out.values_E,
             old_values_E=out.values_E.detach(),
             targets_E=torch.ones(row.n_edges),
         )
-        (ppo_loss(inputs, LossSettings()).total_sum / n_tokens).backward()
+        objective(inputs, AlgorithmConfig()).total.backward()
     optimizer.step()
     policy.refresh()
     return time.perf_counter() - started

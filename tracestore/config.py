@@ -5,7 +5,6 @@ relative paths are relative to the file. Environment and command line override n
 resolves its configuration once, and `--show-config` prints the result.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from tracegrad.tracestore.algorithm import AlgorithmConfig
+from tracegrad.tracestore.config_checks import check
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.section import Section, explained
+from tracegrad.tracestore.tracking import TrackingConfig
 
 DEFAULT_FILE = Path("tracegrad.yaml")
 """What commands read where no file is named."""
@@ -32,11 +35,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of the file. Unknown keys are refused."""
-
-
-class EngineConfig(_Section, frozen=True, kw_only=True):
+class EngineConfig(Section, frozen=True, kw_only=True):
     """The vLLM that serves one model."""
 
     url: str = "http://127.0.0.1:8000"
@@ -58,7 +57,7 @@ class EngineConfig(_Section, frozen=True, kw_only=True):
     log: str | None = None
 
 
-class ApiConfig(_Section, frozen=True, kw_only=True):
+class ApiConfig(Section, frozen=True, kw_only=True):
     """Somebody else's OpenAI-compatible API that serves a model. The credential is named, never written down here."""
 
     url: str
@@ -69,10 +68,23 @@ class ApiConfig(_Section, frozen=True, kw_only=True):
     """The name that the API knows the model by."""
 
 
-class ModelConfig(_Section, frozen=True, kw_only=True):
-    """Physical weights: where they start, and the engines that serve them; or an outside API, never trained."""
+class AdapterConfig(Section, frozen=True, kw_only=True):
+    """A LoRA adapter on another model's weights, which stay as they are and may carry several."""
+
+    of: str
+    """The model whose checkpoint it lies on, whose engines serve it."""
+    rank: Annotated[int, msgspec.Meta(ge=1, le=512)] = 16
+    alpha: Annotated[float, msgspec.Meta(gt=0.0)] = 32.0
+    """What the adapter adds is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one (`q_proj`, ...). Empty: every linear layer but the head."""
+
+
+class ModelConfig(Section, frozen=True, kw_only=True):
+    """Physical weights and the engines that serve them; or an adapter on another model's; or an outside API."""
 
     checkpoint: str = ""
+    adapter: AdapterConfig | None = None
     engine: EngineConfig = EngineConfig()
     replicas: tuple[str, ...] = ()
     """URLs of further engines with the settings of `engine`; `{replica}` in its `env` and `args` is 0, 1, 2, ..."""
@@ -80,8 +92,8 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     trained: bool = True
 
     def each_engine(self) -> "tuple[ModelConfig, ...]":
-        """Return this configuration once for each of our engines, with that one's URL, log and `{replica}`."""
-        if self.api is not None:
+        """Return this configuration once for each of its own engines, with that one's URL, log and `{replica}`."""
+        if self.api is not None or self.adapter is not None:
             return ()
         urls = (self.engine.url, *self.replicas)
         return tuple(
@@ -90,7 +102,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
         )
 
 
-class SamplingOverride(_Section, frozen=True, kw_only=True):
+class SamplingOverride(Section, frozen=True, kw_only=True):
     """What the proxy sets on the calls of runs with purpose `train`; `None` leaves the client's value."""
 
     temperature: float | None = None
@@ -99,7 +111,7 @@ class SamplingOverride(_Section, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
 
-class AccessConfig(_Section, frozen=True, kw_only=True):
+class AccessConfig(Section, frozen=True, kw_only=True):
     """Who may talk to the proxy, and of what."""
 
     keys: Literal["auto", "on", "off"] | bool = "auto"
@@ -109,7 +121,7 @@ class AccessConfig(_Section, frozen=True, kw_only=True):
     `media_urls` (the engine fetches http and file URLs), `media_kwargs`, `embeds` (tensors), `priority`."""
 
 
-class LimitsConfig(_Section, frozen=True, kw_only=True):
+class LimitsConfig(Section, frozen=True, kw_only=True):
     """How much one request may be."""
 
     max_body_bytes: int = 32 * 1024 * 1024
@@ -119,7 +131,7 @@ class LimitsConfig(_Section, frozen=True, kw_only=True):
     max_tools: int = 1_000
 
 
-class ProxyConfig(_Section, frozen=True, kw_only=True):
+class ProxyConfig(Section, frozen=True, kw_only=True):
     """The OpenAI-compatible front. On loopback it needs no API keys, elsewhere it does."""
 
     host: str = "127.0.0.1"
@@ -139,24 +151,7 @@ class ProxyConfig(_Section, frozen=True, kw_only=True):
     limits: LimitsConfig = LimitsConfig()
 
 
-class AlgorithmConfig(_Section, frozen=True, kw_only=True):
-    """Credit and loss. Defaults are those of PPO with a value head (Schulman et al. 2017, GAE 2015)."""
-
-    advantage: Literal["gae", "group"] = "gae"
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = 3.0
-    value_clip: float | None = 0.2
-    value_coef: float = 0.5
-    kl_coef: float = 0.0
-    normalise_std: bool = True
-    reward_weights: Mapping[str, float] = {}
-    """Reward name -> weight. Empty: every name counts with weight 1; otherwise names not listed count 0."""
-
-
-class OptimizerConfig(_Section, frozen=True, kw_only=True):
+class OptimizerConfig(Section, frozen=True, kw_only=True):
     """AdamW on fp32 master weights."""
 
     lr: float = 1e-5
@@ -169,7 +164,7 @@ class OptimizerConfig(_Section, frozen=True, kw_only=True):
     minibatches: int = 1
 
 
-class RunsConfig(_Section, frozen=True, kw_only=True):
+class RunsConfig(Section, frozen=True, kw_only=True):
     """Which runs a job takes, and which of their rewards count."""
 
     purposes: tuple[Literal["train", "live"], ...] = ("train", "live")
@@ -189,7 +184,7 @@ class RunsConfig(_Section, frozen=True, kw_only=True):
     tokenizer of `trainer.model`."""
 
 
-class BatchConfig(_Section, frozen=True, kw_only=True):
+class BatchConfig(Section, frozen=True, kw_only=True):
     """What one step trains, and how it is laid into rows."""
 
     runs: RunsConfig = RunsConfig()
@@ -203,7 +198,7 @@ class BatchConfig(_Section, frozen=True, kw_only=True):
     poll_s: float = 0.25
 
 
-class GateRule(_Section, frozen=True, kw_only=True):
+class GateRule(Section, frozen=True, kw_only=True):
     """What a candidate must show in the gate's evaluation. At least one of `minimum` and `max_drop`."""
 
     minimum: float | None = None
@@ -217,7 +212,7 @@ class GateRule(_Section, frozen=True, kw_only=True):
     """Share of the runs that may fail or stay without the score. They are in no mean."""
 
 
-class RejectedConfig(_Section, frozen=True, kw_only=True):
+class RejectedConfig(Section, frozen=True, kw_only=True):
     """What training does after a version was rejected."""
 
     then: Literal["continue", "return"] = "continue"
@@ -226,7 +221,7 @@ class RejectedConfig(_Section, frozen=True, kw_only=True):
     """So many rejections in a row end the trainer: the live version falls ever further behind what is trained."""
 
 
-class GateConfig(_Section, frozen=True, kw_only=True):
+class GateConfig(Section, frozen=True, kw_only=True):
     """A held-out evaluation that each new version must pass before it serves. `tracegrad gate` makes it."""
 
     app: str
@@ -250,7 +245,7 @@ class GateConfig(_Section, frozen=True, kw_only=True):
     rejected: RejectedConfig = RejectedConfig()
 
 
-class PublishConfig(_Section, frozen=True, kw_only=True):
+class PublishConfig(Section, frozen=True, kw_only=True):
     """How weights reach the engine, and when a swap is refused."""
 
     probe_tokens: int = 512
@@ -263,11 +258,12 @@ class PublishConfig(_Section, frozen=True, kw_only=True):
     gate: GateConfig | None = None
 
 
-class TrainerConfig(_Section, frozen=True, kw_only=True):
+class TrainerConfig(Section, frozen=True, kw_only=True):
     """One training job."""
 
     job: str = "main"
-    model: str = "main"
+    model: str = ""
+    """The one model that this job trains. Empty: every model that is `trained`."""
     steps: int = 100
     seed: int = 0
     output: str = "out"
@@ -281,7 +277,7 @@ class TrainerConfig(_Section, frozen=True, kw_only=True):
     keep_checkpoints: int = 2
 
 
-class RoleRule(_Section, frozen=True, kw_only=True):
+class RoleRule(Section, frozen=True, kw_only=True):
     """A role for calls that no header, path or key gives one. Every condition that is set must hold."""
 
     role: str
@@ -297,7 +293,7 @@ class RoleRule(_Section, frozen=True, kw_only=True):
     """Of the system prompt and the tools, as `tracegrad show --json` prints it."""
 
 
-class Redaction(_Section, frozen=True, kw_only=True):
+class Redaction(Section, frozen=True, kw_only=True):
     """Text that is not to be stored. What it is found in is masked, and a call loses its tokens: it is not trained."""
 
     pattern: str
@@ -306,7 +302,7 @@ class Redaction(_Section, frozen=True, kw_only=True):
     """What stands in its place, literally. Written `with` in the file."""
 
 
-class Config(_Section, frozen=True, kw_only=True):
+class Config(Section, frozen=True, kw_only=True):
     """The whole file."""
 
     store: str = "sqlite:///tracegrad.db"
@@ -325,12 +321,35 @@ class Config(_Section, frozen=True, kw_only=True):
     """In order, in everything that people or models said."""
     proxy: ProxyConfig = ProxyConfig()
     trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def model_of(self, role: str | None) -> str | None:
         """Return the physical model of `role`, or None where the role map says nothing of it."""
         if role is not None and role in self.roles:
             return self.roles[role]
         return self.roles.get("*")
+
+    def trained_models(self) -> tuple[str, ...]:
+        """Return the models that the job trains, in the order of the file."""
+        one = self.trainer.model
+        return tuple(name for name, model in self.models.items() if model.trained and one in ("", name))
+
+    def held_by(self, name: str) -> str:
+        """Return the model in whose weights `name` lies: an adapter in that of its base, any other in its own."""
+        adapter = self.models[name].adapter
+        return name if adapter is None else adapter.of
+
+    def worker_groups(self) -> dict[str, tuple[str, ...]]:
+        """Return, for each model whose weights a worker group holds, what the group trains: itself, or its adapters."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in self.trained_models():
+            held_by = self.held_by(name)
+            groups[held_by] = (*groups.get(held_by, ()), name)
+        return groups
+
+    def engines_of(self, name: str) -> "tuple[ModelConfig, ...]":
+        """Return `each_engine` of whoever serves the model: for an adapter the base with its engines."""
+        return self.models[self.held_by(name)].each_engine()
 
 
 def load_config(path: str | Path) -> Config:
@@ -355,12 +374,12 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base:
     Raises:
         ConfigError: as `load_config`.
     """
-    from tracegrad.tracestore.config_checks import check  # it reads the sections of this module
-
     try:
         config = msgspec.convert(raw, Config, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {_with_near_misses(str(error))}") from error
+        raise ConfigError(f"{origin}: {explained(str(error), Config)}") from error
+    if not config.trainer.model and len(only := config.trained_models()) == 1:
+        config = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, model=only[0]))
     check(config, origin)
     return _resolve_paths(config, base) if base is not None else config
 
@@ -381,24 +400,6 @@ def check_checkpoint(name: str, model: ModelConfig) -> None:
 def dump_config(config: Config) -> str:
     """Return `config` as YAML: what `--show-config` prints; `parse_config` reads it back to an equal value."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
-
-
-def _with_near_misses(message: str) -> str:
-    """msgspec names the unknown field; add the known ones that look like it."""
-    if "unknown field `" not in message:
-        return message
-    field = message.split("unknown field `", 1)[1].split("`", 1)[0]
-    return message + near_misses(field, _all_keys())
-
-
-def _all_keys() -> set[str]:
-    return {f.encode_name for section in _Section.__subclasses__() for f in msgspec.structs.fields(section)}
-
-
-def near_misses(word: str, known: Any) -> str:
-    """Return what a person may have meant by `word`, to be put behind a message."""
-    close = difflib.get_close_matches(word, sorted(known), n=3)
-    return f"; did you mean {', '.join(close)}?" if close else f" (known: {', '.join(sorted(known)) or 'none'})"
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:

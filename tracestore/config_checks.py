@@ -1,59 +1,104 @@
-"""What a configuration may not say although each value has the right type: names, roles and times that do not fit.
-
-Every refusal names the place in the file and what to write there. Called by `config.parse_config`.
+"""What a configuration may not say although every key and type in it is right: names that nothing has, sections that
+exclude each other, expressions and times that are none. Every refusal names the key and what to write instead; an
+unknown name comes with the near misses. Called by `tracestore.config`, once for each file.
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from tracegrad.tracestore.config import Config, EngineConfig, ModelConfig, near_misses
+from tracegrad.tracestore.algorithm import wrong_algorithm
 from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.moments import moment_of
+from tracegrad.tracestore.section import near_misses
+
+if TYPE_CHECKING:
+    from tracegrad.tracestore.config import Config, ModelConfig
 
 _FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
-def check(config: Config, origin: str) -> None:
-    """Refuse what does not fit together. Raises ConfigError."""
+def check(config: "Config", origin: str) -> None:
+    """Refuse what the sections say of one another that cannot hold.
+
+    Raises:
+        ConfigError: an unknown model or role, a model with sections that exclude each other, a wrong expression.
+    """
     _check_models(config, origin)
+    _check_adapters(config, origin)
+    _check_roles(config, origin)
     _check_rules(config, origin)
     _check_redactions(config, origin)
     _check_gate(config, origin)
     _check_runs(config, origin)
+    if (wrong := wrong_algorithm(config.trainer.algorithm)) is not None:
+        raise ConfigError(f"{origin}: trainer.algorithm.{wrong}")
 
 
-def _check_models(config: Config, origin: str) -> None:
+def _check_models(config: "Config", origin: str) -> None:
     for name, settings in config.models.items():
         if (wrong := _wrong_model(settings)) is not None:
             raise ConfigError(f"{origin}: models.{name} {wrong}")
-    named = [(f"role {role!r}", model) for role, model in config.roles.items()]
-    if any(model.trained for model in config.models.values()):
-        named.append(("trainer.model", config.trainer.model))
-    for who, model in named:
-        if model not in config.models:
-            near = near_misses(model, config.models)
-            raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
-        if who == "trainer.model" and not config.models[model].trained:
-            can = ", ".join(name for name, each in config.models.items() if each.trained)
-            raise ConfigError(f"{origin}: trainer.model names {model!r}, which is not trained; name one of {can}")
+    trained = config.trainer.model
+    if not trained or not any(model.trained for model in config.models.values()):
+        return
+    _known_model("trainer.model", trained, config, origin)
+    if not config.models[trained].trained:
+        can = ", ".join(name for name, each in config.models.items() if each.trained)
+        raise ConfigError(f"{origin}: trainer.model names {trained!r}, which is not trained; name one of {can}")
+
+
+def _check_adapters(config: "Config", origin: str) -> None:
+    for name, model in config.models.items():
+        if model.adapter is None:
+            continue
+        where, of = f"models.{name}.adapter.of", model.adapter.of
+        _known_model(where, of, config, origin)
+        below = config.models[of]
+        if below.adapter is not None:
+            raise ConfigError(
+                f"{origin}: {where} names {of!r}, which is an adapter itself; name what that one lies on, "
+                f"{below.adapter.of!r}"
+            )
+        if below.api is not None:
+            raise ConfigError(f"{origin}: {where} names {of!r}, which an outside API serves: it takes no adapter")
+        if below.trained:
+            raise ConfigError(
+                f"{origin}: {where} names {of!r}, which is trained itself: its weights would move under the adapter; "
+                f"write `trained: false` in models.{of}"
+            )
+
+
+def _check_roles(config: "Config", origin: str) -> None:
+    for role, model in config.roles.items():
+        _known_model(f"role {role!r}", model, config, origin)
     for role in config.proxy.sampling:
-        if role != "*" and role not in config.roles and "*" not in config.roles:
-            near = near_misses(role, config.roles)
-            raise ConfigError(f"{origin}: proxy.sampling names the role {role!r}, which `roles` does not have{near}")
+        _known_role("proxy.sampling names", role, config, origin)
 
 
-def _check_rules(config: Config, origin: str) -> None:
+def _known_model(who: str, model: str, config: "Config", origin: str) -> None:
+    if model not in config.models:
+        near = near_misses(model, config.models)
+        raise ConfigError(f"{origin}: {who} names the model {model!r}, which `models` does not have{near}")
+
+
+def _known_role(what: str, role: str, config: "Config", origin: str) -> None:
+    if role != "*" and role not in config.roles and "*" not in config.roles:
+        near = near_misses(role, config.roles)
+        raise ConfigError(f"{origin}: {what} the role {role!r}, which `roles` does not have{near}")
+
+
+def _check_rules(config: "Config", origin: str) -> None:
     for number, rule in enumerate(config.role_rules):
         where = f"{origin}: role_rules[{number}]"
-        if config.roles and rule.role not in config.roles and "*" not in config.roles:
-            near = near_misses(rule.role, config.roles)
-            raise ConfigError(f"{where} gives the role {rule.role!r}, which `roles` does not have{near}")
+        if config.roles:
+            _known_role(f"role_rules[{number}] gives", rule.role, config, origin)
         if (rule.agent, rule.node, rule.model, rule.fingerprint) == (None,) * 4 and not rule.header:
             raise ConfigError(f"{where} has no condition; give it an agent, node, model, header or fingerprint")
         if rule.fingerprint is not None and not _FINGERPRINT.fullmatch(rule.fingerprint):
             raise ConfigError(f"{where}: {rule.fingerprint!r} is no fingerprint; copy one from `tracegrad show --json`")
 
 
-def _check_redactions(config: Config, origin: str) -> None:
+def _check_redactions(config: "Config", origin: str) -> None:
     for number, redaction in enumerate(config.redact):
         where = f"{origin}: redact[{number}]"
         try:
@@ -64,7 +109,7 @@ def _check_redactions(config: Config, origin: str) -> None:
             raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
 
 
-def _check_gate(config: Config, origin: str) -> None:
+def _check_gate(config: "Config", origin: str) -> None:
     gate, model = config.trainer.publish.gate, config.models.get(config.trainer.model)
     if gate is None:
         return
@@ -78,7 +123,7 @@ def _check_gate(config: Config, origin: str) -> None:
         )
 
 
-def _check_runs(config: Config, origin: str) -> None:
+def _check_runs(config: "Config", origin: str) -> None:
     runs, where = config.trainer.batch.runs, f"{origin}: trainer.batch.runs"
     ours = {role for role, model in config.roles.items() if model == config.trainer.model}
     for role in runs.roles:
@@ -90,17 +135,42 @@ def _check_runs(config: Config, origin: str) -> None:
             moment_of(time, f"{where}.{name}")
 
 
-def _wrong_model(model: ModelConfig) -> str | None:
+def _wrong_model(model: "ModelConfig") -> str | None:
     """Return what is wrong with the section of a model, None where nothing is."""
-    if model.api is None:
-        urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
-        if len(set(urls)) < len(urls):
-            return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
-        return None if model.checkpoint else "has neither `checkpoint` (weights of ours) nor `api` (somebody else's)"
+    if model.adapter is not None:
+        return _wrong_adapter(model)
+    if model.api is not None:
+        return _wrong_api(model)
+    urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
+    if len(set(urls)) < len(urls):
+        return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
+    if model.checkpoint:
+        return None
+    return "has neither `checkpoint` (weights of ours), `adapter` (on such) nor `api` (somebody else's)"
+
+
+def _wrong_adapter(model: "ModelConfig") -> str | None:
+    assert model.adapter is not None
+    if model.api is not None or _has_weights_of_its_own(model):
+        return (
+            "has `adapter`, so it has no `checkpoint`, `engine`, `replicas` or `api` "
+            f"(those of models.{model.adapter.of} serve it): remove them"
+        )
+    if not model.trained:
+        return f"is an adapter that nobody trains, so it adds nothing: map its roles to {model.adapter.of!r}"
+    return None
+
+
+def _wrong_api(model: "ModelConfig") -> str | None:
+    assert model.api is not None
     if model.trained:
         return "is served by an outside API, which cannot be trained: write `trained: false` beside `api`"
-    if model.checkpoint or model.replicas or model.engine != EngineConfig():
+    if _has_weights_of_its_own(model):
         return "has `api`, so it has no `checkpoint`, `engine` or `replicas`: remove them"
     if not model.api.url.startswith(("https://", "http://")):
         return f"has api.url {model.api.url!r}: write https://HOST/v1"
     return None
+
+
+def _has_weights_of_its_own(model: "ModelConfig") -> bool:
+    return bool(model.checkpoint or model.replicas or model.engine != type(model.engine)())

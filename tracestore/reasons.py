@@ -112,7 +112,7 @@ REASONS: Mapping[str, Words] = {
     NO_REWARD: Words(
         "that no counted reward reaches",
         "reward the runs (POST /tracegrad/v1/rewards), and compare names and sources with "
-        "`trainer.algorithm.reward_weights` and `trainer.batch.runs.reward_sources`",
+        "`trainer.algorithm.credit.reward_weights` and `trainer.batch.runs.reward_sources`",
     ),
     SUPERSEDED: Words("of calls that the client sent again", "nothing: the retry's answer is trained"),
     NO_RUN: Words(
@@ -154,7 +154,7 @@ REASONS: Mapping[str, Words] = {
     ),
     NO_GROUP: Words(
         "of single runs, which group advantages compare with nobody",
-        "sample groups (`tracegrad rollout`), or train with `trainer.algorithm.advantage: gae`",
+        "sample groups (`tracegrad rollout`), or train with `trainer.algorithm.credit.advantage: gae`",
     ),
     TOO_STALE: Words(
         "sampled by weights older than the job accepts",

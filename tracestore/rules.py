@@ -13,26 +13,28 @@ from tracegrad.tracestore.records import Call, LeaseRule, Reward
 ANY_STALENESS = 2**31 - 1
 
 
-def lease_rule(config: Config, *, offline: bool = False) -> LeaseRule:
+def lease_rule(config: Config, *, model: str | None = None, offline: bool = False) -> LeaseRule:
     """Return which groups the job takes: its roles, its rewards, its window, its bound on staleness.
+
+    `model`: one of several that it trains (None: `trainer.model`).
 
     Offline there is no bound, and other models' calls may count: whoever trains from stored runs has asked for what
     older or other weights sampled.
     """
-    trainer, runs = config.trainer, config.trainer.batch.runs
-    grouped = trainer.algorithm.advantage == "group"
-    by_name = tuple(sorted(role for role, model in config.roles.items() if model == trainer.model and role != "*"))
-    others = tuple(sorted(role for role, model in config.roles.items() if model != trainer.model and role != "*"))
-    mapped = None if config.roles.get("*") == trainer.model else by_name
+    trainer, runs, credit = config.trainer, config.trainer.batch.runs, config.trainer.algorithm.credit
+    model = trainer.model if model is None else model
+    by_name = tuple(sorted(role for role, owner in config.roles.items() if owner == model and role != "*"))
+    others = tuple(sorted(role for role, owner in config.roles.items() if owner != model and role != "*"))
+    mapped = None if config.roles.get("*") == model else by_name
     return LeaseRule(
-        model=trainer.model,
+        model=model,
         roles=tuple(sorted(runs.roles)) if runs.roles else mapped,
         other_roles=others,
-        recorded_models=tuple(sorted({*runs.recorded_models} - {trainer.model})) if offline else (),
+        recorded_models=tuple(sorted({*runs.recorded_models} - {model})) if offline else (),
         purposes=runs.purposes,
         max_staleness=ANY_STALENESS if offline else trainer.batch.max_staleness,
-        min_group=trainer.batch.min_group if grouped else 1,
-        reward_names=tuple(sorted(trainer.algorithm.reward_weights)),
+        min_group=trainer.batch.min_group if credit.grouped else 1,
+        reward_names=tuple(sorted(credit.reward_weights)),
         reward_sources=tuple(sorted(runs.reward_sources)),
         grace_s=runs.grace_s,
         since=None if runs.since is None else moment_of(runs.since, "trainer.batch.runs.since"),

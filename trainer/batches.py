@@ -33,6 +33,8 @@ class PackedRow:
     edge_offset_E: Tensor
     edge_index_E: Tensor
     edge_slot_E: Tensor
+    edge_kept_E: Tensor
+    kept_token_K: Tensor
     slot_parent_S: Tensor
     slot_temperature_S: Tensor
 
@@ -71,6 +73,8 @@ def packed_row(row: Row) -> PackedRow:
         edge_offset_E=torch.from_numpy(row.edge_offset_E),
         edge_index_E=torch.from_numpy(row.edge_index_E),
         edge_slot_E=torch.from_numpy(slot_E.reshape(-1).astype(np.int64)),
+        edge_kept_E=torch.from_numpy(row.edge_kept_E),
+        kept_token_K=torch.from_numpy(row.kept_token_K),
         slot_parent_S=torch.from_numpy(slots[0].astype(np.int64)),
         slot_temperature_S=torch.from_numpy(slots[1]).float(),
     )

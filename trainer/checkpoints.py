@@ -7,8 +7,11 @@ holds no clock: equal weights and state have equal hashes. A folder is filled un
 folder is fsynced, then it is renamed: a visible folder is complete. It is *committed* only by a ledger or version
 row that names its hash (law 7); `remove_orphans` removes the others.
 
-Refuses a folder whose files are not the manifest's. Called by the learner (write, verify) and the controller
-(prune, orphans). No torch: `tracegrad.trainer.weights` knows what is inside the files.
+A job of several models has one folder for all, with a subfolder for each; a version's path is then such a subfolder,
+and means the folder around it wherever the manifest is asked for.
+
+Refuses a folder whose files are not the manifest's. Called by the learner or `worker_groups` (write, verify) and by the
+controller (prune, orphans). No torch: `tracegrad.trainer.weights` knows what is inside the files.
 """
 
 import hashlib
@@ -79,7 +82,7 @@ def write_checkpoint(
 
 
 def verify_checkpoint(path: str | Path, expected_hash: str | None = None) -> dict[str, Any]:
-    """Check every file of the folder against its manifest, and the manifest against `expected_hash`.
+    """Check every file of the folder (of all models) against its manifest, and the manifest against `expected_hash`.
 
     Returns:
         The manifest: {"format", "step", "facts", "files": {name: {"sha256", "bytes"}}}.
@@ -87,7 +90,7 @@ def verify_checkpoint(path: str | Path, expected_hash: str | None = None) -> dic
     Raises:
         CheckpointError: the folder is missing, or any file is missing, changed or added.
     """
-    path = Path(path)
+    path = step_folder(path)
     try:
         raw = (path / MANIFEST).read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
@@ -105,6 +108,12 @@ def verify_checkpoint(path: str | Path, expected_hash: str | None = None) -> dic
     return manifest
 
 
+def step_folder(path: str | Path) -> Path:
+    """Return the checkpoint folder that a path is, or lies directly in as the subfolder of one model."""
+    path = Path(path)
+    return path.parent if _NAME.fullmatch(path.parent.name) and not _NAME.fullmatch(path.name) else path
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the visible folders under `root`, oldest step first."""
     if not root.is_dir():
@@ -118,7 +127,7 @@ def remove_orphans(root: Path, known: Iterable[str | Path]) -> list[str]:
 
     `known` are the checkpoint paths of the job's version and ledger rows. Call it only while holding the job.
     """
-    kept = {Path(path).resolve() for path in known}
+    kept = {step_folder(path).resolve() for path in known}
     unfinished = list(root.glob(f"{_TEMPORARY}*")) if root.is_dir() else []
     orphans = [path for path in list_checkpoints(root) if path.resolve() not in kept]
     for path in [*orphans, *unfinished]:
@@ -129,7 +138,7 @@ def remove_orphans(root: Path, known: Iterable[str | Path]) -> list[str]:
 def prune(root: Path, *, keep_last: int, protected: Collection[str | Path]) -> list[str]:
     """Remove all folders but the first, the last `keep_last` and the `protected`; return the names removed."""
     folders = list_checkpoints(root)
-    kept = {Path(path).resolve() for path in protected}
+    kept = {step_folder(path).resolve() for path in protected}
     removed = [path for path in folders[1 : max(1, len(folders) - keep_last)] if path.resolve() not in kept]
     for path in removed:
         _remove(path)

@@ -71,6 +71,11 @@ def train(
             raise click.UsageError(f"{path} names no models: there is nothing to train")
         if not any(model.trained for model in config.models.values()):
             raise click.UsageError(f"{path} says `trained: false` of every model: there is nothing to train")
+        if len(names := config.trained_models()) > 1 or config.models[names[0]].adapter is not None:
+            raise click.UsageError(
+                f"{path} trains {', '.join(names)}: `tracegrad train` takes jobs of one full model so far; "
+                "name one with trainer.model"
+            )
         code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
     except TraceStoreError as error:
         click.echo(f"tracegrad train: {error}", err=True)
@@ -105,12 +110,15 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     except ImportError as error:
         click.echo(f"tracegrad train needs the train extra ({error}): pip install 'tracegrad[train]'", err=True)
         return EXIT_ERROR
+    import msgspec
+
     from tracegrad.tracestore.store import open_store
     from tracegrad.trainer.crash_points import CrashPoints
     from tracegrad.trainer.engine_client import engine_clients
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
+    from tracegrad.trainer.trackers import open_trackers
     from tracegrad.trainer.workers import RayWorkers
 
     stop = Event()
@@ -119,6 +127,9 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
         crash_points = CrashPoints.from_environment(os.environ)
         store = open_store(config.store)
         with contextlib.closing(store), JobFolder(config.trainer).held() as folder:
+            trackers = open_trackers(
+                config.tracking, folder.path, job=config.trainer.job, settings=msgspec.to_builtins(config.trainer)
+            )
             console.say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
             with RayWorkers(config, address=ray_address) as workers, _signals(stop, console.say):
                 around = Surroundings(
@@ -127,6 +138,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                     folder=folder,
                     console=console,
                     engines=() if offline else engine_clients(config, config.trainer.model),
+                    trackers=trackers,
                     crash_points=crash_points,
                     stop=stop,
                 )

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import LeaseLost, Pinned, StoreUnavailable
+from tracegrad.tracestore.errors import LeaseLost, Pinned
 from tracegrad.tracestore.records import Lease, PolicyVersion, StepCommit
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store
@@ -28,14 +28,14 @@ from tracegrad.trainer.checkpoints import prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishRejected
-from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError
+from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError, StepRefused
 from tracegrad.trainer.gate import abandon_rejected, rejections_in_a_row, version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.lease_keeper import LeaseKeeper
+from tracegrad.trainer.leased import commit_patiently, leased_samples
 from tracegrad.trainer.metrics import Console, MetricsLog
 from tracegrad.trainer.publish import Publisher
 from tracegrad.trainer.results import Saved, Scored
-from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.startup import (
     clear_orphans,
     find_weights,
@@ -44,12 +44,11 @@ from tracegrad.trainer.startup import (
     wait_for_engines,
 )
 from tracegrad.trainer.tokenizer_match import check_recorded_models
+from tracegrad.trainer.trackers import Tracker
 from tracegrad.trainer.workers import Trains
 
 REFUSED_IN_A_ROW = 3
 """So many batches without anything to train are no chance: training stops, before the whole queue is put aside."""
-_COMMIT_TRIES = 5
-_COMMIT_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +60,7 @@ class Surroundings:
     folder: JobFolder
     console: Console
     engines: Sequence[EngineClient] = ()
+    trackers: Sequence[Tracker] = ()
     crash_points: CrashPoints = field(default_factory=CrashPoints)
     stop: Event = field(default_factory=Event)
 
@@ -74,7 +74,7 @@ class Controller:
         self._store, self._workers = around.store, around.workers
         self._job, self._model = config.trainer.job, config.trainer.model
         self._rule = lease_rule(config, offline=not around.engines)
-        self._metrics = MetricsLog(around.folder.path)
+        self._metrics = MetricsLog(around.folder.path, around.trackers, around.console.say)
         self._publisher: Publisher | None = None
         self._version: PolicyVersion | None = None
         self._step = 0
@@ -209,13 +209,17 @@ class Controller:
         waited = started - self._idle_since
         crash.reached("after-lease", step)
         try:
-            saved, metrics = self._compute(lease, {"wait": waited})
+            done = self._compute(lease, {"wait": waited})
         except LeaseLost as error:
             self._restore(error)
             return
         except NothingToTrain as error:
             self._go_on_without(error)
             return
+        if done is None:
+            self._around.stop.wait(self.config.trainer.batch.poll_s)
+            return
+        saved, metrics = done
         crash.reached("after-ledger", step)
         line = {**metrics, "version": self._current.version_id, "publish": None}
         try:
@@ -231,19 +235,32 @@ class Controller:
         self._prune()
         self._idle_since = time.monotonic()
 
-    def _compute(self, lease: Lease, seconds: dict[str, float]) -> tuple[Saved, dict[str, Any]]:
-        """Train, write and commit under the lease; afterwards the new version is the current one."""
+    def _compute(self, lease: Lease, seconds: dict[str, float]) -> tuple[Saved, dict[str, Any]] | None:
+        """Train, write and commit under the lease; afterwards the new version is the current one.
+
+        None: everything in the lease has become too stale, so that it was returned. A refused step's lease is returned
+        as well: who mends the reason, the rewards perhaps, wants them leased as they are then.
+        """
         config, crash, step = self.config.trainer, self._around.crash_points, lease.plan.step
         probe_tokens = config.publish.probe_tokens if self._publisher is not None else 0
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
-            samples = build_batch(self._store.lease_traces(lease, self._rule), self._rule)
             parent = self._current
+            scope, say = config.algorithm.credit.scope, self._around.console.say
+            samples, stale = leased_samples(
+                self._store, lease, self._rule, scope=scope, current_step=parent.step, say=say
+            )
+            if stale and not samples.choices:
+                self._store.release(keeper.current)
+                return None
             try:
                 result = self._workers.step(
                     lease.plan, samples, version_id=parent.version_id, probe_tokens=probe_tokens
                 )
             except NothingToTrain:
                 self._store.refuse(keeper.current, samples.consumption)
+                raise
+            except StepRefused:
+                self._store.release(keeper.current)
                 raise
             self._refused = 0
             crash.reached("after-step", step)
@@ -252,7 +269,8 @@ class Controller:
             crash.reached("after-checkpoint", step)
             made = saved.checkpoint
             times = {**seconds, **result.metrics["seconds"], "checkpoint": made.write_s}
-            metrics = {**result.metrics, "step": step, "checkpoint_bytes": made.size_bytes, "seconds": times}
+            metrics = {**result.metrics, "step": step, "runs_stale": len(stale)}
+            metrics |= {"checkpoint_bytes": made.size_bytes, "seconds": times}
             commit = StepCommit(
                 checkpoint_path=made.path,
                 checkpoint_hash=made.hash,
@@ -261,20 +279,9 @@ class Controller:
                 consumption=result.consumption,
                 metrics=metrics,
             )
-            self._version = self._commit(keeper, commit)
+            self._version = commit_patiently(self._store, keeper, commit)
         self._step = step
         return saved, metrics
-
-    def _commit(self, keeper: LeaseKeeper, commit: StepCommit) -> PolicyVersion:
-        """Commit; a store that is away for a moment is asked again, which it knows how to answer."""
-        for attempt in range(1, _COMMIT_TRIES + 1):
-            try:
-                return self._store.commit_step(keeper.current, commit)
-            except StoreUnavailable:
-                if attempt == _COMMIT_TRIES:
-                    raise
-                time.sleep(_COMMIT_PAUSE_S)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _publish(self, new: tuple[Scored, ...], previous: tuple[Scored, ...] | None = None) -> dict[str, Any] | None:
         """Publish the current version; a pin or the gate may hold it back, which is said and no failure."""

@@ -1,53 +1,49 @@
 """Credit: from rewards to one advantage per sampled token. Flat arrays, float64, no I/O, no torch.
 
-Returns are per choice: the weighted rewards on its run, its role and its call; never those of another role or
-call. Advantages are either group-relative (one number per choice, spread over its tokens) or token-level GAE inside
-the call. It refuses returns invented from nothing. Credit is computed before anything is packed. Called by the learner.
+`assign` is the whole way: rewards reach calls as far as the scope goes (`returns`), become advantages by GAE over a
+critic's values (`gae`) or by comparison with the other runs of the group (`comparison`), and are normalised over
+the tokens of a role, a model or the batch. It refuses returns invented from nothing. Credit is computed per choice,
+before anything is packed. Called by the learner's step.
 
 Layouts: `_B` one entry per choice, `_N` one per trained token, choices one after another (`token_starts`).
-Sources: GAE, Schulman et al. 2015 (arXiv 1506.02438); group-relative, Shao et al. 2024 (arXiv 2402.03300).
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.tracestore.records import Reward
+from tracegrad.trainer.comparison import STD_EPSILON, Statistics, compare
 from tracegrad.trainer.errors import BatchError, SampleError
-from tracegrad.trainer.samples import ChoiceSample, reaches
+from tracegrad.trainer.gae import RunTokens, graph_gae
+from tracegrad.trainer.returns import Scope, ScopedGraph, atoms_of, call_returns
+from tracegrad.trainer.samples import ChoiceSample, Samples
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-STD_EPSILON = 1e-6
+_WHITENED = ("gae", "reinforce++", "reinforce++-baseline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupAdvantages:
-    """Group-relative credit with its counts.
+class Credit:
+    """Credit of a step, for the update and its metrics.
 
-    `advantages_B`: one per choice. `n_cells`: cells with two or more runs. `n_single_cells`: cells of one run, which
-    fell back to the run-level advantage. `n_zero_variance`: groups (among those with two or more runs) in which every
-    cell's statistics are constant, so that nothing is learned. `n_lone_runs`: runs with nobody to compare with.
+    `rewards_B`: what stands on the choice's own call, its role or its run, NaN where nothing does; `returns_B`: what
+    reaches it in the scope. `targets_N`: the value head's, None without a critic. `counts` go into the metrics, `roles`
+    into those of each role.
     """
 
-    advantages_B: Floats
-    n_cells: int
-    n_single_cells: int
-    n_zero_variance: int
-    n_lone_runs: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GaeAdvantages:
-    """Token-level credit: `advantages_N` and the value head's `targets_N` (advantage + old value)."""
-
+    rewards_B: Floats
+    returns_B: Floats
     advantages_N: Floats
-    targets_N: Floats
+    targets_N: Floats | None
+    counts: Mapping[str, int]
+    roles: Mapping[str, Mapping[str, int]]
 
 
 def token_starts(choices: Sequence[ChoiceSample]) -> Ints:
@@ -66,29 +62,68 @@ def spread(per_choice_B: Floats, starts: Ints) -> Floats:
     return np.repeat(per_choice_B, np.diff(starts))
 
 
-def choice_returns(
-    choices: Sequence[ChoiceSample],
-    rewards: Mapping[str, Sequence[Reward]],
-    weights: Mapping[str, float] | None = None,
-) -> Floats:
-    """Return (B,): the weighted sum of the rewards that reach each choice.
+def assign(
+    samples: Samples, config: CreditConfig, values_N: Floats | None = None, token_rewards_N: Floats | None = None
+) -> Credit:
+    """Turn the rewards of a step into advantages.
 
-    `weights`: name -> weight; empty or None weighs every name 1, otherwise names not listed do not count.
+    `values_N`: the critic's, of the state each token was sampled in; needed under `gae`. `token_rewards_N`: what is
+    added to the rewards token by token (a penalty for leaving the reference policy).
 
     Raises:
         SampleError: no counted reward reaches a choice (a missing reward is not 0; `build_batch` excludes these).
+        BatchError: lengths disagree, or GAE has no values.
     """
-    returns_B = np.zeros(len(choices))
-    for index, choice in enumerate(choices):
-        reaching = [
-            reward.value * _weight(reward, weights)
-            for reward in rewards[choice.run_id]
-            if _counts(reward, weights) and reaches(reward, role=choice.role, call_id=choice.call_id)
-        ]
-        if not reaching:
-            raise SampleError(f"call {choice.call_id} of run {choice.run_id}: no reward reaches it; exclude it")
-        returns_B[index] = sum(reaching)
-    return returns_B
+    starts = token_starts(samples.choices)
+    for name, array_N in (("values", values_N), ("token rewards", token_rewards_N)):
+        if array_N is not None and len(array_N) != starts[-1]:
+            raise BatchError(f"{len(array_N)} {name} and {starts[-1]} tokens do not fit")
+    returns_B = choice_returns(samples, config, config.scope)
+    if np.isnan(returns_B).any():
+        lacking = samples.choices[int(np.flatnonzero(np.isnan(returns_B))[0])]
+        raise SampleError(f"call {lacking.call_id} of run {lacking.run_id}: no reward reaches it; exclude it")
+    rewards_B = returns_B if config.scope == "call" else choice_returns(samples, config, "call")
+    unlinked = {graph_id: graph.unlinked() for graph_id, graph in samples.graphs.items()}
+    counts = {"n_unlinked_choices": sum(c.call_id in unlinked[c.run_id] for c in samples.choices)}
+    roles: Mapping[str, Mapping[str, int]] = {}
+    targets_N = None
+    if config.advantage == "gae":
+        if values_N is None:
+            raise BatchError("advantage gae needs the values of a critic")
+        advantages_N = gae_advantages(samples, config, values_N, token_rewards_N)
+        decoupled = config.critic_lambda is not None
+        judged_N = gae_advantages(samples, config, values_N, token_rewards_N, critic=True) if decoupled else None
+        targets_N = values_N + (advantages_N if judged_N is None else judged_N)
+    else:
+        if token_rewards_N is not None:
+            returns_B = returns_B + np.add.reduceat(token_rewards_N, starts[:-1])
+        run_level = run_returns(samples.rewards, config.reward_weights)
+        compared = compare(
+            samples.choices, returns_B, run_level, samples.run_groups, rule=config.advantage, cell=config.cell
+        )
+        advantages_N = spread(compared.advantages_B, starts)
+        counts |= asdict(compared.counts)
+        roles = {role: asdict(counted) for role, counted in compared.roles.items()}
+    return Credit(
+        rewards_B=rewards_B,
+        returns_B=returns_B,
+        advantages_N=normalised(samples, advantages_N, config),
+        targets_N=targets_N,
+        counts=counts,
+        roles=roles,
+    )
+
+
+def choice_returns(samples: Samples, config: CreditConfig, scope: Scope) -> Floats:
+    """Return (B,): the sum of the weighted rewards that reach each choice in `scope`; NaN where none does."""
+    found: dict[tuple[str, str], float | None] = {}
+    for run_id in {choice.run_id for choice in samples.choices}:
+        graph = samples.graphs[run_id]
+        atoms = atoms_of(graph, samples.rewards[run_id], config.reward_weights)
+        returns = call_returns(ScopedGraph(graph, scope), atoms, turn_gamma=config.turn_gamma)
+        found |= {(run_id, node.call_id): value for node, value in zip(graph.nodes, returns, strict=True)}
+    of_choices = [found[choice.run_id, choice.call_id] for choice in samples.choices]
+    return np.array([np.nan if value is None else value for value in of_choices], dtype=np.float64)
 
 
 def run_returns(
@@ -97,122 +132,73 @@ def run_returns(
     """Return run -> the weighted sum of the rewards on the run itself. Runs without one are absent, not 0."""
     totals: dict[str, float] = {}
     for run_id, given in rewards.items():
-        own = [r for r in given if r.role is None and r.call_id is None and _counts(r, weights)]
+        own = [r for r in given if r.role is None and r.call_id is None and (not weights or r.name in weights)]
         if own:
-            totals[run_id] = sum(reward.value * _weight(reward, weights) for reward in own)
+            totals[run_id] = sum(reward.value * (weights[reward.name] if weights else 1.0) for reward in own)
     return totals
 
 
-def group_advantages(
-    choices: Sequence[ChoiceSample],
-    returns_B: Floats,
-    run_level: Mapping[str, float],
-    run_groups: Mapping[str, str],
-    *,
-    normalise_std: bool = True,
-    cell: Literal["turn", "role"] = "turn",
-) -> GroupAdvantages:
-    """Compare each choice with the other runs of its group in the same cell.
-
-    A cell is (group, role, turn), or (group, role). Each run contributes the mean return of its choices in the cell
-    once, whatever their number; advantage = return - mean over the runs [/ (std + 1e-6), sample std]. A cell with one
-    run falls back to the run-level advantage: the run's own reward against those of the group (`run_level`,
-    `run_groups`), so that no other role's reward leaks in. A run with nobody to compare with gets 0.
-    """
-    cells = [_cell(choice, cell) for choice in choices]
-    by_run: dict[Hashable, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for choice, key, value in zip(choices, cells, returns_B, strict=True):
-        by_run[key][choice.run_id].append(float(value))
-    statistics = {key: _statistics([float(np.mean(v)) for v in runs.values()]) for key, runs in by_run.items()}
-    of_group: dict[str, list[float]] = defaultdict(list)
-    for run_id, value in run_level.items():
-        of_group[run_groups[run_id]].append(value)
-    group_statistics = {group: _statistics(values) for group, values in of_group.items()}
-
-    advantages_B = np.zeros(len(choices))
-    varied: dict[str, bool] = {}
-    lone: set[str] = set()
-    for index, (choice, key) in enumerate(zip(choices, cells, strict=True)):
-        compared, value = statistics[key], float(returns_B[index])
-        if len(by_run[key]) < 2:
-            of_runs = group_statistics.get(choice.group_key)
-            if of_runs is None or of_runs.count < 2 or choice.run_id not in run_level:
-                lone.add(choice.run_id)
-                continue
-            compared, value = of_runs, run_level[choice.run_id]
-        advantages_B[index] = compared.advantage(value, normalise_std)
-        varied[choice.group_key] = varied.get(choice.group_key, False) or compared.std > 0.0
-    single = sum(len(runs) < 2 for runs in by_run.values())
-    return GroupAdvantages(
-        advantages_B=advantages_B,
-        n_cells=len(by_run) - single,
-        n_single_cells=single,
-        n_zero_variance=sum(not any_variance for any_variance in varied.values()),
-        n_lone_runs=len(lone),
-    )
-
-
 def gae_advantages(
-    returns_B: Floats, values_N: Floats, starts: Ints, *, gamma: float, gae_lambda: float
-) -> GaeAdvantages:
-    """Token-level GAE inside each call.
+    samples: Samples,
+    config: CreditConfig,
+    values_N: Floats,
+    token_rewards_N: Floats | None = None,
+    *,
+    critic: bool = False,
+    foreign_values: bool = False,
+) -> Floats:
+    """Return (N,) GAE advantages, not normalised, in the scope of `config`; `critic`: with the targets' lambda.
 
-    `values_N`: V at the edge parent of each token (the state it was sampled in). The return is paid at the last
-    token; the value after it is 0, also where the choice ended by `length` (trained with what it got, not
-    bootstrapped). Nothing crosses from one choice to the next.
-
-    Raises:
-        BatchError: lengths disagree.
+    Values of another model's critic are bootstrapped from only with `foreign_values`: elsewhere its calls are stepped
+    over, so that what one model learns does not hang on how well another's critic is trained.
     """
-    if len(returns_B) + 1 != len(starts) or len(values_N) != starts[-1]:
-        raise BatchError(f"{len(returns_B)} returns, {len(values_N)} values and {starts[-1]} tokens do not fit")
+    starts = token_starts(samples.choices)
+    by_run: dict[str, list[int]] = defaultdict(list)
+    for number, choice in enumerate(samples.choices):
+        by_run[choice.run_id].append(number)
     advantages_N = np.zeros(len(values_N))
-    for index, reward in enumerate(returns_B):
-        first, last = int(starts[index]), int(starts[index + 1]) - 1
-        carried, next_value, paid = 0.0, 0.0, float(reward)
-        for token in range(last, first - 1, -1):
-            delta = paid + gamma * next_value - values_N[token]
-            carried = delta + gamma * gae_lambda * carried
-            advantages_N[token] = carried
-            next_value, paid = values_N[token], 0.0
-    return GaeAdvantages(advantages_N=advantages_N, targets_N=advantages_N + values_N)
+    for run_id, numbers in by_run.items():
+        graph = samples.graphs[run_id]
+        place = graph.index()
+        view = ScopedGraph(graph, config.scope)
+        atoms = atoms_of(graph, samples.rewards[run_id], config.reward_weights)
+        by_critic: dict[str | None, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number in numbers:
+            at = place[samples.choices[number].call_id]
+            by_critic[None if foreign_values else graph.nodes[at].model][at].append(number)
+        for calls in by_critic.values():
+            run = RunTokens(view=view, atoms=atoms, calls=calls)
+            for number, advantages_T in graph_gae(
+                run, values_N, starts, config, critic=critic, token_rewards_N=token_rewards_N
+            ).items():
+                advantages_N[starts[number] : starts[number + 1]] = advantages_T
+    return advantages_N
 
 
-def normalise(advantages_N: Floats) -> Floats:
-    """Return advantages with mean 0 and sample std 1 over the trained tokens; constant ones become 0."""
-    if len(advantages_N) == 0:
+def normalised(samples: Samples, advantages_N: Floats, config: CreditConfig) -> Floats:
+    """Return advantages with mean 0 and sample std 1 over the tokens that `config.normalise` puts together.
+
+    Where all of a set are equal they become 0.
+    """
+    over = config.normalise or ("role" if config.advantage in _WHITENED else "off")
+    if over == "off":
         return advantages_N
-    return _statistics([float(value) for value in advantages_N]).normalised(advantages_N)
+    keys: list[Hashable] = [None] * len(samples.choices)
+    if over == "role":
+        keys = [choice.role for choice in samples.choices]
+    elif over == "model":
+        models = {node.call_id: node.model for graph in samples.graphs.values() for node in graph.nodes}
+        keys = [models[choice.call_id] for choice in samples.choices]
+    starts = token_starts(samples.choices)
+    result_N = np.zeros_like(advantages_N)
+    for key in set(keys):
+        mask_N = spread(np.array([float(one == key) for one in keys]), starts).astype(bool)
+        if mask_N.any():
+            result_N[mask_N] = whitened(advantages_N[mask_N])
+    return result_N
 
 
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    count: int
-    mean: float
-    std: float
-    """Sample standard deviation; exactly 0 where all values are equal."""
-
-    def advantage(self, value: float, normalise_std: bool) -> float:
-        scale = self.std + STD_EPSILON if normalise_std else 1.0
-        return 0.0 if self.std == 0.0 else (value - self.mean) / scale
-
-    def normalised(self, values: Floats) -> Floats:
-        return np.zeros_like(values) if self.std == 0.0 else (values - self.mean) / (self.std + STD_EPSILON)
-
-
-def _statistics(values: Sequence[float]) -> _Statistics:
-    constant = len(values) < 2 or max(values) == min(values)
-    return _Statistics(len(values), float(np.mean(values)), 0.0 if constant else float(np.std(values, ddof=1)))
-
-
-def _cell(choice: ChoiceSample, cell: Literal["turn", "role"]) -> Hashable:
-    key = (choice.group_key, choice.role)
-    return (*key, choice.turn) if cell == "turn" else key
-
-
-def _counts(reward: Reward, weights: Mapping[str, float] | None) -> bool:
-    return not weights or reward.name in weights
-
-
-def _weight(reward: Reward, weights: Mapping[str, float] | None) -> float:
-    return weights[reward.name] if weights else 1.0
+def whitened(values: Floats) -> Floats:
+    """Return the values with mean 0 and sample std 1; equal ones become 0. At least one."""
+    measured = Statistics.of(values.tolist())
+    return np.zeros_like(values) if measured.std == 0.0 else (values - measured.mean) / (measured.std + STD_EPSILON)

@@ -10,6 +10,7 @@ TrainerError
 ├── CheckpointError      a checkpoint is incomplete, or its hash is not the one in the ledger
 ├── StepRefused          an update was not finite or not bounded: the weights stay as they were
 │   └── NothingToTrain   no choice of the batch may be trained: its runs are put aside
+├── TrackingError        an experiment tracker is not installed, cannot be opened, or refused a step's numbers
 ├── WorkerFailed         a worker process died, or failed in a way that has no name here
 └── JobBusy              another trainer of the same job runs on this output folder
 """
@@ -53,6 +54,10 @@ class StepRefused(TrainerError):
 
 class NothingToTrain(StepRefused):
     """No choice of the batch may be trained: its runs are put aside."""
+
+
+class TrackingError(TrainerError):
+    """An experiment tracker is not installed, cannot be opened, or refused a step's numbers."""
 
 
 class WorkerFailed(TrainerError):

@@ -80,7 +80,14 @@ def _chain(prompt_ids: tuple[int, ...], sampled: Sequence[ChoiceSample], max_tok
     for choice in sampled[1:]:
         if len(prompt_ids) + len(token_ids) + len(choice.token_ids) <= max_tokens:
             token_ids += choice.token_ids
-    return replace(sampled[0], token_ids=token_ids, behaviour_logprobs=(0.0,) * len(token_ids), temperature=1.0)
+    return replace(
+        sampled[0],
+        token_ids=token_ids,
+        behaviour_logprobs=(0.0,) * len(token_ids),
+        temperature=1.0,
+        kept_ids=None,
+        version_spans=(),
+    )
 
 
 def scored(choices: Sequence[ChoiceSample], logprobs_N: Floats) -> tuple[Scored, ...]:

@@ -1,21 +1,24 @@
 """The learner: one model's policy, its AdamW and its folders, in one process. No store, no engine, no Ray.
 
-It loads and writes checkpoints, applies PPO steps (`tracegrad.trainer.ppo`), and scores sequences for the publish
-probe and the canary. Deterministic: fixed thread count, deterministic kernels, and everything random drawn from the
-plan's seed, so that equal traces give bitwise equal weights. It refuses steps as `ppo` does, and folders that are not
-what their manifest says. Called in a Ray actor by `tracegrad.trainer.workers`, or directly by tests.
+The model is a full one, or an adapter on a trunk that several learners of the process may share. It loads and writes
+checkpoints, applies PPO steps (`tracegrad.trainer.ppo`), and scores sequences for the publish probe and the canary.
+Deterministic: fixed thread count, deterministic kernels, and everything random drawn from the plan's seed, so that
+equal traces give bitwise equal weights. It refuses steps as `ppo` does, and folders that are not what their manifest
+says. Called in a Ray actor by `tracegrad.trainer.workers`, by `model_group`, or directly by tests.
 """
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.config import Config, TrainerConfig
 from tracegrad.tracestore.reasons import sentences
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
@@ -25,27 +28,41 @@ from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, score
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
+from tracegrad.trainer.refusals import StepHistory, is_silent
 from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
 from tracegrad.trainer.weights import DTYPES, check_names, load_state, save_serving, save_state
 
+if TYPE_CHECKING:
+    from tracegrad.trainer.lora import Trunk
+
 _SCALES = tuple(0.05 * 2**doubling for doubling in range(8))
+_SPREAD_OF_ZEROS = 0.02
 
 
 class Learner:
-    """Owns the weights of `config.trainer.model` while a job trains them."""
+    """Owns the weights of one model, default `config.trainer.model`, while a job trains them.
 
-    def __init__(self, config: Config) -> None:
+    `trunk` gives the base that an adapter lies on; without it the learner holds one of its own.
+    """
+
+    def __init__(
+        self, config: Config, model_name: str | None = None, trunk: Callable[[], "Trunk"] | None = None
+    ) -> None:
         self.config = config.trainer
-        model = config.models[self.config.model]
+        self.model_name = model_name or config.trainer.model
+        self._adapter = config.models[self.model_name].adapter
+        model = config.models[config.held_by(self.model_name)]
         self._base = Path(model.checkpoint)
+        self._trunk = trunk or cache(lambda: load_trunk(self._base, self.config))
         self._dtype = DTYPES[model.engine.dtype]
         self._max_model_len = model.engine.max_model_len
         self._policy: Policy | None = None
         self._optimizer: torch.optim.AdamW | None = None
         self._ppo: PpoStep | None = None
         self._probe: tuple[list[ChoiceSample], tuple[Scored, ...]] | None = None
+        self._history = StepHistory()
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -54,9 +71,15 @@ class Learner:
 
     def create(self, root: str) -> Checkpoint:
         """Take the base model as it is and write the checkpoint of step 0 under `root`."""
-        self._adopt(Policy.from_checkpoint(self._base, self.config.precision))
-        check_names(self._base, self.policy)
+        self.start()
         return self._write(Path(root), 0)
+
+    def start(self) -> None:
+        """Take the base model as it is; an adapter starts as its seed says and computes what its base does."""
+        self._adopt(self._policy_from(self._base))
+        if self._adapter is None:
+            check_names(self._base, self.policy)
+        self._history = StepHistory()
 
     def load(self, path: str, expected_hash: str | None = None) -> int:
         """Verify the folder, take its weights and optimizer state, bitwise; return its step.
@@ -65,22 +88,35 @@ class Learner:
             CheckpointError: it is damaged, or is not the one the row names.
         """
         manifest = verify_checkpoint(path, expected_hash)
-        if self._policy is None:
-            self._adopt(Policy.from_checkpoint(path, self.config.precision))
-        load_state(Path(path), self.policy, self._optimizer_or_raise())
-        self._probe = None
+        self.restore(Path(path), manifest["facts"])
         return int(manifest["step"])
+
+    def restore(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Take weights, critic, optimizer state and history out of a folder that is known to be whole, bitwise."""
+        if self._policy is None:
+            self._adopt(self._policy_from(folder))
+        load_state(folder, self.policy, self._optimizer_or_raise())
+        self._probe = None
+        self._history = StepHistory.from_json(facts.get("history"))
 
     def save(self, root: str, step: int) -> Saved:
         """Write the folder of `step`; meanwhile score the step's probe again, now under the new weights."""
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(self._write, Path(root), step)
-            previous: tuple[Scored, ...] = ()
-            new: tuple[Scored, ...] = ()
-            if self._probe is not None:
-                choices, previous = self._probe
-                new = scored(choices, self.ppo.evaluate(choices).logprobs_N)
+            previous, new = self.probed()
             return Saved(checkpoint=writing.result(), previous=previous, new=new)
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Fill a folder with what the engine loads and what training needs; return the sha256 of the large files."""
+        with ThreadPoolExecutor(1) as pool:
+            serving = pool.submit(save_serving, folder, self.policy, self._dtype, self._base)
+            state = save_state(folder, self.policy, self._optimizer_or_raise(), self._dtype)
+            return {**state, **serving.result()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps of this model beside its files."""
+        return {"model": self.model_name, "history": self._history.as_json()}
 
     @property
     def policy(self) -> Policy:
@@ -97,6 +133,13 @@ class Learner:
         return self._ppo
 
     # -- probes
+
+    def probed(self) -> tuple[tuple[Scored, ...], tuple[Scored, ...]]:
+        """Return the last step's probe as scored before it, and scored now; both empty where there is none."""
+        if self._probe is None:
+            return (), ()
+        choices, previous = self._probe
+        return previous, scored(choices, self.ppo.evaluate(choices).logprobs_N)
 
     def probe_sequences(self, n_tokens: int, seed: int) -> tuple[Scored, ...]:
         """Sample sequences from the current weights and score them: a probe where no traces are at hand."""
@@ -151,17 +194,23 @@ class Learner:
                 f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. "
                 + ". ".join(sentences(samples.excluded_tokens))
             )
+        silent, refuse = is_silent(samples.rewards.values()), self.config.algorithm.refuse
+        self._history.check_reward(plan.step, silent, refuse)
         self._probe = None
         proximal, probe = self._proximal(samples.choices, probe_tokens)
         evaluated = time.monotonic()
-        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id)
+        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id, history=self._history)
+        self._history = self._history.after(metrics["grad_norm"], silent, refuse)
         self._probe = probe
         return_freed_memory()
+        for role, numbers in metrics["roles"].items():
+            numbers["tokens_excluded"] = samples.excluded_tokens_of(role)
         return StepResult(
             consumption=samples.consumption,
             metrics={
                 **metrics,
                 "runs": len(plan.run_ids),
+                "silent_steps": self._history.silent_steps,
                 "tokens_excluded": samples.excluded_tokens,
                 "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "seconds": {**metrics["seconds"], "evaluate": evaluated - started},
@@ -206,21 +255,33 @@ class Learner:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        reference = None
-        if self.config.algorithm.kl_coef:
-            reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False)
-            reference.requires_grad_(False)
         self._policy = policy
-        self._ppo = PpoStep(policy, self._optimizer, self.config, reference)
+        self._ppo = PpoStep(policy, self._optimizer, self.config, self._reference())
+
+    def _policy_from(self, folder: Path) -> Policy:
+        if self._adapter is not None:
+            return self._trunk().adapter(self.model_name, self._adapter, seed=self.config.seed)
+        return Policy.from_checkpoint(folder, self.config.precision)
+
+    def _reference(self) -> Policy | None:
+        """The frozen policy that the KL term compares with. An adapter's is its base, which is there already."""
+        if not self.config.algorithm.loss.kl_coef:
+            return None
+        if self._adapter is not None:
+            return self._trunk().bare()
+        reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False)
+        reference.requires_grad_(False)
+        return reference
 
     def _write(self, root: Path, step: int) -> Checkpoint:
-        def fill(folder: Path) -> dict[str, str]:
-            with ThreadPoolExecutor(1) as pool:
-                serving = pool.submit(save_serving, folder, self.policy, self._dtype, self._base)
-                state = save_state(folder, self.policy, self._optimizer_or_raise(), self._dtype)
-                return {**state, **serving.result()}
+        return write_checkpoint(root, step, self.write, self.facts)
 
-        return write_checkpoint(root, step, fill, {"model": self.config.model})
+
+def load_trunk(base: Path, config: TrainerConfig) -> "Trunk":
+    """Load the base of adapters as the trainer is configured."""
+    from tracegrad.trainer.lora import Trunk  # with peft, seconds: only where there are adapters
+
+    return Trunk.from_checkpoint(base, config.precision)
 
 
 def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample:
@@ -244,7 +305,9 @@ def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample
 
 
 def _noisy(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    return tensor + scale * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+    """Noise relative to the tensor's own spread; absolute where it is all zeros, as B of a new adapter is."""
+    spread = tensor.std(correction=0) if tensor.any() else _SPREAD_OF_ZEROS
+    return tensor + scale * spread * torch.randn(tensor.shape, generator=generator)
 
 
 def _mean_abs(new: Sequence[Scored], previous: Sequence[Scored]) -> float:

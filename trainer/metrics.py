@@ -1,14 +1,15 @@
-"""What a training job says of itself: `metrics.jsonl`, TensorBoard events, one line a step on the console.
+"""What a training job says of itself: `metrics.jsonl`, TensorBoard, trackers, one line a step on the console.
 
 The ledger is the truth and this is its shadow: a line is written after its step is committed, so a kill between the
-two leaves one line missing, and `reconcile` puts it back from the ledger row. Refuses nothing but an unwritable disk.
+two leaves one line missing, and `reconcile` puts it back from the ledger row. Refuses nothing but an unwritable disk:
+what an experiment tracker refuses is said once, and its numbers stand in `metrics.jsonl`.
 Called by the controller. TensorBoard's own writer is used, so this imports no torch.
 """
 
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from tracegrad.trainer.errors import TrackingError
+from tracegrad.trainer.trackers import Tracker
+
 Echo = Callable[[str], None]
 
 
 class MetricsLog:
-    """Appends to `<folder>/metrics.jsonl` (flushed to the operating system) and `<folder>/tensorboard/`."""
+    """Appends to `<folder>/metrics.jsonl` (flushed to the operating system), `<folder>/tensorboard/`, and trackers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trackers: Sequence[Tracker] = (), say: Echo = lambda _text: None) -> None:
+        self._trackers, self._say = trackers, say
+        self._silent: set[Tracker] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._board = EventFileWriter(str(folder / "tensorboard"))
@@ -41,12 +47,25 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-        self._board.add_event(_event(int(line["step"]), dict(scalars(line))))
+        step, values = int(line["step"]), dict(scalars(line))
+        self._board.add_event(_event(step, values))
         self._board.flush()
+        self._tell(lambda tracker: tracker.log(step, values))
 
     def close(self) -> None:
-        """Flush and close the TensorBoard file."""
+        """Flush and close the TensorBoard file and the trackers."""
         self._board.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        for tracker in self._trackers:
+            try:
+                what(tracker)
+                self._silent.discard(tracker)
+            except TrackingError as error:
+                if tracker not in self._silent:
+                    self._say(f"{error}; training goes on, metrics.jsonl has the numbers")
+                self._silent.add(tracker)
 
     def _stored(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():

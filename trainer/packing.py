@@ -3,7 +3,8 @@
 Every choice contributes the context it was sampled in (prompt, then its own tokens but the last) and one edge per
 sampled token. Contexts merge where token ids are exactly equal from the start; edges never merge: two identical
 answers stay two sets of edges over the same nodes. A row is the depth-first pre-order of its tree, so that
-"j is i or an ancestor of i" is ``j <= i < end[j]``. Refused: a choice without context. Called by `batches`.
+"j is i or an ancestor of i" is ``j <= i < end[j]``. Refused: a choice without context, a kept set
+without its token. Called by `batches`.
 
 How: distinct contexts in lexicographic order are the depth-first order of their trie, and neighbours share exactly
 their common prefix. Cutting the order into rows costs the common prefix at the cut, computed again; the cuts are
@@ -29,7 +30,8 @@ class Row:
 
     Node i holds `token_ids_T[i]` at position `depth_T[i]`; its subtree is ``i:end_T[i]``. Edge e leads from node
     `edge_parent_E[e]` to the token `edge_token_E[e]`, sampled at `edge_temperature_E[e]`: token
-    `edge_offset_E[e]` of choice `edge_choice_E[e]`, entry `edge_index_E[e]` of the batch's flat `_N` arrays.
+    `edge_offset_E[e]` of choice `edge_choice_E[e]`, entry `edge_index_E[e]` of the batch's flat `_N` arrays. Its
+    kept set is the next `edge_kept_E[e]` ids of `kept_token_K`; 0: the whole vocabulary.
     """
 
     token_ids_T: Ints
@@ -41,6 +43,8 @@ class Row:
     edge_choice_E: Ints
     edge_offset_E: Ints
     edge_index_E: Ints
+    edge_kept_E: Ints
+    kept_token_K: Ints
 
     @property
     def n_nodes(self) -> int:
@@ -90,7 +94,7 @@ def pack(
     count over all of `choices`, also when only some are selected. Deterministic.
 
     Raises:
-        PackingError: a choice has no context, or `row_tokens` is not positive.
+        PackingError: a choice has no context or a wrong kept set, or `row_tokens` is not positive.
     """
     if row_tokens < 1:
         raise PackingError(f"row_tokens is {row_tokens}: a row holds at least one token")
@@ -202,4 +206,22 @@ def _row(
         edge_choice_E=choice_E,
         edge_offset_E=offsets,
         edge_index_E=starts[choice_E] + offsets,
+        edge_kept_E=np.concatenate([_kept_counts(choices[index]) for index in edges]),
+        kept_token_K=np.asarray(
+            [token for index in edges for kept in choices[index].kept_ids or () for token in kept], dtype=np.int64
+        ),
     )
+
+
+def _kept_counts(choice: ChoiceSample) -> Ints:
+    """Return the size of each token's kept set, 0 where the choice was sampled from the whole vocabulary."""
+    if choice.kept_ids is None:
+        return np.zeros(len(choice.token_ids), dtype=np.int64)
+    if len(choice.kept_ids) != len(choice.token_ids):
+        raise PackingError(
+            f"call {choice.call_id}: {len(choice.token_ids)} tokens, but kept sets of {len(choice.kept_ids)}"
+        )
+    for place, (token, kept) in enumerate(zip(choice.token_ids, choice.kept_ids, strict=True)):
+        if token not in kept:
+            raise PackingError(f"call {choice.call_id}: token {place} ({token}) is not in its own kept set")
+    return np.asarray([len(kept) for kept in choice.kept_ids], dtype=np.int64)

@@ -13,6 +13,7 @@ backward makes them, the optimizer steps the masters, and `refresh` rounds them 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -22,9 +23,12 @@ from transformers import AutoModelForCausalLM
 
 from tracegrad.trainer.batches import PackedRow, probe_row
 from tracegrad.trainer.errors import UnsupportedModel
+from tracegrad.trainer.kept_sets import KeptSets, renormalised
 
 Precision = Literal["fp32", "bf16"]
 
+_LOADING = Lock()
+"""transformers patches itself while it loads; two threads at once leave it patched (tied heads come apart)."""
 _UNUSUAL_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -55,8 +59,10 @@ class Policy(nn.Module):
     """Causal LM + value head.
 
     `lm` is any decoder-only Hugging Face model with full attention. `detach_value` keeps the value loss out of the
-    trunk. `slot_chunk`: slots whose logits are held at once.
+    trunk. `slot_chunk`: slots whose logits are held at once. `peft_config`: of an adapter; None, of a full model.
     """
+
+    peft_config: Any = None
 
     def __init__(
         self,
@@ -68,17 +74,23 @@ class Policy(nn.Module):
         slot_chunk: int = 256,
     ) -> None:
         super().__init__()
-        _check_supported(lm)
+        prepare(lm, gradient_checkpointing={"use_reentrant": False} if gradient_checkpointing else None)
+        self._set_up(lm, _take_masters(lm, precision), precision, detach_value, slot_chunk)
+
+    def _set_up(
+        self, lm: Any, masters: dict[str, nn.Parameter], precision: Precision, detach_value: bool, slot_chunk: int
+    ) -> None:
         self.precision: Precision = precision
         self.detach_value = detach_value
         self.slot_chunk = slot_chunk
-        self._masters: dict[str, nn.Parameter] = {}
-        self.lm: Any = self._with_masters(lm.float())
+        self._lm: Any = lm
+        self._masters = masters
         self.value_head = ValueHead(lm.config.hidden_size)
-        _no_dropout(self.lm)
-        if gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.lm.train(gradient_checkpointing)
+
+    @property
+    def lm(self) -> Any:
+        """The language model, ready to compute what this policy says."""
+        return self._lm
 
     @classmethod
     def from_checkpoint(
@@ -96,7 +108,7 @@ class Policy(nn.Module):
         Raises:
             UnsupportedModel: see `verify`.
         """
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        lm = load_language_model(path)
         policy = cls(
             lm,
             precision=precision,
@@ -109,10 +121,13 @@ class Policy(nn.Module):
         return policy
 
     def edge_outputs(self, row: PackedRow, *, with_values: bool = True, with_entropy: bool = False) -> EdgeOutputs:
-        """Return logprobs at each edge's temperature, and if asked values and entropies (nats), all (E,) float32."""
+        """Return logprobs at each edge's temperature, and if asked values and entropies (nats), all (E,) float32.
+
+        Where an edge has a kept set, its logprob and entropy are over that set.
+        """
         hidden_TD = self._hidden(row)
         hidden_SD = hidden_TD[row.slot_parent_S]
-        logprobs_E, entropy_S = self._logprobs(hidden_SD, row, with_entropy)
+        logprobs_E, entropy_E = self._logprobs(hidden_SD, row, with_entropy)
         values_E = None
         if with_values:
             values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
@@ -120,7 +135,7 @@ class Policy(nn.Module):
         return EdgeOutputs(
             logprobs_E=logprobs_E,
             values_E=values_E,
-            entropy_E=None if entropy_S is None else entropy_S[row.edge_slot_E],
+            entropy_E=entropy_E,
         )
 
     # -- weights
@@ -141,8 +156,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters into the weights that compute. Call after every optimizer step or master load."""
-        for name, weight in self.lm.named_parameters():
-            master = self._masters[name]
+        for name, weight in self._lm.named_parameters():
+            master = self._masters.get(name, weight)
             if master is not weight:
                 weight.copy_(master)
 
@@ -184,7 +199,8 @@ class Policy(nn.Module):
         config = self.lm.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        weights = sum(p.numel() for name, p in self._masters.items() if "embed" not in name and "lm_head" not in name)
+        outside = ("embed", "lm_head", "lora_")
+        weights = sum(p.numel() for name, p in self._lm.named_parameters() if not any(part in name for part in outside))
         return float(per_pair) / weights
 
     @property
@@ -210,6 +226,7 @@ class Policy(nn.Module):
         """Chunk by slots; edges follow their slots, then return to the row's order."""
         order_E = torch.argsort(row.edge_slot_E, stable=True)
         slot_E, token_E = row.edge_slot_E[order_E], row.edge_token_E[order_E]
+        kept = KeptSets.of_row(row.edge_kept_E, row.kept_token_K, order_E)
         bounds = range(0, hidden_SD.shape[0], self.slot_chunk)
         firsts = torch.searchsorted(slot_E, torch.tensor([*bounds, hidden_SD.shape[0]], device=slot_E.device)).tolist()
         logprobs, entropies = [], []
@@ -221,42 +238,41 @@ class Policy(nn.Module):
                 row.slot_temperature_S[chunk],
                 slot_E[edges] - first,
                 token_E[edges],
-                with_entropy,
+                None if kept is None else kept.between(edges.start, edges.stop),
             )
             if torch.is_grad_enabled():
-                logprob_e, entropy_s = checkpoint(self._chunk, *arguments, use_reentrant=False)
+                logprob_e, entropy_e = checkpoint(
+                    self._chunk, *arguments, with_entropy=with_entropy, use_reentrant=False
+                )
             else:
-                logprob_e, entropy_s = self._chunk(*arguments)
+                logprob_e, entropy_e = self._chunk(*arguments, with_entropy=with_entropy)
             logprobs.append(logprob_e)
-            entropies.append(entropy_s)
-        sorted_E = torch.cat(logprobs) if logprobs else hidden_SD.new_zeros(0, dtype=torch.float32)
-        logprobs_E = torch.empty_like(sorted_E).index_copy(0, order_E, sorted_E)
-        return logprobs_E, torch.cat(entropies) if with_entropy and entropies else None
+            entropies.append(entropy_e)
+
+        def in_row_order(parts: list[Tensor]) -> Tensor:
+            sorted_E = torch.cat(parts) if parts else hidden_SD.new_zeros(0, dtype=torch.float32)
+            return torch.empty_like(sorted_E).index_copy(0, order_E, sorted_E)
+
+        return in_row_order(logprobs), in_row_order(entropies) if with_entropy else None
 
     def _chunk(
-        self, hidden_SD: Tensor, temperature_S: Tensor, slot_E: Tensor, token_E: Tensor, with_entropy: bool
+        self,
+        hidden_SD: Tensor,
+        temperature_S: Tensor,
+        slot_E: Tensor,
+        token_E: Tensor,
+        kept: KeptSets | None,
+        *,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         logits_SV = head(hidden_SD).float() / temperature_S[:, None]
         logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
-        entropy_S = -(logprobs_SV.exp() * logprobs_SV).sum(-1) if with_entropy else None
-        return logprobs_SV[slot_E, token_E], entropy_S
-
-    # -- construction
-
-    def _with_masters(self, lm: Any) -> Any:
-        if self.precision == "fp32":
-            self._masters = dict(lm.named_parameters())
-            return lm
-        self._masters = {
-            name: nn.Parameter(parameter.detach().clone(), requires_grad=True)
-            for name, parameter in lm.named_parameters()
-        }
-        for name, weight in lm.named_parameters():
-            # Weights only: `lm.to(bfloat16)` would also round the rotary frequencies, which vLLM keeps in float32.
-            weight.data = weight.data.to(torch.bfloat16)
-            weight.register_post_accumulate_grad_hook(_into_master(self._masters[name]))
-        return lm
+        logprobs_E = logprobs_SV[slot_E, token_E]
+        entropy_E = -(logprobs_SV.exp() * logprobs_SV).sum(-1)[slot_E] if with_entropy else None
+        if kept is not None and kept.token_K.numel():
+            return renormalised(logprobs_SV, slot_E, logprobs_E, entropy_E, kept)
+        return logprobs_E, entropy_E
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -280,6 +296,52 @@ class Policy(nn.Module):
                 f"{self.lm.config.model_type}: packed and plain log-probabilities differ by {worst:.3g} nats; "
                 "its attention ignores the ancestry mask, or its head does more than a linear map"
             )
+
+
+def load_language_model(path: str | Path) -> Any:
+    """Load a folder in Hugging Face format, in float32 with `sdpa` attention."""
+    with _LOADING:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> None:
+    """Take dropout out of a language model, and have it recompute its layers' activations where asked to.
+
+    Raises:
+        UnsupportedModel: its attention or head is not what packed rows are evaluated with.
+    """
+    _check_supported(lm)
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if gradient_checkpointing is not None:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(gradient_checkpointing))
+    lm.train(gradient_checkpointing is not None)
+
+
+def _take_masters(lm: Any, precision: Precision) -> dict[str, nn.Parameter]:
+    """Return the float32 parameters to train, by the LM's names; its weights are then what the precision says."""
+    lm.float()
+    if precision == "fp32":
+        return dict(lm.named_parameters())
+    masters = {
+        name: nn.Parameter(parameter.detach().clone(), requires_grad=True) for name, parameter in lm.named_parameters()
+    }
+    round_weights(lm)
+    for name, weight in lm.named_parameters():
+        weight.register_post_accumulate_grad_hook(_into_master(masters[name]))
+    return masters
+
+
+def round_weights(lm: Any) -> None:
+    """Round the weights, and only these: `lm.to(bfloat16)` would also round the rotary frequencies.
+
+    vLLM keeps those in float32.
+    """
+    for weight in lm.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
 
 
 def _into_master(master: nn.Parameter) -> Any:
@@ -309,14 +371,6 @@ def _check_supported(lm: Any) -> None:
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if types != {"full_attention"} or sliding is not None:
         raise UnsupportedModel(f"{config.model_type}: only full attention can be packed; it has {sorted(types)}")
-
-
-def _no_dropout(lm: Any) -> None:
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _same_names(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,9 @@
 Order: proximal logprobs and values of every sampled token under the weights the step starts with (with one update and
 no critic that pass is the update's own forward: nothing is computed twice); credit per choice; then `epochs` x
 `minibatches` updates over packed rows, each loss divided by the count of trained tokens of its minibatch, whatever
-rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite,
-nothing to train, and rows that do not select every trained token exactly once per epoch (law 5).
+rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite, a
+gradient that explodes, an update in which every token is rejected, nothing to train, and rows that do not select every
+trained token exactly once per epoch (law 5).
 Everything random comes from the plan's seed. Called by the learner.
 """
 
@@ -12,73 +13,25 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tracegrad.tracestore.config import TrainerConfig
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
-from tracegrad.trainer.credit import (
-    behaviour_logprobs,
-    choice_returns,
-    gae_advantages,
-    group_advantages,
-    normalise,
-    run_returns,
-    spread,
-    token_starts,
-)
+from tracegrad.trainer.corrections import KEPT, rejection_reasons
+from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, token_starts
 from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
-from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
+from tracegrad.trainer.losses import kl_estimate, objective
 from tracegrad.trainer.packing import Packing, pack
-from tracegrad.trainer.policy import EdgeOutputs, Policy
+from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.refusals import StepHistory
 from tracegrad.trainer.samples import ChoiceSample, Samples
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Credit:
-    """Advantages (and, with a critic, value targets) per trained token; `counts` go into the metrics."""
-
-    returns_B: Floats
-    advantages_N: Floats
-    targets_N: Floats | None
-    counts: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Fixed:
-    """What stays the same through all updates of a step, (N,) float32. Critic and reference may be absent."""
-
-    behaviour: Tensor
-    proximal: Tensor | None
-    """None: the policy that is being differentiated is the one the step starts with."""
-    advantages: Tensor
-    targets: Tensor | None
-    old_values: Tensor | None
-    reference: Tensor | None
-
-    def inputs(self, index_E: Tensor, logprobs_E: Tensor, values_E: Tensor | None) -> LossInputs:
-        """Gather one row's share."""
-
-        def at(tensor_N: Tensor | None) -> Tensor | None:
-            return None if tensor_N is None else tensor_N[index_E]
-
-        return LossInputs(
-            policy_logprobs_E=logprobs_E,
-            behaviour_logprobs_E=self.behaviour[index_E],
-            advantages_E=self.advantages[index_E],
-            proximal_logprobs_E=logprobs_E.detach() if self.proximal is None else self.proximal[index_E],
-            reference_logprobs_E=at(self.reference),
-            values_E=values_E,
-            old_values_E=at(self.old_values),
-            targets_E=at(self.targets),
-        )
+from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
 
 class PpoStep:
@@ -89,8 +42,8 @@ class PpoStep:
     ) -> None:
         self._policy, self._optimizer, self._reference = policy, optimizer, reference
         self._config = config
-        self._critic = config.algorithm.advantage == "gae"
-        self._settings = LossSettings.from_config(config.algorithm)
+        self._critic = config.algorithm.credit.advantage == "gae"
+        self._penalised = config.algorithm.loss.kl_coef > 0.0 and config.algorithm.loss.kl_in == "reward"
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
         """Lay choices into rows of the configured length."""
@@ -109,26 +62,36 @@ class PpoStep:
 
     @property
     def needs_proximal(self) -> bool:
-        """Whether `run` needs an evaluation beforehand: a critic's values, or logprobs that outlive an update."""
-        return self._critic or self._config.optimizer.epochs * self._config.optimizer.minibatches > 1
+        """Whether `run` needs an evaluation beforehand: a critic's values, a penalty in the reward, or logprobs that
+        outlive an update.
+        """
+        updates = self._config.optimizer.epochs * self._config.optimizer.minibatches
+        return self._critic or self._penalised or updates > 1
 
     def run(
-        self, plan: BatchPlan, samples: Samples, proximal: Evaluation | None, *, version_id: int | None
+        self,
+        plan: BatchPlan,
+        samples: Samples,
+        proximal: Evaluation | None,
+        *,
+        version_id: int | None,
+        history: StepHistory | None = None,
     ) -> dict[str, Any]:
         """Update the weights once through the step; return its metrics.
 
         `proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
-        `needs_proximal`.
+        `needs_proximal`. `history`: of the steps before, to refuse a gradient that explodes.
 
         Raises:
             StepRefused: see the module.
         """
         started = time.monotonic()
         choices = samples.choices
-        credit = self.credit(samples, proximal)
+        reference_N = self._reference_logprobs(choices)
+        credit = self.credit(samples, proximal, reference_N)
         packing = self.pack(choices)
-        fixed = self._fixed(samples, proximal, credit)
-        seen = _Seen(len(fixed.behaviour))
+        fixed = self._fixed(samples, proximal, reference_N, credit)
+        seen = Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
         parts = self._config.optimizer.minibatches
         updates = self._config.optimizer.epochs * parts
@@ -140,23 +103,28 @@ class PpoStep:
                 rows = [[packed_row(row) for row in part.rows] for part in packings]
                 _check_mask(plan.step, [row for part in rows for row in part], samples)
                 for part in rows:
-                    facts = self._update(plan.step, part, fixed, seen)
+                    facts = self._update(plan.step, Minibatch.of(part), fixed, seen, history or StepHistory())
         arrays = StepArrays(
             starts=token_starts(choices),
-            returns_B=credit.returns_B,
+            credit=credit,
             behaviour_N=behaviour_logprobs(choices),
             proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
             policy_N=seen.policy_N,
-            advantages_N=credit.advantages_N,
+            reference_N=reference_N,
             entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
+            ratio_N=seen.ratio_N,
+            clipped_N=seen.clipped_N,
+            dual_clipped_N=seen.dual_clipped_N,
+            weight_N=seen.weight_N,
+            rejected_N=seen.rejected_N,
+            reasons=rejection_reasons(self._config.algorithm.correction),
+            version_ages=samples.version_ages,
             values_N=seen.values_N if self._critic else None,
             old_values_N=None if proximal is None else proximal.values_N,
-            targets_N=credit.targets_N,
         )
         return {
-            **step_metrics(choices, arrays, self._config.algorithm, version_id),
+            **step_metrics(choices, arrays, version_id),
             **facts,
-            **credit.counts,
             "updates": updates,
             "tokens_computed": packing.stats.n_nodes,
             "tokens_unique": packing.stats.n_unique,
@@ -164,30 +132,19 @@ class PpoStep:
             "seconds": {"update": time.monotonic() - started},
         }
 
-    def credit(self, samples: Samples, proximal: Evaluation | None) -> Credit:
-        """Turn rewards into advantages: GAE over the critic's values, or group-relative."""
+    def credit(self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None = None) -> Credit:
+        """Turn rewards into advantages, with the critic's values where there is one.
+
+        With `kl_in: reward` each token's reward is less by its KL penalty, of the weights that the step starts with.
+        """
         algorithm = self._config.algorithm
-        starts = token_starts(samples.choices)
-        returns_B = choice_returns(samples.choices, samples.rewards, algorithm.reward_weights)
-        if self._critic:
-            values_N = _present(None if proximal is None else proximal.values_N)
-            gae = gae_advantages(returns_B, values_N, starts, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
-            advantages_N = normalise(gae.advantages_N) if algorithm.normalise_std else gae.advantages_N
-            return Credit(returns_B=returns_B, advantages_N=advantages_N, targets_N=gae.targets_N, counts={})
-        grouped = group_advantages(
-            samples.choices,
-            returns_B,
-            run_returns(samples.rewards, algorithm.reward_weights),
-            samples.run_groups,
-            normalise_std=algorithm.normalise_std,
-        )
-        names = ("n_cells", "n_single_cells", "n_zero_variance", "n_lone_runs")
-        return Credit(
-            returns_B=returns_B,
-            advantages_N=spread(grouped.advantages_B, starts),
-            targets_N=None,
-            counts={name: int(getattr(grouped, name)) for name in names},
-        )
+        values_N = _present(None if proximal is None else proximal.values_N) if self._critic else None
+        penalties_N = None
+        if self._penalised:
+            sampled_N = torch.from_numpy(_present(None if proximal is None else proximal.logprobs_N))
+            other_N = torch.from_numpy(_present(reference_N))
+            penalties_N = -algorithm.loss.kl_coef * kl_estimate(algorithm.loss.kl_estimator, sampled_N, other_N).numpy()
+        return assign(samples, algorithm.credit, values_N, penalties_N)
 
     # -- inside
 
@@ -196,35 +153,45 @@ class PpoStep:
         n_tokens = int(token_starts(choices)[-1])
         return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
 
-    def _fixed(self, samples: Samples, proximal: Evaluation | None, credit: Credit) -> _Fixed:
-        old_values_N = None if proximal is None else proximal.values_N
-        reference_N = None
-        if self._reference is not None:
-            reference_N = self._evaluate_with(self._reference, samples.choices, full=False).logprobs_N
-        return _Fixed(
-            behaviour=_float32(behaviour_logprobs(samples.choices)),
-            proximal=None if proximal is None else _float32(proximal.logprobs_N),
-            advantages=_float32(credit.advantages_N),
-            targets=None if credit.targets_N is None else _float32(credit.targets_N),
-            old_values=None if old_values_N is None else _float32(old_values_N),
-            reference=None if reference_N is None else _float32(reference_N),
+    def _reference_logprobs(self, choices: Sequence[ChoiceSample]) -> Floats | None:
+        return None if self._reference is None else self._evaluate_with(self._reference, choices, full=False).logprobs_N
+
+    def _fixed(
+        self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None, credit: Credit
+    ) -> Fixed:
+        return Fixed(
+            lengths=torch.tensor([len(choice.token_ids) for choice in samples.choices]),
+            behaviour=torch.from_numpy(behaviour_logprobs(samples.choices)).float(),
+            proximal=None if proximal is None else float32(proximal.logprobs_N),
+            advantages=torch.from_numpy(credit.advantages_N).float(),
+            targets=float32(credit.targets_N),
+            old_values=None if proximal is None else float32(proximal.values_N),
+            reference=float32(reference_N),
         )
 
-    def _update(self, step: int, rows: Sequence[PackedRow], fixed: _Fixed, seen: "_Seen") -> dict[str, Any]:
-        """One optimizer step over the rows of a minibatch; the weights change only if everything is finite."""
-        n_tokens = sum(row.n_edges for row in rows)
-        total = 0.0
+    def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen, history: StepHistory) -> dict[str, Any]:
+        """One optimizer step over a minibatch; the weights change only if everything is finite, something counts."""
+        total, n_rejected = 0.0, 0
+        algorithm = self._config.algorithm
+        with_entropy = fixed.proximal is None or algorithm.loss.entropy_coef > 0.0
         self._policy.zero_grads()
-        for row in rows:
-            outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=fixed.proximal is None)
-            inputs = fixed.inputs(row.edge_index_E, outputs.logprobs_E, outputs.values_E)
-            loss = ppo_loss(inputs, self._settings).total_sum / n_tokens
-            loss.backward()
-            total += float(loss.detach())
-            seen.note(row.edge_index_E, outputs)
+        for row in batch.rows:
+            outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=with_entropy)
+            loss = objective(fixed.inputs(row, outputs, batch, algorithm.loss), algorithm)
+            loss.total.backward()
+            total += float(loss.total.detach())
+            n_rejected += int((loss.correction.rejected_E != KEPT).sum())
+            seen.note(row, outputs, loss)
+        if n_rejected == batch.n_tokens:
+            raise StepRefused(
+                f"step {step}: all {n_rejected} tokens of an update are rejected by trainer.algorithm.correction: "
+                "the engine's logprobs and the trainer's are too far apart, or the bounds too narrow "
+                "(`logprob_abs_diff` in metrics.jsonl tells); the weights are unchanged"
+            )
         norm = self._clip_grads()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
+        history.check_norm(step, norm, max_grad_norm=self._config.optimizer.max_grad_norm, config=algorithm.refuse)
         lr = self._set_learning_rates(step)
         self._optimizer.step()
         self._policy.zero_grads()
@@ -256,20 +223,6 @@ class PpoStep:
                 self._policy.zero_grads()
                 if kept is not None:
                     kept.restore()
-
-
-class _Seen:
-    """What the training passes computed, (N,), of each token's last one; NaN where nothing did."""
-
-    def __init__(self, n_tokens: int) -> None:
-        self.policy_N, self.values_N, self.entropy_N = (np.full(n_tokens, np.nan) for _ in range(3))
-
-    def note(self, index_E: Tensor, outputs: EdgeOutputs) -> None:
-        """Keep one row's outputs, detached."""
-        arrays = (self.policy_N, self.values_N, self.entropy_N)
-        for array_N, tensor_E in zip(arrays, (outputs.logprobs_E, outputs.values_E, outputs.entropy_E), strict=True):
-            if tensor_E is not None:
-                array_N[index_E.numpy()] = tensor_E.detach().double().numpy()
 
 
 class _Snapshot:
@@ -307,9 +260,5 @@ def _check_mask(step: int, rows: Sequence[PackedRow], samples: Samples) -> None:
 
 def _present(values: Floats | None) -> Floats:
     if values is None:
-        raise StepRefused("the proximal evaluation lacks values or entropies: call evaluate(..., full=True)")
+        raise StepRefused("the step lacks values, entropies or reference logprobs: call evaluate(..., full=True)")
     return values
-
-
-def _float32(values: Floats) -> Tensor:
-    return torch.from_numpy(values).float()

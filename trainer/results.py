@@ -32,3 +32,17 @@ class Saved:
     checkpoint: Checkpoint
     previous: tuple[Scored, ...] = ()
     new: tuple[Scored, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a group wrote of one model into a folder that is not a checkpoint yet.
+
+    `digests`: sha256 by file name in the model's folder, of the files that were hashed on the way; `facts`: for the
+    manifest; the scores as in `Saved`.
+    """
+
+    digests: Mapping[str, str]
+    facts: Mapping[str, Any]
+    previous: tuple[Scored, ...] = ()
+    new: tuple[Scored, ...] = ()

@@ -9,8 +9,8 @@ the learner with the runs of one lease.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tracegrad.tracestore.reasons import (
@@ -35,6 +35,8 @@ from tracegrad.tracestore.reasons import (
 from tracegrad.tracestore.records import Call, Choice, Consumption, LeaseRule, Reward, RunTrace, Span
 from tracegrad.tracestore.rules import reward_counts, wrong_owner
 from tracegrad.trainer.errors import SampleError
+from tracegrad.trainer.returns import Scope, reached_calls
+from tracegrad.trainer.run_graph import RunGraph, run_graph
 
 MIN_TEMPERATURE = 0.01
 """Below this a call counts as greedy: vLLM clamps smaller temperatures, so the recorded one was not used."""
@@ -61,6 +63,9 @@ class ChoiceSample:
 
     Invariants: ``len(prompt_ids) >= 1``, ``len(token_ids) == len(behaviour_logprobs) >= 1``, every logprob finite,
     `temperature` >= MIN_TEMPERATURE. `behaviour_logprobs` are at `temperature`, as recorded when sampled (nats).
+    `kept_ids`: for each sampled token the ids that top-p and top-k left, over which its logprob is normalised, the
+    token among them; None: the whole vocabulary. `version_spans`: (first token, policy version) in ascending order
+    where the weights were exchanged while the choice was sampled; empty: all tokens are `version_id`'s.
     """
 
     run_id: str
@@ -76,6 +81,16 @@ class ChoiceSample:
     temperature: float
     finish_reason: str
     version_id: int
+    kept_ids: tuple[tuple[int, ...], ...] | None = None
+    version_spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def token_versions(self) -> tuple[int, ...]:
+        """The policy version of each sampled token."""
+        versions = [self.version_id] * len(self.token_ids)
+        for first, version_id in self.version_spans:
+            versions[first:] = [version_id] * (len(versions) - first)
+        return tuple(versions)
 
     @property
     def group_key(self) -> str:
@@ -89,13 +104,17 @@ class Samples:
 
     `choices` follow the order of the traces, then of the calls in them, then the choice index. `consumption` has
     one entry per recorded choice, in the same order. `rewards` holds the counted rewards of every run that did not
-    fail (also of those without a trainable choice: they belong to the statistics of their group).
+    fail (also of those without a trainable choice: they belong to the statistics of their group), `graphs` the run
+    graph over all calls of such a run, whatever their model. `version_ages`: policy version -> how many steps before
+    the weights that are about to be trained it was made; empty where nobody asked (see `staleness`).
     """
 
     choices: tuple[ChoiceSample, ...]
     consumption: tuple[Consumption, ...]
     rewards: Mapping[str, tuple[Reward, ...]]
     run_groups: Mapping[str, str]
+    graphs: Mapping[str, RunGraph]
+    version_ages: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def n_trained_tokens(self) -> int:
@@ -105,18 +124,28 @@ class Samples:
     @property
     def excluded_tokens(self) -> dict[str, int]:
         """Exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
-        totals: dict[str, int] = {}
-        for entry in self.consumption:
-            if entry.reason is not None:
-                totals[entry.reason] = totals.get(entry.reason, 0) + entry.excluded_tokens
-        return totals
+        return _by_reason(self.consumption)
+
+    def excluded_tokens_of(self, role: str) -> dict[str, int]:
+        """As `excluded_tokens`, of the calls of one role in the runs that did not fail."""
+        calls = {node.call_id for graph in self.graphs.values() for node in graph.nodes if node.role == role}
+        return _by_reason(entry for entry in self.consumption if entry.call_id in calls)
 
 
-def build_batch(traces: Sequence[RunTrace], rule: LeaseRule) -> Samples:
+def _by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for entry in consumption:
+        if entry.reason is not None:
+            totals[entry.reason] = totals.get(entry.reason, 0) + entry.excluded_tokens
+    return totals
+
+
+def build_batch(traces: Sequence[RunTrace], rule: LeaseRule, *, scope: Scope = "call") -> Samples:
     """Turn the traces of a lease into samples of the rule's model.
 
-    `rule` is what they were leased by: the calls and rewards that count there count here. The order of `traces` is the
-    order of the plan and is kept.
+    `rule` is what they were leased by: the calls and rewards that count there count here. `scope`: how far a reward
+    reaches (see `returns`); a call that none reaches is excluded. The order of `traces` is the order of the plan and
+    is kept.
 
     Raises:
         SampleError: an open or eval run, or two current rewards of one name on one target.
@@ -125,16 +154,20 @@ def build_batch(traces: Sequence[RunTrace], rule: LeaseRule) -> Samples:
     consumption: list[Consumption] = []
     rewards: dict[str, tuple[Reward, ...]] = {}
     run_groups: dict[str, str] = {}
+    graphs: dict[str, RunGraph] = {}
     for trace in traces:
         _check_run(trace)
         run_id = trace.run.run_id
         counted = counted_rewards(trace, rule)
+        graph = run_graph(trace)
+        reached = reached_calls(graph, counted, scope)
         if trace.run.status == "closed":
             rewards[run_id] = counted
+            graphs[run_id] = graph
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
-                reason = exclusion(trace, call, choice, rule, counted)
+                reason = exclusion(trace, call, choice, rule, reached)
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -148,7 +181,13 @@ def build_batch(traces: Sequence[RunTrace], rule: LeaseRule) -> Samples:
                 )
                 if reason is None:
                     choices.append(_sample(trace, call, choice))
-    return Samples(choices=tuple(choices), consumption=tuple(consumption), rewards=rewards, run_groups=run_groups)
+    return Samples(
+        choices=tuple(choices),
+        consumption=tuple(consumption),
+        rewards=rewards,
+        run_groups=run_groups,
+        graphs=graphs,
+    )
 
 
 def counted_rewards(trace: RunTrace, rule: LeaseRule) -> tuple[Reward, ...]:
@@ -173,23 +212,18 @@ def counted_rewards(trace: RunTrace, rule: LeaseRule) -> tuple[Reward, ...]:
     return tuple(counted)
 
 
-def reaches(reward: Reward, *, role: str | None, call_id: str) -> bool:
-    """Say whether a reward of the run is credit of this call: on the run, on its own role, or on itself."""
-    if reward.call_id is not None:
-        return reward.call_id == call_id
-    return reward.role is None or reward.role == role
+def exclusion(trace: RunTrace, call: Call, choice: Choice, rule: LeaseRule, reached: Container[str]) -> str | None:
+    """Return why the choice must not train, or None. The first reason that holds is the one counted.
 
-
-def exclusion(trace: RunTrace, call: Call, choice: Choice, rule: LeaseRule, rewards: Sequence[Reward]) -> str | None:
-    """Return why the choice must not train, or None. The first reason that holds is the one counted."""
-    role = call.attribution.role
+    `reached`: the calls that a counted reward reaches (`returns.reached_calls`).
+    """
     return (
         wrong_owner(rule, call)
         or (RUN_FAILED if trace.run.status == "failed" else None)
         or _bad_call(call, choice)
         or _bad_tokens(call, choice)
         or _not_a_sample_of_the_policy(call, choice)
-        or (None if any(reaches(r, role=role, call_id=call.call_id) for r in rewards) else NO_REWARD)
+        or (None if call.call_id in reached else NO_REWARD)
         or (SUPERSEDED if any(other.retry_of == call.call_id for other in trace.calls) else None)
     )
 

@@ -1,9 +1,10 @@
 """What is in a checkpoint folder: the model in Hugging Face format, and the state that lets training go on exactly.
 
 At the top, `model.safetensors` in the serving dtype (each value the rounded float32 master), `config.json`, and the
-base's tokenizer files: vLLM and transformers load the folder as it is. Under `trainer_state/`: the value head, AdamW's
-two moments and step counts, and, where the serving dtype is not float32, the masters. No generator state: whatever is
-random in a step is drawn from the seed of its plan, which commits with the lease.
+base's tokenizer files: vLLM and transformers load the folder as it is. Of an adapter, `adapter_model.safetensors` and
+`adapter_config.json`, as peft saves it and vLLM loads it beside the base. Under `trainer_state/`: the value head,
+AdamW's two moments and step counts, and, where the serving dtype is not float32, the masters. No generator state:
+whatever is random in a step is drawn from the seed of its plan, which commits with the lease.
 Refuses a state of another model. Called by the learner; `tracegrad.trainer.checkpoints` knows the folder around it.
 """
 
@@ -24,6 +25,7 @@ from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.tensor_files import write_tensors
 
 MODEL = "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VALUE_HEAD = f"{STATE_FOLDER}/value_head.safetensors"
 MASTERS = f"{STATE_FOLDER}/masters.safetensors"
 MOMENTS = {name: f"{STATE_FOLDER}/{name}.safetensors" for name in ("exp_avg", "exp_avg_sq")}
@@ -51,7 +53,9 @@ def named_masters(policy: Policy) -> dict[str, torch.nn.Parameter]:
 
 
 def save_serving(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> dict[str, str]:
-    """Write what the engine loads; return the sha256 of the weights by file name."""
+    """Write what the engine loads, a model or an adapter; return the sha256 of the weights by file name."""
+    if policy.peft_config is not None:
+        return _save_adapter(folder, policy, dtype, base)
     config = copy.deepcopy(policy.lm.config)
     config.dtype = dtype
     config.architectures = config.architectures or [type(policy.lm).__name__]
@@ -86,8 +90,8 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     Raises:
         UnsupportedModel: the folder holds another model's tensors.
     """
-    masters = folder / MASTERS
-    policy.load_lm_state(load_file(masters if masters.exists() else folder / MODEL))
+    masters, served = folder / MASTERS, folder / (MODEL if policy.peft_config is None else ADAPTER)
+    policy.load_lm_state(load_file(masters if masters.exists() else served))
     policy.load_value_state(load_file(folder / VALUE_HEAD))
     parameters = named_masters(policy)
     steps: dict[str, int] = json.loads((folder / STEPS).read_text())
@@ -121,3 +125,11 @@ def check_names(base: Path, policy: Policy) -> None:
             f"{base}: its safetensors files lack {missing[:3]} that the loaded model has; "
             "save the model in plain Hugging Face safetensors format first"
         )
+
+
+def _save_adapter(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> dict[str, str]:
+    """In peft's format, its sets in a fixed order: equal adapters have equal files."""
+    config = {**policy.peft_config.to_dict(), "base_model_name_or_path": str(base), "inference_mode": True}
+    stated = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True))
+    return {ADAPTER: write_tensors(folder / ADAPTER, policy.lm_state(), dtype)}

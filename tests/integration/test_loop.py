@@ -67,7 +67,7 @@ def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
             "output": str(folder),
             "precision": "fp32",
             "threads": 1,
-            "algorithm": {"advantage": advantage},
+            "algorithm": {"credit": {"advantage": advantage}},
             "optimizer": {"lr": 4e-4, "critic_lr": 3e-3, "epochs": 2, "minibatches": 4},
             "batch": {"groups": GROUPS, "max_staleness": 1},
             "publish": {"probe_bound": 1e-4, "probe_tokens": 64},
@@ -89,12 +89,12 @@ def _command(*parts: str) -> list[str]:
     return [sys.executable, "-m", "tracegrad.adapters.cli", *parts]
 
 
-@pytest.fixture(scope="module", params=["gae", "group"])
+@pytest.fixture(scope="module", params=["gae", "grpo"])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> Iterator[Trained]:
     """Run the loop to its last step."""
-    advantage: Literal["gae", "group"] = request.param
+    advantage: Literal["gae", "grpo"] = request.param
     folder = tmp_path_factory.mktemp(f"loop-{advantage}")
     config = folder / "tracegrad.yaml"
     config.write_text(yaml.safe_dump(_configuration(folder, tiny_model, advantage)))

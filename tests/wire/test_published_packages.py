@@ -23,6 +23,7 @@ from tracegrad.tracestore.config import parse_config
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.records import RunTrace
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.run_graph import run_graph
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "support" / "published"
 HOW = ("hook", "langsmith")
@@ -102,6 +103,14 @@ def edge_names(trace: RunTrace) -> set[tuple[str, str]]:
     return {(named[edge.source], named[edge.target]) for edge in edges(trace.spans)}
 
 
+def check_chain(trace: RunTrace) -> None:
+    """The calls follow one another, each on all before it: what the last one earns is credit of every call."""
+    graph = run_graph(trace)
+    place = graph.index()
+    following = [graph.descendants[place[each.call_id]].bit_count() for each in trace.calls]
+    assert following == list(range(len(trace.calls)))[::-1]
+
+
 def check_whole(trace: RunTrace, how: str) -> None:
     """Every call is exact, in the run, of a role, under a span that is known, by the source that was there."""
     assert (trace.run.status, trace.run.error) == ("closed", None)
@@ -120,6 +129,7 @@ def test_create_agent(run: Any, how: str) -> None:
     assert printed.strip() == "2 million live there"
     check_whole(trace, how)
     assert [each.attribution.role for each in trace.calls] == ["clerk", "clerk"]
+    check_chain(trace)
     assert {("model", "tools"), ("tools", "model")} <= edge_names(trace)
     (tool,) = [span for span in trace.spans if span.kind == "tool"]
     assert (tool.name, tool.input, tool.output) == ("population", {"city": "Paris"}, "Paris: 2 million")
@@ -132,6 +142,7 @@ def test_langgraph_supervisor(run: Any, how: str) -> None:
     assert printed.strip() == "it is 7"
     check_whole(trace, how)
     assert [each.attribution.role for each in trace.calls] == ["supervisor", "adder", "adder", "supervisor"]
+    check_chain(trace)
     assert {("supervisor", "adder"), ("adder", "supervisor")} <= edge_names(trace)
     tools = {span.name: span for span in trace.spans if span.kind == "tool"}
     assert set(tools) == {"transfer_to_adder", "add"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tracegrad.tracestore import config
+from tracegrad.tracestore import algorithm, config
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("tracestore", "adapters", "trainer")
@@ -72,7 +72,14 @@ def test_names_that_mean_nothing_are_not_used() -> None:
 
 @pytest.mark.parametrize(
     "section",
-    [s for s in vars(config).values() if isinstance(s, type) and issubclass(s, msgspec.Struct)],
+    sorted(
+        {
+            s
+            for s in [*vars(config).values(), *vars(algorithm).values()]
+            if isinstance(s, type) and issubclass(s, msgspec.Struct)
+        },
+        key=lambda s: s.__name__,
+    ),
     ids=lambda s: s.__name__,
 )
 def test_configuration_sections_are_small(section: type[msgspec.Struct]) -> None:

@@ -32,11 +32,48 @@ def test_what_is_printed_reads_back_equal() -> None:
         ({"trainer": {"model": "smal"}}, "did you mean small"),
         ({"roles": {"planner": "smalll"}}, "did you mean small"),
         ({"trainer": {"model": "small", "steps": "ten"}}, "Expected `int`"),
+        ({"trainer": {"algorithm": {"clip_low": 0.1}}}, "`clip_low`.*it stands under `trainer.algorithm.loss`"),
+        ({"trainer": {"algorithm": {"loss": {"cliplow": 0.1}}}}, "did you mean clip_low"),
+        ({"trainer": {"algorithm": {"advantage": "grpo"}}}, "it stands under `trainer.algorithm.credit`"),
+        ({"trainer": {"algorithm": {"credit": {"gamma": 1.5}}}}, "<= 1.0 - at `\\$.trainer.algorithm.credit.gamma`"),
+        ({"trainer": {"roles": {}}}, "it stands at the top"),
+        ({"trainer": {"dtype": "float32"}}, "it stands under `models.NAME.engine`"),
+        ({"trainer": {"algorithm": {"loss": {"clip_low": -0.1}}}}, ">= 0.0 - at `\\$.trainer.algorithm.loss.clip_low`"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_config({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        (
+            {"loss": {"aggregate": "constant"}},
+            r"trainer.algorithm.loss.aggregate is constant: set loss.aggregate_tokens",
+        ),
+        ({"loss": {"objective": "gpso"}}, "Invalid enum value 'gpso'"),
+        ({"correction": {"anchor": "behaviour"}}, "set correction.weights to off"),
+        ({"correction": {"reject": [{"level": "token"}]}}, r"reject\[0\] has no bound"),
+        ({"correction": {"reject": [{"low": 2.0, "high": 0.5}]}}, r"reject\[0\] keeps nothing"),
+        ({"correction": {"reject": [{"lowest": 2.0}]}}, "did you mean low"),
+    ],
+)
+def test_an_algorithm_that_cannot_be_meant_is_refused(algorithm: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**GOOD, "trainer": {"model": "small", "algorithm": algorithm}})
+
+
+def test_each_objective_has_its_own_bounds_unless_told() -> None:
+    def bounds(**loss: object) -> tuple[float, float]:
+        return parse_config(
+            {**GOOD, "trainer": {"model": "small", "algorithm": {"loss": loss}}}
+        ).trainer.algorithm.loss.bounds
+
+    assert bounds() == (0.2, 0.2)
+    assert bounds(objective="gspo") == (3e-4, 4e-4)
+    assert bounds(objective="cispo", clip_high=1.0) == (1.0, 1.0)
 
 
 def test_sampling_for_an_unknown_role_is_refused() -> None:
@@ -84,7 +121,7 @@ def test_each_replica_has_its_own_url_log_and_number() -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({}, "neither `checkpoint`"),
+        ({}, "neither `checkpoint`.*nor `api`"),
         ({"checkpoint": "w", "replicas": ["http://127.0.0.1:8000/"]}, "names one engine twice"),
         ({"api": API}, "cannot be trained: write `trained: false`"),
         ({"api": API, "trained": False, "checkpoint": "w"}, "so it has no `checkpoint`"),
@@ -143,3 +180,89 @@ def test_the_lease_rule_takes_roles_from_the_map_and_from_the_job() -> None:
     assert (online.roles, online.other_roles, online.models) == (None, ("judge",), ("small",))
     assert offline.models == ("small", "old")
     assert lease_rule(parse_config({**raw, **runs(roles=["planner"])})).roles == ("planner",)
+
+
+BASE = {"checkpoint": "w", "trained": False}
+MODES = {
+    "full sharing": ({"all": {"checkpoint": "w"}}, {"*": "all"}),
+    "partial sharing": (
+        {"thinks": {"checkpoint": "a"}, "writes": {"checkpoint": "b"}},
+        {"planner": "thinks", "critic": "thinks", "writer": "writes"},
+    ),
+    "full separation": (
+        {"p": {"checkpoint": "a"}, "c": {"checkpoint": "b"}, "w": {"checkpoint": "c"}},
+        {"planner": "p", "critic": "c", "writer": "w"},
+    ),
+    "adapter per role": (
+        {"base": BASE, "p": {"adapter": {"of": "base"}}, "c": {"adapter": {"of": "base", "rank": 4}}},
+        {"planner": "p", "critic": "c", "writer": "base"},
+    ),
+}
+"""Mode -> models, roles. In the last one the writer is frozen: served by the base, never trained."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "groups"),
+    [
+        ("full sharing", {"all": ("all",)}),
+        ("partial sharing", {"thinks": ("thinks",), "writes": ("writes",)}),
+        ("full separation", {"p": ("p",), "c": ("c",), "w": ("w",)}),
+        ("adapter per role", {"base": ("p", "c")}),
+    ],
+)
+def test_a_job_trains_what_is_trained_one_group_for_each_model_that_holds_weights(
+    mode: str, groups: dict[str, tuple[str, ...]]
+) -> None:
+    models, roles = MODES[mode]
+    config = parse_config({"models": models, "roles": roles})
+    assert config.worker_groups() == groups
+    assert config.trained_models() == tuple(name for names in groups.values() for name in names)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_trainer_may_take_one_of_several_models_and_says_which_where_there_is_only_one() -> None:
+    models, roles = MODES["partial sharing"]
+    both = parse_config({"models": models, "roles": roles})
+    one = parse_config({"models": models, "roles": roles, "trainer": {"model": "writes"}})
+    assert (both.trainer.model, both.trained_models()) == ("", ("thinks", "writes"))
+    assert one.trained_models() == ("writes",)
+    assert parse_config({"models": {"solo": {"checkpoint": "w"}}}).trainer.model == "solo"
+
+
+def test_an_adapter_is_served_by_the_engines_of_its_base() -> None:
+    engine = {"url": "http://127.0.0.1:8005"}
+    models = {
+        "base": {**BASE, "engine": engine, "replicas": ["http://127.0.0.1:8006"]},
+        "p": {"adapter": {"of": "base"}},
+    }
+    config = parse_config({"models": models, "roles": {"*": "p"}})
+    assert config.models["p"].each_engine() == ()
+    assert [each.engine.url for each in config.engines_of("p")] == ["http://127.0.0.1:8005", "http://127.0.0.1:8006"]
+    assert config.engines_of("p") == config.engines_of("base")
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        (
+            {"base": BASE, "p": {"adapter": {"of": "bas"}}},
+            "models.p.adapter.of names the model 'bas'.*did you mean base",
+        ),
+        ({"base": BASE, "p": {"adapter": {"of": "base", "rnak": 8}}}, "did you mean rank"),
+        ({"base": BASE, "p": {"adapter": {"of": "base", "rank": 0}}}, "Expected `int` >= 1"),
+        ({"base": {"checkpoint": "w"}, "p": {"adapter": {"of": "base"}}}, "write `trained: false` in models.base"),
+        (
+            {"base": BASE, "p": {"adapter": {"of": "base"}, "checkpoint": "w"}},
+            "has `adapter`, so it has no `checkpoint`",
+        ),
+        ({"base": BASE, "p": {"adapter": {"of": "base"}, "trained": False}}, "map its roles to 'base'"),
+        (
+            {"base": BASE, "p": {"adapter": {"of": "base"}}, "q": {"adapter": {"of": "p"}}},
+            "an adapter itself; name what that one lies on, 'base'",
+        ),
+        ({"judge": {"api": API, "trained": False}, "p": {"adapter": {"of": "judge"}}}, "takes no adapter"),
+    ],
+)
+def test_a_wrong_adapter_is_refused(models: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({"models": models})

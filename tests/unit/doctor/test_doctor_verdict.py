@@ -34,7 +34,7 @@ HEALTHY = Report(
     groups=GroupCounts(),
     flat_groups=FlatGroups(),
 )
-GROUPED = JobFacts(job_id="main", model="small", config={"algorithm": {"advantage": "group"}}, rule=None)
+GROUPED = JobFacts(job_id="main", model="small", config={"algorithm": {"credit": {"advantage": "grpo"}}}, rule=None)
 
 
 def job(trained: int = 1_000, **more: Any) -> JobReport:
@@ -261,13 +261,15 @@ def test_each_flaw_has_its_sentence(level: str, code: str, says: str, changes: d
 
 def test_what_does_not_concern_the_job_is_not_said() -> None:
     """Equal rewards matter to group advantages only; drift that token-in mended, or a rare one, is no matter."""
-    gae = replace(GROUPED, config={"algorithm": {"advantage": "gae"}})
+    gae = replace(GROUPED, config={"algorithm": {"credit": {"advantage": "gae"}}})
     rare = [
         drift(None, 99),
         drift("edited", 1),
     ]
     flat = FlatGroups(compared=4, flat=4)
     assert judge(replace(HEALTHY, flat_groups=flat, jobs=[job(job=gae)], drift=rare)) == []
+    older = replace(GROUPED, config={"algorithm": {"advantage": "group"}})
+    assert [one.code for one in judge(replace(HEALTHY, flat_groups=flat, jobs=[job(job=older)]))] == ["zero variance"]
     eval_only = RunCount(purpose="eval", status="closed", runs=5, unrewarded=5, empty=5)
     assert judge(replace(HEALTHY, runs=[eval_only])) == []
 

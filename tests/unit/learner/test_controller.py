@@ -141,6 +141,7 @@ def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure,
     with pytest.raises(StepRefused):
         train(config, store, Refuses(config))
     assert store.last_checkpoint("test") is None
+    assert store.reclaim("test", 60.0) is None, "the lease is returned, so that mended rewards are seen"
 
 
 def test_a_stop_ends_after_the_step_at_hand(configure: Configure, store: Store) -> None:
@@ -194,7 +195,8 @@ def test_the_lease_rule_follows_the_configuration(configure: Configure) -> None:
     rule = lease_rule(configure(batch={"max_staleness": 3, "min_group": 4}))
     assert (rule.roles, rule.max_staleness, rule.min_group, rule.reward_names) == (recorded.ROLES, 3, 1, ())
     grouped = configure(
-        algorithm={"advantage": "group", "reward_weights": {"style": 0.5, "score": 1.0}}, batch={"min_group": 4}
+        algorithm={"credit": {"advantage": "grpo", "reward_weights": {"style": 0.5, "score": 1.0}}},
+        batch={"min_group": 4},
     )
     assert (lease_rule(grouped).min_group, lease_rule(grouped).reward_names) == (4, ("score", "style"))
     assert lease_rule(grouped, offline=True).max_staleness == ANY_STALENESS

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import recorded_runs as recorded
 from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
@@ -152,3 +154,30 @@ def test_a_death_inside_a_publish_is_ended_by_the_next_start(
     assert any("had not finished" in line for line in said)
     assert publishes(store) == [("live", 2)]
     assert [v.step for v in store.list_versions(recorded.MODEL) if v.kind == "step"] == [1, 2]
+
+
+@pytest.mark.parametrize("fresh_groups", [0, 1])
+def test_what_became_too_stale_since_the_lease_is_returned_or_left_out_with_a_count(
+    config: Config, configure: Callable[..., Config], store: Store, engine: LlamaEngine, fresh_groups: int
+) -> None:
+    """A trainer dies after leasing; the next one has a stricter bound. Step 2 is live, step 0 sampled the old runs."""
+    worker = Generates(config, store)
+    run(config, store, engine, worker)
+    initial, *_, live = store.list_versions(recorded.MODEL)
+    for version, count, seed in ((initial, 2 - fresh_groups, 50), (live, fresh_groups, 51)):
+        recorded.fill(
+            store, recorded.recorded_groups(count, score=worker.score, version_id=version.version_id, seed=seed)
+        )
+    lax = replace(lease_rule(config), max_staleness=ANY_STALENESS)
+    assert store.lease("test", lax, groups=2, lease_s=60.0, step=3, epoch=0, seed=1) is not None
+    said = run(configure(steps=3, publish=PUBLISH, keep_checkpoints=1), store, engine, Generates(config, store))
+    expected = "4 of 8 runs became too stale since they were leased and are left out"
+    if not fresh_groups:
+        expected = "8 of 8 runs became too stale since they were leased and are returned"
+    assert any(expected in line for line in said)
+    metrics = store.last_checkpoint("test").metrics  # type: ignore[union-attr]
+    assert (metrics["step"], metrics["runs_stale"]) == (3, 4 * fresh_groups)
+    report = store.consumption("test")
+    assert report.excluded["too stale"] > 0
+    assert report.stored == report.trained + sum(report.excluded.values())
+    assert ("too stale" in metrics["tokens_excluded"]) == bool(fresh_groups)

@@ -18,7 +18,7 @@ from tracegrad.trainer.results import Scored, StepResult
 from tracegrad.trainer.samples import Samples, build_batch
 
 MakeLearner = Callable[..., Learner]
-GROUP = {"algorithm": {"advantage": "group"}}
+GROUP = {"algorithm": {"credit": {"advantage": "grpo"}}}
 
 
 def samples_of(learner: Learner, groups: int = 3, **kwargs: Any) -> tuple[BatchPlan, Samples]:
@@ -40,10 +40,10 @@ def apply(learner: Learner, plan: BatchPlan, samples: Samples, **kwargs: Any) ->
     return learner.step(plan, samples, **{"version_id": 1, **kwargs})
 
 
-@pytest.mark.parametrize("advantage", ["gae", "group"])
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
 def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
     """On-policy: sample a token, reward the lucky one. By chance 1/24; after 25 steps it must exceed 3/4."""
-    made = learner(algorithm={"advantage": advantage}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
+    made = learner(algorithm={"credit": {"advantage": advantage}}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
     prompt = (3, 4, 5)
     generator = torch.Generator().manual_seed(0)
 
@@ -107,6 +107,21 @@ def test_the_loss_is_a_mean_over_all_trained_tokens(learner: MakeLearner) -> Non
     starts = token_starts(samples.choices)
     assert metrics["tokens_trained"] == starts[-1] == samples.n_trained_tokens
     assert sum(role["tokens_trained"] for role in metrics["roles"].values()) == starts[-1]
+
+
+def test_the_metrics_count_what_was_compared_for_all_and_each_role(learner: MakeLearner) -> None:
+    """Three groups of four runs with a call of each role: a cell for each role in each group. No spans, so no edges."""
+    made = learner(optimizer={"lr": 0.0}, algorithm={"credit": {"advantage": "rloo", "scope": "graph"}})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    planner, writer = (metrics["roles"][role] for role in recorded.ROLES)
+    assert (metrics["n_cells"], planner["n_cells"], writer["n_cells"]) == (6, 3, 3)
+    assert (metrics["n_single_cells"], metrics["n_lone_runs"]) == (0, 0)
+    assert metrics["n_unlinked_choices"] == metrics["choices"] == 24
+    # The writer has a reward of its own role beside the run's: nothing else reaches either, so return and reward agree.
+    assert metrics["return"] == metrics["reward"]
+    style = [one.value for given in samples.rewards.values() for one in given if one.role is not None]
+    assert writer["return"] - planner["return"] == pytest.approx(sum(style) / len(style))
 
 
 def test_two_trainings_are_bitwise_equal(learner: MakeLearner) -> None:
@@ -176,6 +191,103 @@ def test_nothing_to_train_is_refused_with_the_reasons(learner: MakeLearner) -> N
     assert equal(before, weights(made))
 
 
+def test_when_every_token_is_rejected_the_step_is_refused(learner: MakeLearner) -> None:
+    made = learner(
+        algorithm={"credit": {"advantage": "grpo"}, "correction": {"reject": [{"level": "token", "low": 1.5}]}}
+    )
+    before = weights(made)
+    plan, samples = samples_of(made)
+    with pytest.raises(
+        StepRefused, match=r"step 1: all \d+ tokens of an update are rejected by trainer.algorithm.correct"
+    ):
+        apply(made, plan, samples)
+    assert equal(before, weights(made))
+
+
+def test_rejected_tokens_are_consumed_and_counted_by_reason(learner: MakeLearner) -> None:
+    """Law 5: the loss mask selects them and their step is their step; their weight in it is 0."""
+    made = learner(
+        algorithm={"credit": {"advantage": "grpo"}, "correction": {"reject": [{"level": "token", "high": 1.5}]}}
+    )
+    plan, samples = samples_of(made)
+    first = samples.choices[0]
+    far = replace(first, behaviour_logprobs=tuple(value - 1.0 for value in first.behaviour_logprobs))
+    result = apply(made, plan, replace(samples, choices=(far, *samples.choices[1:])))
+    assert result.metrics["tokens_masked"] == {"token ratio low": 0, "token ratio high": len(first.token_ids)}
+    assert result.metrics["roles"][str(first.role)]["tokens_masked"]["token ratio high"] == len(first.token_ids)
+    assert sum(entry.trained_tokens for entry in result.consumption) == result.metrics["tokens_trained"]
+    assert result.metrics["weight_mean"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"objective": "ppo"},
+        {"objective": "cispo"},
+        {"objective": "gspo", "aggregate": "sequences"},
+        {"objective": "gspo_token", "aggregate": "sequences"},
+        {"aggregate": "constant", "aggregate_tokens": 4},
+    ],
+    ids=str,
+)
+def test_every_objective_learns_and_does_not_care_about_rows(learner: MakeLearner, loss: dict[str, Any]) -> None:
+    """One batch, 20 updates on it with wide bounds: the lucky answers become likelier. Any split into rows is equal."""
+    settings = {
+        "credit": {"advantage": "grpo"},
+        "loss": {**loss, "clip_low": 1.0, "clip_high": 9.0, "entropy_coef": 0.001},
+    }
+    norms = []
+    for row_tokens in (512, 16):
+        made = learner(
+            algorithm=settings, batch={"row_tokens": row_tokens}, optimizer={"lr": 0.0, "max_grad_norm": 1e9}
+        )
+        norms.append(apply(made, *samples_of(made, groups=4)).metrics["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    made = learner(algorithm=settings, optimizer={"lr": 5e-3, "epochs": 20})
+    plan, samples = samples_of(made, groups=4)
+    lucky = [choice for choice in samples.choices if choice.token_ids[0] == recorded.LUCKY]
+    before = made.ppo.evaluate(lucky).logprobs_N.mean()
+    apply(made, plan, samples)
+    assert made.ppo.evaluate(lucky).logprobs_N.mean() > before + 0.5
+
+
+def test_when_the_engine_and_the_trainer_agree_three_policies_are_two(learner: MakeLearner) -> None:
+    """Behaviour = proximal: the decoupled objective and plain PPO take the same steps, to 1e-6."""
+    optimizer, finals = {"epochs": 2, "minibatches": 2, "lr": 1e-4}, []
+    for correction in ({}, {"anchor": "behaviour", "weights": "off"}, {"weights": "sequence"}):
+        made = learner(algorithm={"credit": {"advantage": "grpo"}, "correction": correction}, optimizer=optimizer)
+        apply(made, *samples_of(made, groups=4))
+        finals.append(weights(made))
+    for final in finals[1:]:
+        for name, tensor in final.items():
+            torch.testing.assert_close(tensor, finals[0][name], rtol=0, atol=1e-6)
+    unlike = learner(algorithm={"credit": {"advantage": "grpo"}}, optimizer=optimizer)
+    plan, samples = samples_of(unlike, groups=4)
+    halved = [tuple(value - 0.7 for value in choice.behaviour_logprobs) for choice in samples.choices]
+    moved = [replace(c, behaviour_logprobs=low) for c, low in zip(samples.choices[::2], halved[::2], strict=True)]
+    apply(
+        unlike,
+        plan,
+        replace(samples, choices=tuple(x for p in zip(moved, samples.choices[1::2], strict=True) for x in p)),
+    )
+    assert any(float((t - finals[0][n]).abs().max()) > 1e-5 for n, t in weights(unlike).items())
+
+
+def test_metrics_tell_the_policies_apart(learner: MakeLearner) -> None:
+    made = learner(algorithm={"loss": {"kl_coef": 0.1}}, optimizer={"epochs": 3, "lr": 5e-3})
+    plan, samples = samples_of(made)
+    metrics = apply(made, plan, samples).metrics
+    for of in (metrics, *metrics["roles"].values()):
+        assert set(of["kl_to"]) == {"behaviour", "proximal", "reference"}
+        assert all(value["k3"] >= 0.0 for value in of["kl_to"].values())
+        assert of["kl_to"]["proximal"]["k3"] == pytest.approx(of["kl_to"]["behaviour"]["k3"], abs=1e-4)
+        assert of["value_error"] > 0.0
+        assert of["explained_variance"] is not None
+    assert metrics["kl_to"]["reference"]["k3"] > 0.0, "the reference is the base: the third epoch has left it"
+    group = learner(**GROUP)
+    assert set(apply(group, *samples_of(group)).metrics["kl_to"]) == {"behaviour", "proximal"}
+
+
 def test_an_account_that_disagrees_with_the_mask_is_refused(learner: MakeLearner) -> None:
     made = learner()
     plan, samples = samples_of(made)
@@ -187,9 +299,45 @@ def test_an_account_that_disagrees_with_the_mask_is_refused(learner: MakeLearner
 def test_reference_kl_holds_the_policy_back(learner: MakeLearner) -> None:
     moved = []
     for kl_coef in (0.0, 10.0):
-        made = learner(algorithm={"advantage": "group", "kl_coef": kl_coef}, optimizer={"epochs": 8, "lr": 5e-3})
+        made = learner(
+            algorithm={"credit": {"advantage": "grpo"}, "loss": {"kl_coef": kl_coef}},
+            optimizer={"epochs": 8, "lr": 5e-3},
+        )
         plan, samples = samples_of(made)
         moved.append(apply(made, plan, samples).metrics["kl"])
+    assert 0 < moved[1] < moved[0] / 2
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce++"])
+def test_a_kl_penalty_in_the_reward_is_credit_of_each_token(learner: MakeLearner, advantage: str) -> None:
+    """Golden: with the reference 1 nat lower, k1 is 1 and k3 e^-1, taken from every token's reward."""
+    for estimator, penalty in (("k1", 0.5), ("k3", 0.5 * np.exp(-1.0))):
+        loss = {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": estimator}
+        settings = {"credit": {"advantage": advantage, "normalise": "off", "gae_lambda": 1.0}, "loss": loss}
+        made, without = learner(algorithm=settings), learner(algorithm={**settings, "loss": {}})
+        _, samples = samples_of(made)
+        proximal = made.ppo.evaluate(samples.choices, full=True)
+        found = made.ppo.credit(samples, proximal, proximal.logprobs_N - 1.0)
+        plain = without.ppo.credit(samples, proximal)
+        lengths = np.diff(token_starts(samples.choices))
+        to_come = np.concatenate([np.arange(length, 0, -1) for length in lengths])
+        if advantage == "reinforce++":
+            to_come = np.repeat(lengths, lengths)
+        np.testing.assert_allclose(found.advantages_N, plain.advantages_N - penalty * to_come, atol=1e-6)
+        assert made.ppo.needs_proximal
+
+
+def test_a_kl_penalty_in_the_reward_holds_the_policy_back(learner: MakeLearner) -> None:
+    moved = []
+    for kl_coef in (0.0, 20.0):
+        loss = {"kl_coef": kl_coef, "kl_in": "reward", "kl_estimator": "k1"}
+        settings = {"credit": {"advantage": "dr_grpo"}, "loss": loss}
+        made = learner(algorithm=settings, optimizer={"lr": 5e-3})
+        plan, samples = samples_of(made)
+        for step in range(1, 13):
+            metrics = apply(made, replace(plan, step=step), samples).metrics
+        moved.append(metrics["kl"])
+        assert metrics["reward"] == pytest.approx(apply(learner(**GROUP), plan, samples).metrics["reward"])
     assert 0 < moved[1] < moved[0] / 2
 
 
@@ -206,6 +354,23 @@ def test_metrics_tell_stale_tokens_apart(learner: MakeLearner) -> None:
     metrics = apply(made, plan, samples, version_id=2).metrics
     assert metrics["logprob_abs_diff"] is None
     assert metrics["stale_tokens"] == metrics["tokens_trained"]
+
+
+def test_metrics_tell_the_age_of_tokens_and_what_each_role_lost(learner: MakeLearner) -> None:
+    made = learner(optimizer={"lr": 0.0}, **GROUP)
+    traces = recorded.traces_of(recorded.recorded_groups(2, score=made.score))
+    calls = [replace(call, status="aborted") if call.attribution.role == "writer" else call for call in traces[0].calls]
+    samples = build_batch([replace(traces[0], calls=tuple(calls)), *traces[1:]], recorded.RULE)
+    old = samples.choices[0]
+    choices = (replace(old, version_spans=((0, 0), (1, 1))), *samples.choices[1:])
+    plan = BatchPlan(step=3, epoch=0, seed=0, run_ids=("r",))
+    metrics = apply(made, plan, replace(samples, choices=choices, version_ages={0: 2, 1: 1})).metrics
+    assert (metrics["staleness_max"], metrics["roles"][str(old.role)]["staleness_max"]) == (2, 2)
+    assert metrics["staleness_mean"] == pytest.approx(1 + 1 / metrics["tokens_trained"])
+    assert metrics["tokens_excluded"] == metrics["roles"]["writer"]["tokens_excluded"]
+    assert metrics["roles"]["writer"]["tokens_excluded"]["aborted"] > 0
+    assert metrics["roles"]["planner"]["tokens_excluded"] == {}
+    assert "staleness_max" not in apply(made, plan, samples).metrics, "where nobody asked for ages there are none"
 
 
 def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:

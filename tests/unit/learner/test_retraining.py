@@ -177,7 +177,7 @@ def test_ids_never_cross_tokenizers(configure: Configure, store: Store, base: Pa
 
 def test_new_rewards_train_in_the_next_epoch_and_in_a_new_job(configure: Configure, store: Store) -> None:
     """`tracegrad reward --with` over stored runs: the job that trained them takes them again, and so does another."""
-    by_brevity = {"algorithm": {"reward_weights": {"brevity": 1.0}}}
+    by_brevity = {"algorithm": {"credit": {"reward_weights": {"brevity": 1.0}}}}
     train(configure(), store)
     first = accounts(store, "test")
     assert train(configure(steps=9, **by_brevity), store)[-1].startswith("stopped after step 4: 0 ready groups")

@@ -31,6 +31,16 @@ def breaks(trace, task):
         raise ValueError("no gold answer")
     return 1.0
 
+def turns(trace, task):
+    from tracegrad.trainer.allocators import deltas, role_turns
+
+    calls = [turn for turns in role_turns(trace).values() for turn in turns]
+    gains = deltas([0.25 * (1 + place) for place in range(len(calls))])
+    return [{"name": "gain", "value": g, "call_id": c} for turn, g in zip(calls, gains) for c in turn]
+
+def elsewhere(trace, task):
+    return [RewardSpec(name="gain", value=1.0, call_id="call of another run")]
+
 def wrong(trace, task):
     return "good"
 
@@ -55,6 +65,19 @@ def told(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.output)
     return found
+
+
+def test_a_turn_is_rewarded_on_its_calls(store: Store) -> None:
+    """With the trainer's allocators; what is said again is not written again. A call of another run is an error."""
+    (run,) = ready_group(store, size=1)
+    calls = [call.call_id for call in store.trace(run).calls]
+    assert told(reward(store, "turns", "--json"))["appended"] == len(calls)
+    gained = {one.call_id: one.value for one in store.trace(run).rewards if one.name == "gain"}
+    assert gained == dict.fromkeys(calls, 0.25)
+    assert told(reward(store, "turns", "--json"))["unchanged"] == 1
+    failed = reward(store, "elsewhere", "--json")
+    assert failed.exit_code == 1
+    assert "which the run does not have" in failed.output
 
 
 def names(store: Store, run_id: str) -> dict[str, float]:

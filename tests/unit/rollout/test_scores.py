@@ -25,6 +25,7 @@ from tracegrad.tracestore.records import Task
             [{"name": "plan", "value": 1, "role": "planner"}, RewardSpec(name="f1", value=2.0)],
             {"planner:plan": 1.0, "f1": 2.0},
         ),
+        ([RewardSpec(name="f1", value=2.0), RewardSpec(name="f1", value=1.0, call_id="c1")], {"f1": 2.0}),
     ],
 )
 def test_what_counts_as_a_reward(result: Any, scores: dict[str, float]) -> None:
@@ -41,6 +42,9 @@ def test_what_counts_as_a_reward(result: Any, scores: dict[str, float]) -> None:
         ([{"name": "f1"}], "not a RewardSpec"),
         ([{"name": "f1", "value": 1, "rol": "x"}], "not a RewardSpec"),
         ([RewardSpec(name="f1", value=1.0), RewardSpec(name="f1", value=2.0)], "'f1' twice"),
+        ([{"name": "f1", "value": 1, "call_id": "c"}, {"name": "f1", "value": 2, "call_id": "c"}], "on call 'c' twice"),
+        ([RewardSpec(name="f1", value=1.0, role="x", call_id="c")], "name one target"),
+        ([RewardSpec(name="f1", value=1.0, call_id="")], "not the id of a call"),
     ],
 )
 def test_what_is_refused(result: Any, says: str) -> None:

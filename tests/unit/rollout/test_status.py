@@ -203,7 +203,7 @@ def test_a_trainer_that_is_gone_while_runs_wait(store: Store, engine: fake_engin
     live = live_version(store, 0)
     engine.version = str(live.version_id)
     store.register_proxy("proxy_1", engine.url)
-    trainer = {"job": JOB, "batch": {"groups": 1}, "algorithm": {"advantage": "group"}}
+    trainer = {"job": JOB, "batch": {"groups": 1}, "algorithm": {"credit": {"advantage": "grpo"}}}
     ready_group(store, "g1")
     train(store)
     ready_group(store, "g2")

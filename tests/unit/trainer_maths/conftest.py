@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tracegrad.tracestore.records import Attribution, Call, CallTiming, Choice, Run, RunTrace, Span
-from tracegrad.trainer.samples import ChoiceSample, Turn
+from tracegrad.trainer.run_graph import CallNode, linked
+from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,5 +67,32 @@ def make_trace() -> Callable[..., RunTrace]:
     def make(run_id="run_a", *, calls=(), rewards=(), **changes) -> RunTrace:
         fields = {"purpose": "train", "task_id": "task_1", "group_id": "group_1", "member": 0, "status": "closed"}
         return RunTrace(run=Run(run_id=run_id, **(fields | changes)), calls=tuple(calls), rewards=tuple(rewards))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_samples() -> Callable[..., Samples]:
+    """Samples of choices as they are given; `links`: pairs of call ids; `context`: calls that are not trained."""
+
+    def make(choices, rewards, *, links=(), context=(), models=None) -> Samples:
+        runs = {choice.run_id for choice in choices} | {one.run_id for one in rewards}
+        graphs = {}
+        for run in runs:
+            nodes = {
+                c.call_id: CallNode(call_id=c.call_id, role=c.role, model=(models or {}).get(c.call_id, "main"))
+                for c in choices
+                if c.run_id == run
+            }
+            nodes |= {node.call_id: node for node in context}
+            graphs[run] = linked(nodes.values(), [link for link in links if set(link) <= set(nodes)])
+        groups = {choice.run_id: choice.group_key for choice in choices}
+        return Samples(
+            choices=tuple(choices),
+            consumption=(),
+            rewards={run: tuple(one for one in rewards if one.run_id == run) for run in runs},
+            run_groups={run: groups.get(run, "group_1") for run in runs},
+            graphs=graphs,
+        )
 
     return make

@@ -14,9 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tracegrad.tracestore.algorithm import AlgorithmConfig
 from tracegrad.trainer.batches import packed_row, split_groups
 from tracegrad.trainer.errors import UnsupportedModel
-from tracegrad.trainer.losses import LossInputs, LossSettings, ppo_loss
+from tracegrad.trainer.losses import LossInputs, objective
 from tracegrad.trainer.packing import pack
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.weights import save_serving
@@ -88,7 +89,7 @@ def packed(policy, choices, row_tokens, select=None):
     return flat
 
 
-def objective(logprobs, values, entropies):
+def weighed(logprobs, values, entropies):
     """Something that gives every edge another weight in all three outputs."""
     weights = torch.linspace(-1.0, 1.0, len(logprobs))
     return (weights * logprobs).sum() + (weights.flip(0) * values.square()).sum() + (weights * entropies).sum()
@@ -105,11 +106,11 @@ def gradients(policy):
 def test_packed_outputs_and_gradients_equal_unpacked_ones(choices, config, row_tokens, gradient_checkpointing):
     policy = build(config, slot_chunk=3, gradient_checkpointing=gradient_checkpointing)
     plain = unpacked(policy, choices)
-    objective(*plain).backward()
+    weighed(*plain).backward()
     expected = gradients(policy)
     policy.zero_grads()
     ours = packed(policy, choices, row_tokens)
-    objective(*ours).backward()
+    weighed(*ours).backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     found = gradients(policy)
@@ -152,13 +153,16 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(choices, make_ch
                 index = row.edge_index_E
                 given = LossInputs(
                     policy_logprobs_E=out.logprobs_E,
+                    proximal_logprobs_E=behaviour[index],
                     behaviour_logprobs_E=behaviour[index],
                     advantages_E=advantages[index],
+                    choice_E=row.edge_choice_E,
+                    weight_E=torch.full(index.shape, 1.0 / n_tokens),
                     values_E=out.values_E,
                     old_values_E=targets[index] * 0.5,
                     targets_E=targets[index],
                 )
-                (ppo_loss(given, LossSettings()).total_sum / n_tokens).backward()
+                objective(given, AlgorithmConfig()).total.backward()
         return gradients(policy)
 
     whole = gradient(1)

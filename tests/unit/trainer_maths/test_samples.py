@@ -181,3 +181,21 @@ def test_a_turn_is_the_same_place_in_two_runs(make_call):
     )
     assert turn_of(replace(span, namespace="other:1")) != turn_of(span)
     assert turn_of(None) == Turn()
+
+
+def test_the_scope_decides_whether_an_earlier_call_is_rewarded(make_call, make_trace):
+    """Only the writer's call has a reward. In the graph it reaches the planner's, which came before; elsewhere not."""
+    calls = [
+        make_call("first", superstep=1, namespace="plan:1"),
+        make_call("second", role="writer", superstep=2, namespace="write:2"),
+        make_call("third", role="writer", superstep=3, namespace="more:3"),
+    ]
+    trace = make_trace(calls=calls, rewards=[score(call_id="second")])
+
+    def reasons(scope):
+        made = build_batch([trace], RULE, scope=scope)
+        assert [node.call_id for node in made.graphs["run_a"].nodes] == ["first", "second", "third"]
+        return [entry.reason for entry in made.consumption]
+
+    assert reasons("call") == reasons("role") == ["no reward", None, "no reward"]
+    assert reasons("graph") == [None, None, "no reward"]

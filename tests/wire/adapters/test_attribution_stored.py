@@ -16,6 +16,9 @@ from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import ProxyRefused
 from tracegrad.adapters.langgraph import wrap
 from tracegrad.tracestore.edges import edges
+from tracegrad.tracestore.records import Reward
+from tracegrad.trainer.returns import reached_calls
+from tracegrad.trainer.run_graph import run_graph
 
 
 class State(TypedDict):
@@ -77,6 +80,22 @@ def test_a_run_is_stored_with_roles_spans_and_rewards(served: Any) -> None:
     names = {span.span_id: span.name for span in trace.spans}
     fed = sorted((names[edge.source], names[edge.target]) for edge in edges(trace.spans))
     assert fed == [("plan", "work")] * 3 + [("work", "write")] * 3
+
+
+def test_credit_goes_from_the_subgraph_back_to_the_workers_and_the_plan(served: Any) -> None:
+    """The graph over calls, out of what a real run left in the store: the last call earns, all that led to it share."""
+    wrap(_graph(served), proxy=served.root).invoke({"question": "all", "answers": []})
+    trace = _newest(served)
+    plan, *works, draft = (call.call_id for call in trace.calls)
+    graph = run_graph(trace)
+
+    def reached(call_id: str) -> frozenset[str]:
+        earned = Reward(reward_id="r", run_id=trace.run.run_id, name="f1", value=1.0, source="t", call_id=call_id)
+        return reached_calls(graph, [earned], "graph")
+
+    assert reached(draft) == {plan, *works, draft}
+    assert [reached(work) for work in works] == [{plan, work} for work in works]
+    assert reached(plan) == {plan}
 
 
 def test_a_failing_app_is_a_failed_run_without_reward(served: Any) -> None:

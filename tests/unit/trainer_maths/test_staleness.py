@@ -1,0 +1,75 @@
+"""A run is as old as its oldest token; what is too old is dropped whole, and every token stays accounted for."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tracegrad.tracestore.reasons import TOO_STALE
+from tracegrad.tracestore.records import Consumption, Reward
+from tracegrad.trainer.run_graph import CallNode, linked
+from tracegrad.trainer.samples import Samples
+from tracegrad.trainer.staleness import without_stale_runs
+
+
+def samples_of(choices):
+    consumption = [
+        Consumption(
+            run_id=choice.run_id,
+            call_id=choice.call_id,
+            choice_index=0,
+            trained_tokens=len(choice.token_ids),
+            excluded_tokens=0,
+            reason=None,
+        )
+        for choice in choices
+    ]
+    greedy = replace(consumption[0], choice_index=1, trained_tokens=0, excluded_tokens=4, reason="greedy")
+    runs = {choice.run_id for choice in choices}
+    return Samples(
+        choices=tuple(choices),
+        consumption=(*consumption, greedy),
+        rewards={r: (Reward(reward_id=r, run_id=r, name="score", value=1.0, source="t"),) for r in runs},
+        run_groups=dict.fromkeys(runs, "group_1"),
+        graphs={run: linked([CallNode(call_id=run, role=None, model="m")], []) for run in runs},
+    )
+
+
+def step_of(version_id):
+    return version_id * 10  # an id is not a step
+
+
+def test_nothing_is_dropped_within_the_bound(make_choice):
+    samples = samples_of([make_choice(run_id="a", version_id=3), make_choice(run_id="b", version_id=4)])
+    left, stale = without_stale_runs(samples, step_of, step=40, max_staleness=10)
+    assert (left, stale) == (replace(samples, version_ages={3: 10, 4: 0}), frozenset())
+
+
+def test_a_run_is_as_old_as_its_oldest_token(make_choice):
+    fresh = make_choice(run_id="a", version_id=4)
+    mixed = [
+        make_choice(run_id="b", version_id=4),
+        make_choice((1, 2), (3, 4, 5), run_id="b", call_id="late", version_id=4, version_spans=((0, 2), (1, 4))),
+    ]
+    left, stale = without_stale_runs(samples_of([fresh, *mixed]), step_of, step=40, max_staleness=10)
+    assert stale == {"b"}
+    assert left.choices == (fresh,)
+    assert set(left.rewards) == set(left.run_groups) == set(left.graphs) == {"a"}
+    assert left.excluded_tokens == {TOO_STALE: 5, "greedy": 4}
+    assert left.n_trained_tokens == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(versions=st.lists(st.integers(0, 6), min_size=1, max_size=6), step=st.integers(0, 80), bound=st.integers(0, 30))
+def test_every_token_stays_accounted_for(make_choice, versions, step, bound):
+    choices = [make_choice(run_id=f"run{i % 3}", call_id=f"c{i}", version_id=v) for i, v in enumerate(versions)]
+    samples = samples_of(choices)
+    left, stale = without_stale_runs(samples, step_of, step=step, max_staleness=bound)
+
+    def total(of):
+        return sum(entry.trained_tokens + entry.excluded_tokens for entry in of.consumption)
+
+    assert total(left) == total(samples)
+    assert left.n_trained_tokens == sum(len(choice.token_ids) for choice in left.choices)
+    assert {c.run_id for c in left.choices}.isdisjoint(stale)
+    assert all(step - step_of(v) <= bound for choice in left.choices for v in choice.token_versions)

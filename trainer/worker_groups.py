@@ -1,0 +1,200 @@
+"""Every worker group of a job, stepped in parallel, checkpointed as one, and stopped as one (law 9).
+
+A step succeeds for all models or for none: once a group has failed or refused, the others' weights in memory belong to
+no committed step, so all of them refuse everything but `load` and `create` from then on. One folder with one manifest
+holds all models, each in a subfolder of its name. Refuses a checkpoint of other models. No torch, no Ray: groups are
+whatever fulfils `TrainsModels`. To be called by the controller of a job of several models.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, Protocol, TypeVar
+
+from tracegrad.tracestore.reasons import sentences
+from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
+from tracegrad.trainer.errors import CheckpointError, StepRefused, TrainerError
+from tracegrad.trainer.results import Scored, StepResult, Written
+from tracegrad.trainer.samples import Samples
+from tracegrad.trainer.shares import Shares
+
+T = TypeVar("T")
+_WAIT_S = 0.5
+
+
+class TrainsModels(Protocol):
+    """What is needed of one worker group. See `tracegrad.trainer.model_group.ModelGroup`."""
+
+    def start(self) -> None:
+        """Take every model as its job begins with it."""
+        ...
+
+    def restore(self, folder: str, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take every model out of its subfolder."""
+        ...
+
+    def write(self, folder: str) -> dict[str, Written]:
+        """Write every model into its subfolder."""
+        ...
+
+    def step(
+        self,
+        plan: BatchPlan,
+        samples: Mapping[str, Samples],
+        *,
+        version_ids: Mapping[str, int | None],
+        probe_tokens: int = 0,
+    ) -> dict[str, StepResult]:
+        """Train one step of each model that has something to train."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedModel:
+    """One model of a checkpoint: `path` is what its engine loads; scores as in `Saved`."""
+
+    path: str
+    previous: tuple[Scored, ...] = ()
+    new: tuple[Scored, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedModels:
+    """One checkpoint of all models. A version row of a model names its `path` and the checkpoint's hash."""
+
+    checkpoint: Checkpoint
+    by_model: Mapping[str, SavedModel]
+
+
+class WorkerGroups:
+    """The groups of a job. `groups`: name -> group; `models`: the same names -> what each trains.
+
+    `stop` is set as soon as a group has failed: a group that waits for a process of its own gives up then.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, TrainsModels], models: Mapping[str, tuple[str, ...]], stop: Event | None = None
+    ) -> None:
+        self._groups, self._models = groups, models
+        self._names = tuple(name for names in models.values() for name in names)
+        self._stop = stop or Event()
+        self._sound = False
+
+    def create(self, root: str) -> SavedModels:
+        """Take every model as the job begins with it and write the checkpoint of step 0 under `root`."""
+        self._load(lambda _name, group: group.start())
+        return self.save(root, 0)
+
+    def load(self, path: str, expected_hash: str | None = None) -> int:
+        """Verify a checkpoint (or a model's subfolder of it), take all models from it, bitwise; return its step.
+
+        Raises:
+            CheckpointError: it is damaged, is not the one the row names, or holds other models than the job trains.
+        """
+        manifest = verify_checkpoint(path, expected_hash)
+        facts = manifest["facts"].get("models", {})
+        if set(facts) != set(self._names):
+            raise CheckpointError(
+                f"checkpoint {path} holds {', '.join(sorted(facts)) or 'one model'}, the job trains "
+                f"{', '.join(self._names)}: give a job of other models another name"
+            )
+        folder = str(step_folder(path))
+        self._load(lambda _name, group: group.restore(folder, facts))
+        return int(manifest["step"])
+
+    def step(
+        self,
+        plan: BatchPlan,
+        shares: Shares,
+        *,
+        version_ids: Mapping[str, int | None],
+        probe_tokens: int = 0,
+    ) -> dict[str, StepResult]:
+        """Train one step of every model that has something to train, groups in parallel; model -> its result.
+
+        A model without a result keeps its weights. What is committed with the step is the account of `shares`.
+
+        Raises:
+            StepRefused: no model has anything to train (nothing changed), or one refused: load before going on.
+            WorkerFailed: a group's process died; the same.
+        """
+        self._check_sound()
+        if not any(samples.choices for samples in shares.by_model.values()):
+            excluded: dict[str, int] = {}
+            for entry in shares.consumption:
+                if entry.reason is not None:
+                    excluded[entry.reason] = excluded.get(entry.reason, 0) + entry.excluded_tokens
+            raise StepRefused(
+                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. " + ". ".join(sentences(excluded))
+            )
+
+        def train(name: str, group: TrainsModels) -> dict[str, StepResult]:
+            own = {model: shares.by_model[model] for model in self._models[name]}
+            return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens)
+
+        return _joined(self._all(train))
+
+    def save(self, root: str, step: int) -> SavedModels:
+        """Write all models into one folder, groups in parallel; meanwhile they score their probes again."""
+        self._check_sound()
+        written: dict[str, Written] = {}
+        facts: dict[str, Any] = {"models": {}}  # known with the files: the manifest is made of both afterwards
+
+        def fill(folder: Path) -> dict[str, str]:
+            written.update(_joined(self._all(lambda _name, group: group.write(str(folder)))))
+            facts["models"].update({model: each.facts for model, each in written.items()})
+            return {
+                f"{model}/{file}": digest for model, each in written.items() for file, digest in each.digests.items()
+            }
+
+        made = write_checkpoint(Path(root), step, fill, facts)
+        return SavedModels(
+            checkpoint=made,
+            by_model={
+                model: SavedModel(path=str(Path(made.path) / model), previous=each.previous, new=each.new)
+                for model, each in written.items()
+            },
+        )
+
+    # -- inside
+
+    def _load(self, call: Callable[[str, TrainsModels], None]) -> None:
+        self._stop.clear()
+        self._all(call)
+        self._sound = True
+
+    def _check_sound(self) -> None:
+        if not self._sound:
+            raise TrainerError(
+                "the models in memory are of no committed step: a group failed, or none was loaded; load a checkpoint"
+            )
+
+    def _all(self, call: Callable[[str, TrainsModels], T]) -> dict[str, T]:
+        """Call every group at once. The first failure is raised, and nothing in memory counts from then on."""
+        with ThreadPoolExecutor(len(self._groups)) as pool:
+            futures = {pool.submit(call, name, group): name for name, group in self._groups.items()}
+            done = False
+            try:
+                _wait(futures)
+                done = True
+            finally:
+                if not done:
+                    self._sound = False
+                    self._stop.set()
+            return {name: future.result() for future, name in futures.items()}
+
+
+def _wait(futures: Mapping[Future[T], str]) -> None:
+    """Wait for all, or for the first that fails, and raise what it raised. In slices: signals reach the process."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=_WAIT_S, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _joined(by_group: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    return {model: result for results in by_group.values() for model, result in results.items()}

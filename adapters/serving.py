@@ -43,7 +43,7 @@ def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Con
         for name, model in given.models.items()
     }
     proxy = msgspec.structs.replace(given.proxy, host=ProxyConfig().host, port=free_port())
-    publish = msgspec.structs.replace(given.trainer.publish, canary=False)
+    publish = msgspec.structs.replace(given.trainer.publish, canary=False, gate=None)
     trainer = msgspec.structs.replace(given.trainer, output=str(folder), publish=publish)
     store = f"sqlite:///{folder}/eval.db"
     return msgspec.structs.replace(given, models=models, proxy=proxy, trainer=trainer, store=store)

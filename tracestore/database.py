@@ -37,7 +37,7 @@ from tracegrad.tracestore.hot import run_plain
 BUSY_TIMEOUT_S = 30.0
 _WRITES = "tracegrad_writes"
 _PAGE_BYTES = 2048
-"""A call touches some twenty pages, most of them leaves of indexes that change in a few bytes; each is written whole,
+"""A call touches some 35 pages, most of them leaves of indexes that change in a few bytes; each is written whole,
 with a checksum over it. SQLite's usual 4096 cost a tenth more per call, 1024 makes long rows long chains."""
 _WAL_BYTES = 16 * 2**20
 """How long the log becomes before a commit copies it into the file. At SQLite's 4 MB every 40th call of 2,200 tokens

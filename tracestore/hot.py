@@ -1,7 +1,7 @@
 """Statements of the hot path, compiled once and handed to the driver with encoded parameters.
 
 SQLAlchemy's execution of a Core statement costs about 0.1 ms each time (cache key, parameter processing, result
-set-up) even when its SQL is cached, and 0.05 ms where it is handed to `exec_driver_sql`; `append_calls` runs seven of
+set-up) even when its SQL is cached, and 0.05 ms where it is handed to `exec_driver_sql`; `append_calls` runs eleven of
 them while a client waits. Here the SQL text and the column encoders are looked up once per dialect and column set, and
 the driver itself does the rest inside the same transaction, with the same errors. Refuses expanding parameters: lists
 go in as `HotLookup`, filled up to one of a few lengths. Called by `calls`, `drafts`, `blocks`, `runs` and `spans`;

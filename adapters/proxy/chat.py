@@ -36,7 +36,6 @@ from tracegrad.adapters.proxy.sse import encode
 from tracegrad.adapters.proxy.wire import Reply, Request
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
-from tracegrad.tracestore.gating import publish_of_run
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.store import Store
 
@@ -138,7 +137,7 @@ class ModelEndpoint:
             request_hash=ask.digest,
             flaw=ask.flaw,
             outside=None if api is None else api.model,
-            judging=publish_of_run(attribution.run_id) if purpose == "eval" else None,
+            purpose=purpose,
         )
 
     def _model_of(self, ask: Ask, role: str | None) -> str:

@@ -10,7 +10,8 @@ nothing. Pure. Called by `hold`.
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from tracegrad.tracestore.records import ModelState, PublishState
+from tracegrad.tracestore.gating import publish_of_run
+from tracegrad.tracestore.records import ModelState, PublishState, Purpose
 
 HOLDING: tuple[PublishState, ...] = ("draining", "swapping", "settling")
 _JUDGED: tuple[PublishState, ...] = ("evaluating", "settling")
@@ -24,6 +25,13 @@ class Caller:
     number: int
     run_id: str | None = None
     judging: int | None = None
+
+
+def caller_of(number: int, run_id: str | None, purpose: Purpose) -> Caller:
+    """Return who calls. An evaluation that is not a gate's is of the version that serves: no candidate gets a part."""
+    if purpose == "eval":
+        return Caller(number=number, judging=publish_of_run(run_id))
+    return Caller(number=number, run_id=run_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import msgspec
 from tracegrad.adapters.proxy.attribution import without_ours
 from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, upstream_body
 from tracegrad.adapters.proxy.continuing import Continuing
-from tracegrad.adapters.proxy.courses import Caller
+from tracegrad.adapters.proxy.courses import caller_of
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
 from tracegrad.adapters.proxy.dissents import Dissents
 from tracegrad.adapters.proxy.endpoints import CHAT, EMBEDDINGS, Shape
@@ -99,8 +99,7 @@ class Exchange:
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
         self._arrived = time.monotonic()
-        judging, run_id = draft.judging, draft.attribution.run_id
-        self._caller = Caller(number=shared.hold.number(), run_id=run_id, judging=judging)
+        self._caller = caller_of(shared.hold.number(), who.run_id, draft.purpose)
         self._engines: frozenset[str] | None = None
         self._held: list[bytes] = []
         self._holding = self._done = False

@@ -25,6 +25,7 @@ from tracegrad.tracestore.records import (
     Endpoint,
     Json,
     LateAttribution,
+    Purpose,
 )
 
 REASONING_HIDDEN = "reasoning hidden"
@@ -236,8 +237,8 @@ class Draft:
     retry_of: str | None = None
     outside: str | None = None
     """The name by which somebody else's API knows the model; None where the engine is ours."""
-    judging: int | None = None
-    """The publish whose candidate its run evaluates."""
+    purpose: Purpose = "live"
+    """Its run's."""
 
 
 @dataclass(slots=True)

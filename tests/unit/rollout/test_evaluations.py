@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from tracegrad.adapters.cli import main
@@ -14,7 +15,7 @@ from tracegrad.adapters.evaluation import EvalRow, report, task_scores
 from tracegrad.adapters.rollout_errors import EvalFileError, ServingError
 from tracegrad.adapters.serving import serving, serving_config
 from tracegrad.adapters.supervisor import ChildSpec
-from tracegrad.tracestore.config import Config, parse_config
+from tracegrad.tracestore.config import Config, dump_config, parse_config
 
 CHILD = """
 import http.server, sys
@@ -130,6 +131,15 @@ def test_a_checkpoint_is_served_in_place_of_the_trained_model(tmp_path: Path) ->
     assert not any(model.engine.external for model in own.models.values())
     with pytest.raises(ServingError, match=r"no config\.json"):
         serving_config(tmp_path, None, tmp_path)
+
+
+def test_a_gate_is_no_business_of_an_evaluation_of_its_own(tmp_path: Path) -> None:
+    """Its share may need replicas, of which there are none here."""
+    gate = {"app": "a:g", "tasks": "t", "reward": "r:f", "rule": {"minimum": 0.5}, "share": 0.5}
+    models = {"main": {"checkpoint": "/a", "replicas": ["http://127.0.0.1:9"]}}
+    config = parse_config({"models": models, "trainer": {"publish": {"gate": gate}}})
+    own = serving_config(checkpoint(tmp_path), config, tmp_path)
+    assert parse_config(yaml.safe_load(dump_config(own))) == own
 
 
 def test_what_was_started_for_an_evaluation_is_gone_afterwards(tmp_path: Path) -> None:

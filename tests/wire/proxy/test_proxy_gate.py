@@ -213,6 +213,16 @@ def test_with_replicas_a_share_of_the_runs_goes_to_the_candidate_and_stays_there
     assert gated.answered("early")[-1] == (publish.version_id, publish.version_id, None)
 
 
+def test_another_evaluation_is_of_the_version_that_serves(start: Callable[..., Gated]) -> None:
+    """Were a share of its runs the candidate's, it would have measured neither."""
+    gated = start(n_engines=2)
+    gated.evaluating(share=0.99)
+    for i in range(6):
+        gated.proxy.client.post("/tracegrad/v1/runs", json={"run_id": f"eval-{i}", "purpose": "eval"})
+        assert gated.ask(f"eval-{i}").result(10).status_code == 200
+    assert requests(gated)[1] == []
+
+
 def test_without_a_share_replicas_hold_nobody(start: Callable[..., Gated]) -> None:
     gated = start(n_engines=2)
     publish = gated.evaluating()

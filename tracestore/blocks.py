@@ -39,7 +39,16 @@ _SHARED = HotStatement(select(func.pg_advisory_xact_lock_shared(bindparam("key")
 _NEXT = HotStatement(
     text("SELECT nextval(CAST(pg_get_serial_sequence(:name, :key) AS regclass)) FROM generate_series(1, :count)")
 )
-_LAST = HotStatement(text("SELECT seq FROM sqlite_sequence WHERE name = :name"))
+_LAST = {
+    table: HotStatement(
+        text(
+            "SELECT max(COALESCE((SELECT seq FROM sqlite_sequence WHERE name = :name), 0),"
+            f" COALESCE((SELECT max({key}) FROM {table}), 0))"
+        )
+    )
+    for table, key in (("calls", "seq"), ("blocks", "block_id"))
+}
+"""As AUTOINCREMENT counts: on from the highest id that was ever given, or is there."""
 
 
 class KnownBlocks:
@@ -147,8 +156,7 @@ def _is_stale(error: TraceStoreError, attempt: int) -> bool:
 def serials(connection: Connection, table: str, key: str, count: int) -> Iterable[int]:
     """Return ids that no row of the table has or had, for explicit inserts of this transaction."""
     if connection.dialect.name == "sqlite":  # the only writer
-        last = run_hot(connection, _LAST, [{"name": table}])
-        begin = last[0][0] + 1 if last else 1
+        begin = run_hot(connection, _LAST[table], [{"name": table}])[0][0] + 1
         return range(begin, begin + count)
     return [row[0] for row in run_hot(connection, _NEXT, [{"name": table, "key": key, "count": count}])]
 

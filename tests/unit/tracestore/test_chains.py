@@ -124,7 +124,7 @@ def test_equal_units_of_other_projects_kinds_and_places_have_other_hashes() -> N
     st.integers(1, 4),
 )
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_any_prompts_in_any_batches_come_back(
     tmp_path: Path, empty_file: Path, asked: list[tuple[list[str], int, bool]], batch: int

@@ -4,7 +4,6 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,9 +172,13 @@ def test_prompts_become_chains_and_back_without_a_change(empty_url: str) -> None
     train(store)
     store.delete_runs(runs)
     talk = [f"turn{number}" for number in range(8)]
-    for number in range(30):
-        calls = [asked(f"c{number}-{n}", f"r{number}", [*talk[:n], f"mine{number}"]) for n in range(8)]
-        store.append_calls([replace(call, project="pq"[number % 2]) for call in calls])
+    store.append_calls(
+        [
+            asked(f"c{number}-{n}", f"r{number}", [*talk[:n], f"mine{number}"], project="pq"[number % 2])
+            for number in range(30)
+            for n in range(8)
+        ]
+    )
     store.append_calls([make_call("none", None, role=None, prompt_ids=None), make_call("empty", "e", prompt_ids=())])
     before = [store.trace(f"r{number}") for number in range(30)], store.get_call("none"), store.get_call("empty")
     weight = chained(store)

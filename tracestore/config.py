@@ -194,6 +194,8 @@ class BatchConfig(Section, frozen=True, kw_only=True):
     min_group: int = 2
     """A group with fewer closed, rewarded members than this is not leased for group advantages."""
     row_tokens: int = 2048
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them: less memory, more time."""
     lease_s: float = 600.0
     poll_s: float = 0.25
 

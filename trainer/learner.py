@@ -261,7 +261,8 @@ class Learner:
     def _policy_from(self, folder: Path) -> Policy:
         if self._adapter is not None:
             return self._trunk().adapter(self.model_name, self._adapter, seed=self.config.seed)
-        return Policy.from_checkpoint(folder, self.config.precision)
+        recompute = self.config.batch.gradient_checkpointing
+        return Policy.from_checkpoint(folder, self.config.precision, gradient_checkpointing=recompute)
 
     def _reference(self) -> Policy | None:
         """The frozen policy that the KL term compares with. An adapter's is its base, which is there already."""
@@ -281,7 +282,7 @@ def load_trunk(base: Path, config: TrainerConfig) -> "Trunk":
     """Load the base of adapters as the trainer is configured."""
     from tracegrad.trainer.lora import Trunk  # with peft, seconds: only where there are adapters
 
-    return Trunk.from_checkpoint(base, config.precision)
+    return Trunk.from_checkpoint(base, config.precision, gradient_checkpointing=config.batch.gradient_checkpointing)
 
 
 def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample:

@@ -167,6 +167,22 @@ def test_one_manifest_holds_all_models_and_a_loaded_fleet_goes_on_bitwise(
     assert second[0].checkpoint.hash == second[1].checkpoint.hash, "weights, critics, moments and history are equal"
 
 
+def test_recomputing_activations_changes_no_bit(config: Config, runs: list[RunTrace], tmp_path: Path) -> None:
+    """Also of two adapters on one trunk, each of which must recompute as itself."""
+    both = mapped(config, "p", "w")
+    batch = msgspec.structs.replace(both.trainer.batch, gradient_checkpointing=True)
+    thrifty = msgspec.structs.replace(both, trainer=msgspec.structs.replace(both.trainer, batch=batch))
+    found = []
+    for each in (both, thrifty):
+        groups = groups_of(each)
+        fleet = fleet_of(each, groups)
+        fleet.create(str(tmp_path / str(len(found))))
+        apply(fleet, shares_of(each, runs))
+        assert groups["base"].learners["p"].policy.lm.is_gradient_checkpointing is (each is thrifty)
+        found.append({model: weights(learner) for model, learner in learners(groups).items()})
+    assert all(equal(found[0][model], found[1][model]) for model in found[0])
+
+
 def test_bf16_masters_survive_the_checkpoint_bitwise(config: Config, runs: list[RunTrace], tmp_path: Path) -> None:
     engine = msgspec.structs.replace(config.models["base"].engine, dtype="bfloat16")
     models = {**config.models, "base": msgspec.structs.replace(config.models["base"], engine=engine)}

@@ -349,6 +349,11 @@ class Config(Section, frozen=True, kw_only=True):
             groups[held_by] = (*groups.get(held_by, ()), name)
         return groups
 
+    def adapters_on(self, name: str) -> "tuple[AdapterConfig, ...]":
+        """Return the adapters that lie on the model, in the order of the file."""
+        adapters = [model.adapter for model in self.models.values() if model.adapter is not None]
+        return tuple(adapter for adapter in adapters if adapter.of == name)
+
     def engines_of(self, name: str) -> "tuple[ModelConfig, ...]":
         """Return `each_engine` of whoever serves the model: for an adapter the base with its engines."""
         return self.models[self.held_by(name)].each_engine()

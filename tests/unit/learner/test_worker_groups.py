@@ -175,9 +175,9 @@ def test_recomputing_activations_changes_no_bit(config: Config, runs: list[RunTr
     found = []
     for each in (both, thrifty):
         groups = groups_of(each)
-        fleet = fleet_of(each, groups)
-        fleet.create(str(tmp_path / str(len(found))))
-        apply(fleet, shares_of(each, runs))
+        workers = groups_of_job(each, groups)
+        workers.create(str(tmp_path / str(len(found))))
+        apply(workers, shares_of(each, runs))
         assert groups["base"].learners["p"].policy.lm.is_gradient_checkpointing is (each is thrifty)
         found.append({model: weights(learner) for model, learner in learners(groups).items()})
     assert all(equal(found[0][model], found[1][model]) for model in found[0])

@@ -135,7 +135,9 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(
         act=st.sampled_from(
-            ["roll out"] * 3 + ["append"] * 5 + ["late", "late", "resolve", "reward", "reward", "end", "again", "open"]
+            ["roll out"] * 3
+            + ["append"] * 4
+            + ["tree", "late", "late", "resolve", "reward", "reward", "end", "again", "open"]
         ),
         run=PICK,
         other=PICK,
@@ -150,12 +152,16 @@ class Interleavings(RuleBasedStateMachine):
     ) -> None:
         run_id = self.any_run(run)
         if act == "roll out":
-            self._roll_out(pick(run, list(GROUPS)), ("f1",) if other % 3 == 0 else ("f1", "em"))
+            names = ("f1",) if other % 3 == 0 else ("f1", "em")
+            self._roll_out(pick(run, list(GROUPS)), names, left_open=other % 4 == 3)
         elif act == "open":
             self._open_any(other, fate)
         elif act == "append":
             where = {"known": run_id, "unheard of": "stray", "nowhere": None}[placed]
             self._append(where, role, fate, flaw=flaw, version=other, tokens=tokens)
+        elif act == "tree" and run_id is not None:
+            self._attribute_late(1, run_id, None, "heard")
+            self._append(None, role, fate, flaw="exact", version=-1, tokens=tokens)
         elif act == "late":
             self._attribute_late(other % 5 - 2, run_id if placed == "known" else None, role, fate)
         elif act == "resolve":
@@ -326,8 +332,8 @@ class Interleavings(RuleBasedStateMachine):
         elif self.do(fate, end) is not Cut:
             self.model.end(known, status, self.clock.now)
 
-    def _roll_out(self, kind: str, names: Sequence[str]) -> None:
-        """All that a rollout does for a group, so that there is something to lease."""
+    def _roll_out(self, kind: str, names: Sequence[str], *, left_open: bool = False) -> None:
+        """All that a rollout does for a group, so that there is something to lease; its last member may not end."""
         name = self.new_id(f"{kind}-")
         self.model.sizes[name] = GROUPS[kind][0]
         for member in range(GROUPS[kind][0]):
@@ -336,7 +342,8 @@ class Interleavings(RuleBasedStateMachine):
             self._append(run.run_id, "answerer", "heard", flaw="exact", version=-1, tokens=[2])
             for reward_name in names:
                 self._reward(run.run_id, reward_name, None, "heard")
-            self._end(run.run_id, "closed", "heard")
+            if not left_open or member + 1 < GROUPS[kind][0]:
+                self._end(run.run_id, "closed", "heard")
 
     # -- what trainers do
 

@@ -21,7 +21,7 @@ QUIET = list(HealthCheck)
 SHORT = settings(
     phases=[Phase.generate],  # to shrink what fails takes minutes; TRACEGRAD_LONG=1 does
     derandomize=True,
-    max_examples=10,
+    max_examples=20,
     stateful_step_count=40,
     deadline=None,
     database=None,

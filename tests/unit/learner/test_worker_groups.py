@@ -143,7 +143,7 @@ def test_an_adapter_in_company_learns_what_it_learns_alone(
             assert equal(weights(alone), weights(together))
 
 
-def test_one_manifest_holds_all_models_and_a_loaded_fleet_goes_on_bitwise(
+def test_one_manifest_holds_all_models_and_a_loaded_job_goes_on_bitwise(
     config: Config, runs: list[RunTrace], tmp_path: Path
 ) -> None:
     first, other = groups_of_job(config), groups_of_job(config)

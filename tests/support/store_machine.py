@@ -118,9 +118,10 @@ class Interleavings(RuleBasedStateMachine):
         return f"{kind}{self.numbers[kind]}"
 
     def any_run(self, number: int) -> str | None:
-        """One of the newest runs, or None where there is none."""
-        newest = list(self.model.runs)[-12:]
-        return pick(number, newest) if newest else None
+        """One of the newest runs, or None where there is none; every third time one that a lease holds, if any is."""
+        held = [run_id for lease in self.model.leases.values() if lease.state == "held" for run_id in lease.run_ids]
+        among = held if held and number % 3 == 2 else list(self.model.runs)[-12:]
+        return pick(number, among) if among else None
 
     # -- the rules
 
@@ -137,7 +138,7 @@ class Interleavings(RuleBasedStateMachine):
         act=st.sampled_from(
             ["roll out"] * 3
             + ["append"] * 4
-            + ["tree", "late", "late", "resolve", "reward", "reward", "end", "again", "open"]
+            + ["tree", "tree", "late", "late", "reward", "resolve", "end", "again", "open"]
         ),
         run=PICK,
         other=PICK,
@@ -188,6 +189,9 @@ class Interleavings(RuleBasedStateMachine):
     ) -> None:
         if act == "lease":
             self._lease(job, fate, groups=groups, epoch=epoch, ahead=ahead)
+            if which % 2 and self.handles and self.model.leases[self.handles[-1].lease_id].state == "held":
+                self._resolve_attributions("heard")  # a proxy does, every half second
+                self._sees_what_it_saw(self.handles[-1])
         elif act == "reclaim":
             self._reclaim(job, fate)
         elif self.handles:
@@ -521,6 +525,10 @@ class Interleavings(RuleBasedStateMachine):
         accounts = [(job_id, epoch) for job_id in self.model.jobs for epoch in (0, 1)]
         if accounts and not rest:
             self._adds_up(*pick(turn, accounts))
+        if self.numbers["step"] % 3 == 0:
+            for lease in self.handles[-3:]:
+                if self.model.leases[lease.lease_id].state == "held":
+                    self._sees_what_it_saw(lease)
         self._has_what_it_should()
 
     def teardown(self) -> None:

@@ -247,7 +247,7 @@ def test_a_stock_reload_of_a_tied_head_is_caught_as_stale(
     # a step as small as a real one: well inside the bound, so that only the missing share gives it away
     small = tiny.perturbed(tied_tiny_model, tmp_path / "small", seed=3, scale=0.001)
     step = add_version(store, small, 1)
-    publisher.engines = (StockClient(client.url, "tiny"),)
+    publisher.fleet = publisher.fleet.of([StockClient(client.url, "tiny")])
     with pytest.raises(PublishFailed, match="stale") as caught:
         publisher.publish(step.version_id, probe_of(drawn, small, tied_tiny_model))
     seen = caught.value.probe
@@ -257,7 +257,7 @@ def test_a_stock_reload_of_a_tied_head_is_caught_as_stale(
     assert last is not None
     assert live is not None
     assert (last.state, live.version_id) == ("failed", first.version_id)
-    publisher.engines = (client,)
+    publisher.fleet = publisher.fleet.of([client])
     publisher.publish(step.version_id, probe_of(drawn, small, tied_tiny_model))
     assert client.version() == str(step.version_id)
 

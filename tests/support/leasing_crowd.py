@@ -4,7 +4,7 @@
 
 The parent imports everything once, forks, and forks again for who was killed by its own hand. A child prints one JSON
 line for each step it committed, and one for each error that nobody should see; it ends when no run is left to train.
-Every number comes from SEED, the order of events from the machine. Used by tests/unit/tracestore/test_crowd.py.
+Every number comes from SEED, the order of events from the machine. Used by tests/wire/tracestore/test_crowd.py.
 """
 
 import json

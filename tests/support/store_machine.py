@@ -5,7 +5,7 @@ epoch, none lost, groups whole, fenced leases never commit, `eval` never leased,
 store that is opened anew: "cut" stops a transaction right before its commit (on SQLite the files are copied in that
 moment and the copy is opened, which is what a killed process leaves), "unheard" loses the answer after it.
 The rules are few and choose among many acts, because hypothesis leaves whole rules out of an example.
-Used by tests/unit/tracestore/test_interleavings.py.
+Used by tests/wire/tracestore/test_interleavings.py.
 """
 
 import copy

@@ -30,7 +30,7 @@ def _run(*command: str, cwd: Path) -> str:
 
 OF_EVERY_ROOM = (
     "tests/unit/doctor/test_doctor_command.py",
-    "tests/unit/engine/test_engine_commands.py",
+    "tests/wire/engine/test_engine_commands.py",
     "tests/unit/engine/test_preflight.py",
     "tests/unit/learner/test_train_command.py",
     "tests/unit/learner/test_weights.py",

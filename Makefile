@@ -25,10 +25,10 @@ clients: $(STAMP) ## client software of other lines (OpenAI SDK 2.x, langgraph d
 
 test: test-unit test-wire test-integration ## unit tier, wire tier, then the integration tier with the real engine
 
-test-unit: $(STAMP) ## unit tier, under a minute
+test-unit: $(STAMP) ## unit tier, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 3 --dist worksteal
 
-test-wire: clients ## proxy, hook and LangSmith over real HTTP, against the fake engine; two minutes
+test-wire: clients ## proxy, hook and LangSmith over real HTTP, against the fake engine; three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wire -m "not long" -q -n 3 --dist worksteal
 
 test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten minutes

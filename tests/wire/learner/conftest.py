@@ -1,5 +1,27 @@
-"""A small model, learners on it and stores with recorded runs: fixtures of `learners`."""
+"""The model and learners of `learners`, an engine that answers with that model's logprobs, and an empty store."""
 
-from learners import configure, learner, llama, recorded_store, store, tied_llama
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
-__all__ = ["configure", "learner", "llama", "recorded_store", "store", "tied_llama"]
+import pytest
+import recorded_runs as recorded
+from learners import configure, learner, llama, tied_llama
+from llama_engine import LlamaEngine
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.store import Store, open_store
+
+__all__ = ["configure", "learner", "llama", "tied_llama"]
+
+
+@pytest.fixture
+def engine(llama: Path, tmp_path: Path) -> Iterator[LlamaEngine]:
+    with LlamaEngine(llama, tmp_path / "scratch", recorded.MODEL) as running:
+        yield running
+
+
+@pytest.fixture
+def store(configure: Callable[..., Config]) -> Iterator[Store]:
+    with closing(open_store(configure().store)) as opened:
+        yield opened

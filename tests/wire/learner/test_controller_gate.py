@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from llama_engine import LlamaEngine
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.evaluations import Evaluator, Measured
 from tracegrad.tracestore.records import PolicyVersion
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer import gate
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
@@ -24,18 +24,6 @@ from tracegrad.trainer.metrics import Console
 
 PUBLISH = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
 GATE = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"max_drop": 0.1, "confidence": 0.5}}
-
-
-@pytest.fixture
-def engine(llama: Path, tmp_path: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(llama, tmp_path / "scratch", recorded.MODEL) as running:
-        yield running
-
-
-@pytest.fixture
-def store(configure: Callable[..., Config]) -> Iterator[Store]:
-    with closing(open_store(configure().store)) as opened:
-        yield opened
 
 
 @pytest.fixture(autouse=True)

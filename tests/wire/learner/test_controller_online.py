@@ -1,7 +1,6 @@
 """The loop with an engine behind HTTP that loads and scores real folders: publish, probe, canary, and what fails."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.errors import EngineError, PublishError
@@ -21,18 +20,6 @@ from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
 
 PUBLISH = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
-
-
-@pytest.fixture
-def engine(llama: Path, tmp_path: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(llama, tmp_path / "scratch", recorded.MODEL) as running:
-        yield running
-
-
-@pytest.fixture
-def store(configure: Callable[..., Config]) -> Iterator[Store]:
-    with closing(open_store(configure().store)) as opened:
-        yield opened
 
 
 @pytest.fixture

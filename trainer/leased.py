@@ -24,13 +24,14 @@ def leased_samples(
     """Return what the lease has to train, and the runs in it that have become too stale meanwhile, which `say` is told.
 
     Staleness counts from the live version, as readiness counts it: while a pin or a gate holds serving back, what the
-    live version samples must not be leased and returned for ever. Where nothing is live it counts from `current_step`.
+    live version samples must not be leased and returned for ever. Ages count from `current_step`, the weights' own.
     """
     live = store.live_version(rule.model)
     samples, stale = without_stale_runs(
         build_batch(store.lease_traces(lease, rule), rule, scope=scope),
         lambda version_id: store.get_version(version_id).step,
-        step=current_step if live is None else live.step,
+        step=current_step,
+        live_step=None if live is None else live.step,
         max_staleness=rule.max_staleness,
     )
     if stale:

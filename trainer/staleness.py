@@ -15,16 +15,18 @@ from tracegrad.trainer.samples import Samples
 
 
 def without_stale_runs(
-    samples: Samples, step_of: Callable[[int], int], *, step: int, max_staleness: int
+    samples: Samples, step_of: Callable[[int], int], *, step: int, max_staleness: int, live_step: int | None = None
 ) -> tuple[Samples, frozenset[str]]:
     """Return the samples without over-stale runs and with the age of each version, and the ids of those runs.
 
     `step_of`: policy version -> the step that made it (asked once for each). `step`: of the weights that are about to
-    be trained. A run is too stale when ``step - oldest`` exceeds `max_staleness`.
+    be trained: ages count from it. A run is too stale when ``live_step - oldest`` exceeds `max_staleness`, as readiness
+    counts; where nothing is live, `step` stands for it.
     """
     versions = {version for choice in samples.choices for version in choice.token_versions}
     ages = {version: step - step_of(version) for version in sorted(versions)}
-    old = {version for version, age in ages.items() if age > max_staleness}
+    ahead = 0 if live_step is None else step - live_step
+    old = {version for version, age in ages.items() if age - ahead > max_staleness}
     stale = frozenset(choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions))
     if not stale:
         return replace(samples, version_ages=ages), stale

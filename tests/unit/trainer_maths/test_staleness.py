@@ -45,6 +45,14 @@ def test_nothing_is_dropped_within_the_bound(make_choice):
     assert (left, stale) == (replace(samples, version_ages={3: 10, 4: 0}), frozenset())
 
 
+def test_while_serving_is_held_back_the_bound_counts_from_what_is_live_and_ages_from_what_is_trained(make_choice):
+    """Weights at step 90 of which step 40 still serves: its samples are leased, so they are trained, 50 steps old."""
+    samples = samples_of([make_choice(run_id="a", version_id=4), make_choice(run_id="b", version_id=2)])
+    left, stale = without_stale_runs(samples, step_of, step=90, live_step=40, max_staleness=10)
+    assert stale == {"b"}
+    assert left.version_ages == {4: 50, 2: 70}
+
+
 def test_a_run_is_as_old_as_its_oldest_token(make_choice):
     fresh = make_choice(run_id="a", version_id=4)
     mixed = [

@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from tracegrad.tracestore.config import Config, TrainerConfig
-from tracegrad.tracestore.reasons import sentences
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.credit import token_starts
-from tracegrad.trainer.errors import NothingToTrain, TrainerError
+from tracegrad.trainer.errors import TrainerError
 from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
-from tracegrad.trainer.refusals import StepHistory, is_silent
+from tracegrad.trainer.refusals import StepHistory, is_silent, nothing_to_train
 from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
@@ -190,10 +189,7 @@ class Learner:
         """
         started = time.monotonic()
         if not samples.choices:
-            raise NothingToTrain(
-                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. "
-                + ". ".join(sentences(samples.excluded_tokens))
-            )
+            raise nothing_to_train(plan, samples.excluded_tokens)
         silent, refuse = is_silent(samples.rewards.values()), self.config.algorithm.refuse
         self._history.check_reward(plan.step, silent, refuse)
         self._probe = None

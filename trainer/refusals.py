@@ -1,7 +1,7 @@
 """What a learner remembers of its steps to refuse the next one: usual gradient norms, and steps without reward.
 
 Kept in the checkpoint's manifest, so that a resumed trainer refuses what an undisturbed one would have refused. No I/O,
-no torch. Called by the learner and by `ppo`.
+no torch. Called by the learner, by `ppo` and by `worker_groups`.
 """
 
 import statistics
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tracegrad.tracestore.algorithm import RefusalConfig
-from tracegrad.tracestore.records import Reward
-from tracegrad.trainer.errors import StepRefused
+from tracegrad.tracestore.reasons import sentences
+from tracegrad.tracestore.records import BatchPlan, Reward
+from tracegrad.trainer.errors import NothingToTrain, StepRefused
 
 _ENOUGH_NORMS = 5
 
@@ -84,3 +85,10 @@ def is_silent(rewards: Iterable[Iterable[Reward]]) -> bool:
         for reward in given:
             values.setdefault(reward.name, set()).add(reward.value)
     return all(len(each) == 1 and max(each) <= 0.0 for each in values.values())
+
+
+def nothing_to_train(plan: BatchPlan, excluded_tokens: Mapping[str, int]) -> NothingToTrain:
+    """Return the refusal of a batch of which no choice may be trained: why, and of how many tokens."""
+    return NothingToTrain(
+        f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. " + ". ".join(sentences(excluded_tokens))
+    )

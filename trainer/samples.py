@@ -124,15 +124,16 @@ class Samples:
     @property
     def excluded_tokens(self) -> dict[str, int]:
         """Exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
-        return _by_reason(self.consumption)
+        return excluded_by_reason(self.consumption)
 
     def excluded_tokens_of(self, role: str) -> dict[str, int]:
         """As `excluded_tokens`, of the calls of one role in the runs that did not fail."""
         calls = {node.call_id for graph in self.graphs.values() for node in graph.nodes if node.role == role}
-        return _by_reason(entry for entry in self.consumption if entry.call_id in calls)
+        return excluded_by_reason(entry for entry in self.consumption if entry.call_id in calls)
 
 
-def _by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
+def excluded_by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
+    """Return exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
     totals: dict[str, int] = {}
     for entry in consumption:
         if entry.reason is not None:

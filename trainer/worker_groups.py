@@ -13,12 +13,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
-from tracegrad.tracestore.reasons import sentences
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
-from tracegrad.trainer.errors import CheckpointError, StepRefused, TrainerError
+from tracegrad.trainer.errors import CheckpointError, TrainerError
+from tracegrad.trainer.refusals import nothing_to_train
 from tracegrad.trainer.results import Scored, StepResult, Written
-from tracegrad.trainer.samples import Samples
+from tracegrad.trainer.samples import Samples, excluded_by_reason
 from tracegrad.trainer.shares import Shares
 
 T = TypeVar("T")
@@ -118,18 +118,13 @@ class WorkerGroups:
         A model without a result keeps its weights. What is committed with the step is the account of `shares`.
 
         Raises:
-            StepRefused: no model has anything to train (nothing changed), or one refused: load before going on.
+            NothingToTrain: no model has anything to train; nothing changed.
+            StepRefused: one refused: load before going on.
             WorkerFailed: a group's process died; the same.
         """
         self._check_sound()
         if not any(samples.choices for samples in shares.by_model.values()):
-            excluded: dict[str, int] = {}
-            for entry in shares.consumption:
-                if entry.reason is not None:
-                    excluded[entry.reason] = excluded.get(entry.reason, 0) + entry.excluded_tokens
-            raise StepRefused(
-                f"step {plan.step}: nothing to train in {len(plan.run_ids)} runs. " + ". ".join(sentences(excluded))
-            )
+            raise nothing_to_train(plan, excluded_by_reason(shares.consumption))
 
         def train(name: str, group: TrainsModels) -> dict[str, StepResult]:
             own = {model: shares.by_model[model] for model in self._models[name]}

@@ -16,7 +16,7 @@ from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan, RunTrace
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.checkpoints import prune, remove_orphans, verify_checkpoint
-from tracegrad.trainer.errors import CheckpointError, StepRefused, TrainerError, WorkerFailed
+from tracegrad.trainer.errors import CheckpointError, NothingToTrain, StepRefused, TrainerError, WorkerFailed
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.model_group import ModelGroup
 from tracegrad.trainer.results import StepResult
@@ -250,7 +250,7 @@ def test_nothing_to_train_for_any_model_is_refused_and_changes_nothing(
     workers = groups_of_job(config)
     workers.create(str(tmp_path))
     silent = shares_of(config, [replace(trace, rewards=()) for trace in runs])
-    with pytest.raises(StepRefused, match=r"nothing to train in 1 runs.*no reward"):
+    with pytest.raises(NothingToTrain, match=r"nothing to train in 1 runs.*no reward"):
         apply(workers, silent)
     apply(workers, shares_of(config, runs))
 

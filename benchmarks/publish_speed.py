@@ -31,7 +31,7 @@ def configuration(model: Path, folder: Path) -> Config:
             "store": f"sqlite:///{folder / 'store.db'}",
             "models": {"main": {"checkpoint": str(model), "engine": engine}},
             "roles": {"*": "main"},
-            "trainer": {"output": str(folder), "threads": 2},
+            "trainer": {"output": str(folder), "workers": {"threads": 2}},
         }
     )
 

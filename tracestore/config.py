@@ -260,6 +260,13 @@ class PublishConfig(Section, frozen=True, kw_only=True):
     gate: GateConfig | None = None
 
 
+class WorkersConfig(Section, frozen=True, kw_only=True):
+    """The processes that hold the weights of one model, or of one base with its adapters."""
+
+    threads: Annotated[int, msgspec.Meta(ge=1)] = 2
+    """CPU cores of each."""
+
+
 class TrainerConfig(Section, frozen=True, kw_only=True):
     """One training job."""
 
@@ -270,8 +277,8 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     seed: int = 0
     output: str = "out"
     precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32: everything in float32. bf16: float32 master weights, bfloat16 autocast."""
-    threads: int = 2
+    """fp32: everything in float32. bf16: float32 master weights, rounded to bfloat16 to compute with."""
+    workers: WorkersConfig = WorkersConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()

@@ -62,7 +62,7 @@ class Learner:
         self._ppo: PpoStep | None = None
         self._probe: tuple[list[ChoiceSample], tuple[Scored, ...]] | None = None
         self._history = StepHistory()
-        torch.set_num_threads(self.config.threads)
+        torch.set_num_threads(self.config.workers.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

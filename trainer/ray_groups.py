@@ -95,7 +95,7 @@ def ray_groups(config: Config, *, address: str | None = None) -> Iterator[tuple[
     Raises:
         WorkerFailed: the cluster has no room for all of them.
     """
-    models, threads, stop = config.worker_groups(), config.trainer.threads, Event()
+    models, threads, stop = config.worker_groups(), config.trainer.workers.threads, Event()
     with ExitStack() as cleanup:
         cleanup.enter_context(ray_running(address, threads * len(models)))
         groups = {}
@@ -116,7 +116,7 @@ def _reserved(names: list[str], threads: int) -> list[Any]:
     if not room.wait(_ROOM_TIMEOUT_S):
         raise WorkerFailed(
             f"no room for the worker groups of {', '.join(names)} ({threads} CPUs each) within {_ROOM_TIMEOUT_S:g} s: "
-            "lower trainer.threads, or give the cluster more nodes"
+            "lower trainer.workers.threads, or give the cluster more nodes"
         )
     return [
         PlacementGroupSchedulingStrategy(placement_group=room, placement_group_bundle_index=index)

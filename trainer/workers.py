@@ -71,7 +71,7 @@ class RayWorkers:
         self._cleanup = ExitStack()
 
     def __enter__(self) -> "RayWorkers":
-        threads = self._config.trainer.threads
+        threads = self._config.trainer.workers.threads
         self._cleanup.enter_context(ray_running(self._address, threads))
         self._actor = RayActor(
             LearnerActor,

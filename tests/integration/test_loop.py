@@ -66,7 +66,7 @@ def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
             "steps": STEPS,
             "output": str(folder),
             "precision": "fp32",
-            "threads": 1,
+            "workers": {"threads": 1},
             "algorithm": {"credit": {"advantage": advantage}},
             "optimizer": {"lr": 4e-4, "critic_lr": 3e-3, "epochs": 2, "minibatches": 4},
             "batch": {"groups": GROUPS, "max_staleness": 1},

@@ -31,15 +31,14 @@ PLAN = BatchPlan(step=1, epoch=0, seed=3, run_ids=("r",))
 def configured(folder: Path) -> Config:
     """The planner trains an adapter on the base, the writer a full model: two groups."""
     llama = str(recorded.random_llama(folder / "llama"))
-    one = recorded.configuration(Path(llama), folder / "out")
     engine = {"dtype": "float32"}
     models = {
         "base": {"checkpoint": llama, "trained": False, "engine": engine},
         "p": {"adapter": {"of": "base", "rank": 4}},
         "solo": {"checkpoint": llama, "engine": engine},
     }
-    trainer: dict[str, Any] = {"precision": "fp32", "threads": 1, "optimizer": {"lr": 1e-2, "critic_lr": 1e-2}}
-    assert one.trainer.threads == 1
+    rates = {"lr": 1e-2, "critic_lr": 1e-2}
+    trainer: dict[str, Any] = {"precision": "fp32", "workers": {"threads": 1}, "optimizer": rates}
     return parse_config({"models": models, "roles": {"planner": "p", "writer": "solo"}, "trainer": trainer})
 
 

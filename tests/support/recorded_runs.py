@@ -65,7 +65,7 @@ def configuration(base: Path, output: Path, *, store: str = "sqlite:///unused.db
         "model": MODEL,
         "output": str(output),
         "precision": "fp32",
-        "threads": 1,
+        "workers": {"threads": 1},
         "steps": 4,
         "batch": {"groups": 2, "row_tokens": 64, "lease_s": 60.0, "poll_s": 0.01},
         "optimizer": {"lr": 1e-2, "critic_lr": 1e-2},

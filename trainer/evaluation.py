@@ -32,22 +32,27 @@ class Evaluation:
 def evaluate(
     policy: Policy, rows: Sequence[PackedRow], n_tokens: int, *, with_values: bool, with_entropy: bool
 ) -> Evaluation:
-    """Return what the policy says of every edge of `rows`; entries that no edge reaches stay NaN."""
-    arrays = {name: np.full(n_tokens, np.nan) for name in ("logprobs", "values", "entropy")}
-    for row in rows:
+    """Return what the policy says of every edge of `rows`; entries that no edge reaches stay NaN.
+
+    Ranks divide the rows and each returns all: every rank is given the same rows.
+    """
+    logprobs_N, values_N, entropy_N = arrays = [np.full(n_tokens, np.nan) for _ in range(3)]
+    mine_N = np.zeros(n_tokens, dtype=np.bool_)
+    for row in policy.ranks.share(rows, lambda row: row.n_nodes):
+        if row is None:
+            policy.idle(with_values=with_values)
+            continue
         outputs = policy.edge_outputs(row, with_values=with_values, with_entropy=with_entropy)
         index_E = row.edge_index_E.numpy()
-        for name, tensor in (
-            ("logprobs", outputs.logprobs_E),
-            ("values", outputs.values_E),
-            ("entropy", outputs.entropy_E),
-        ):
+        mine_N[index_E] = True
+        for array_N, tensor in zip(arrays, (outputs.logprobs_E, outputs.values_E, outputs.entropy_E), strict=True):
             if tensor is not None:
-                arrays[name][index_E] = tensor.double().numpy()
+                array_N[index_E] = tensor.double().cpu().numpy()
+    (logprobs_N, values_N, entropy_N), _ = policy.ranks.merged(arrays, mine_N)
     return Evaluation(
-        logprobs_N=arrays["logprobs"],
-        values_N=arrays["values"] if with_values else None,
-        entropy_N=arrays["entropy"] if with_entropy else None,
+        logprobs_N=logprobs_N,
+        values_N=values_N if with_values else None,
+        entropy_N=entropy_N if with_entropy else None,
     )
 
 

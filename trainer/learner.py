@@ -1,6 +1,7 @@
 """The learner: one model's policy, its AdamW and its folders, in one process. No store, no engine, no Ray.
 
-The model is a full one, or an adapter on a trunk that several learners of the process may share. It loads and writes
+The model is a full one, or an adapter on a trunk that several learners of the process may share. Of a group of several
+workers each has a learner; all are asked the same, and the first writes the files. It loads and writes
 checkpoints, applies PPO steps (`tracegrad.trainer.ppo`), and scores sequences for the publish probe and the canary.
 Deterministic: fixed thread count, deterministic kernels, and everything random drawn from the plan's seed, so that
 equal traces give bitwise equal weights. It refuses steps as `ppo` does, and folders that are not what their manifest
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tracegrad.tracestore.config import Config, TrainerConfig
+from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.credit import token_starts
@@ -27,10 +28,12 @@ from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, score
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
+from tracegrad.trainer.ranks import ALONE, Ranks
 from tracegrad.trainer.refusals import StepHistory, is_silent, nothing_to_train
 from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
+from tracegrad.trainer.sharding import like, whole
 from tracegrad.trainer.weights import DTYPES, check_names, load_state, save_serving, save_state
 
 if TYPE_CHECKING:
@@ -47,14 +50,20 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, model_name: str | None = None, trunk: Callable[[], "Trunk"] | None = None
+        self,
+        config: Config,
+        model_name: str | None = None,
+        trunk: Callable[[], "Trunk"] | None = None,
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self.config = config.trainer
         self.model_name = model_name or config.trainer.model
         self._adapter = config.models[self.model_name].adapter
         model = config.models[config.held_by(self.model_name)]
         self._base = Path(model.checkpoint)
-        self._trunk = trunk or cache(lambda: load_trunk(self._base, self.config))
+        self._trunk = trunk or cache(lambda: load_trunk(config, (self.model_name,), ranks))
         self._dtype = DTYPES[model.engine.dtype]
         self._max_model_len = model.engine.max_model_len
         self._policy: Policy | None = None
@@ -100,6 +109,10 @@ class Learner:
 
     def save(self, root: str, step: int) -> Saved:
         """Write the folder of `step`; meanwhile score the step's probe again, now under the new weights."""
+        if self._ranks.size > 1:  # one thing after another: ranks must gather in one order
+            made = self._write(Path(root), step)
+            previous, new = self.probed()
+            return Saved(checkpoint=made, previous=previous, new=new)
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(self._write, Path(root), step)
             previous, new = self.probed()
@@ -107,10 +120,13 @@ class Learner:
 
     def write(self, folder: Path) -> dict[str, str]:
         """Fill a folder with what the engine loads and what training needs; return the sha256 of the large files."""
+        optimizer = self._optimizer_or_raise()
+        if self._ranks.size > 1:
+            serving = save_serving(folder, self.policy, self._dtype, self._base)
+            return {**serving, **save_state(folder, self.policy, optimizer, self._dtype)}
         with ThreadPoolExecutor(1) as pool:
-            serving = pool.submit(save_serving, folder, self.policy, self._dtype, self._base)
-            state = save_state(folder, self.policy, self._optimizer_or_raise(), self._dtype)
-            return {**state, **serving.result()}
+            meanwhile = pool.submit(save_serving, folder, self.policy, self._dtype, self._base)
+            return {**save_state(folder, self.policy, optimizer, self._dtype), **meanwhile.result()}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -165,13 +181,14 @@ class Learner:
         try:
             for scale in _SCALES:
                 generator = torch.Generator().manual_seed(seed)
-                self.policy.load_lm_state({name: _noisy(tensor, scale, generator) for name, tensor in kept.items()})
+                noisy = {name: like(tensor, _noisy(whole(tensor), scale, generator)) for name, tensor in kept.items()}
+                self.policy.load_lm_state(noisy)
                 new = self.score(sequences)
                 if _mean_abs(new, previous) >= gap:
-                    checkpoint = write_checkpoint(
-                        Path(root), 0, lambda folder: save_serving(folder, self.policy, self._dtype, self._base)
+                    made = self._write_checkpoint(
+                        Path(root), 0, lambda folder: save_serving(folder, self.policy, self._dtype, self._base), {}
                     )
-                    return Saved(checkpoint=checkpoint, previous=previous, new=new)
+                    return Saved(checkpoint=made, previous=previous, new=new)
         finally:
             self.policy.load_lm_state(kept)
         raise TrainerError(f"no perturbation changes the model's logprobs by {gap} nats: are its weights all zero?")
@@ -208,7 +225,7 @@ class Learner:
                 "runs": len(plan.run_ids),
                 "silent_steps": self._history.silent_steps,
                 "tokens_excluded": samples.excluded_tokens,
-                "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "memory_bytes": int(self._ranks.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)),
                 "seconds": {**metrics["seconds"], "evaluate": evaluated - started},
             },
         )
@@ -258,7 +275,9 @@ class Learner:
         if self._adapter is not None:
             return self._trunk().adapter(self.model_name, self._adapter, seed=self.config.seed)
         recompute = self.config.batch.gradient_checkpointing
-        return Policy.from_checkpoint(folder, self.config.precision, gradient_checkpointing=recompute)
+        return Policy.from_checkpoint(
+            folder, self.config.precision, gradient_checkpointing=recompute, ranks=self._ranks
+        )
 
     def _reference(self) -> Policy | None:
         """The frozen policy that the KL term compares with. An adapter's is its base, which is there already."""
@@ -266,19 +285,34 @@ class Learner:
             return None
         if self._adapter is not None:
             return self._trunk().bare()
-        reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False)
+        reference = Policy.from_checkpoint(self._base, self.config.precision, verify=False, ranks=self._ranks)
         reference.requires_grad_(False)
         return reference
 
     def _write(self, root: Path, step: int) -> Checkpoint:
-        return write_checkpoint(root, step, self.write, self.facts)
+        return self._write_checkpoint(root, step, self.write, self.facts)
+
+    def _write_checkpoint(
+        self, root: Path, step: int, fill: Callable[[Path], Mapping[str, str]], facts: Mapping[str, Any]
+    ) -> Checkpoint:
+        if self._ranks.leads:
+            return write_checkpoint(root, step, fill, facts)
+        fill(root)
+        return Checkpoint(path="", hash="", step=step, size_bytes=0, write_s=0.0)
 
 
-def load_trunk(base: Path, config: TrainerConfig) -> "Trunk":
-    """Load the base of adapters as the trainer is configured."""
+def load_trunk(config: Config, models: Sequence[str], ranks: Ranks = ALONE) -> "Trunk":
+    """Load the base of these adapters, which all lie on one, as the trainer is configured, and put them on it."""
     from tracegrad.trainer.lora import Trunk  # with peft, seconds: only where there are adapters
 
-    return Trunk.from_checkpoint(base, config.precision, gradient_checkpointing=config.batch.gradient_checkpointing)
+    trainer, base = config.trainer, config.models[config.held_by(models[0])].checkpoint
+    recompute = trainer.batch.gradient_checkpointing
+    trunk = Trunk.from_checkpoint(base, trainer.precision, gradient_checkpointing=recompute, ranks=ranks)
+    for model in models:
+        if (adapter := config.models[model].adapter) is not None:
+            trunk.adapter(model, adapter, seed=trainer.seed)
+    trunk.divide()
+    return trunk
 
 
 def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample:

@@ -3,7 +3,8 @@
 peft's layers are put into the stock model, so that adapters compute as peft computes them and are saved in the format
 that engines load. The base has no gradients and no masters: it lies in the precision that computes. A and B are float32
 and are their own masters. Which adapter computes is the trunk's state: every use of a policy's `lm` sets it, and a
-pass that recomputes activations sets it again as it was. Refuses targets that the base does not have.
+pass that recomputes activations sets it again as it was. Over several ranks the base and its adapters are divided, once
+all of them are there. Refuses targets that the base does not have.
 Called by the learner.
 """
 
@@ -24,6 +25,8 @@ from tracegrad.tracestore.config import AdapterConfig
 from tracegrad.tracestore.section import near_misses
 from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.policy import Policy, Precision, load_language_model, prepare, round_weights
+from tracegrad.trainer.ranks import ALONE, Ranks
+from tracegrad.trainer.sharding import is_sharded, let_go, place, shard_model
 
 _PREFIX = "base_model.model."
 """What peft writes before the name of the module that an adapter lies on."""
@@ -33,14 +36,21 @@ class Trunk:
     """A frozen base model and the adapters on it."""
 
     def __init__(
-        self, lm: Any, *, precision: Precision = "fp32", gradient_checkpointing: bool = False, slot_chunk: int = 256
+        self,
+        lm: Any,
+        *,
+        precision: Precision = "fp32",
+        gradient_checkpointing: bool = False,
+        slot_chunk: int = 256,
+        ranks: Ranks = ALONE,
     ) -> None:
         settings = {"use_reentrant": False, "context_fn": self._contexts} if gradient_checkpointing else None
         prepare(lm, gradient_checkpointing=settings)
-        self.lm: Any = lm.float()
+        self.lm: Any = lm.float().to(ranks.device)
+        self.ranks = ranks
         self.precision: Precision = precision
         self.slot_chunk = slot_chunk
-        self._adapters: list[str] = []
+        self._adapters: dict[str, tuple[str, LoraConfig]] = {}
         self._active: str | None = None
         self._layers: list[LoraLayer] = []
         head = lm.get_output_embeddings()
@@ -55,24 +65,46 @@ class Trunk:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, precision: Precision, *, gradient_checkpointing: bool = False, verify: bool = True
+        cls,
+        path: str | Path,
+        precision: Precision,
+        *,
+        gradient_checkpointing: bool = False,
+        verify: bool = True,
+        ranks: Ranks = ALONE,
     ) -> "Trunk":
         """Load a folder in Hugging Face format.
 
         Raises:
             UnsupportedModel: see `Policy.verify`.
         """
-        trunk = cls(load_language_model(path), precision=precision, gradient_checkpointing=gradient_checkpointing)
+        lm = load_language_model(path)
+        trunk = cls(lm, precision=precision, gradient_checkpointing=gradient_checkpointing, ranks=ranks)
         if verify:
             trunk.bare().verify()
         return trunk
 
     def adapter(self, name: str, config: AdapterConfig, *, seed: int = 0) -> "AdapterPolicy":
-        """Put a new adapter on the base. A is drawn from `seed` and `name`; B is 0: it computes what the base does.
+        """Put an adapter on the base, or have the one of that name begin anew.
+
+        A is drawn from `seed` and `name`; B is 0: it computes what the base does.
 
         Raises:
             UnsupportedModel: a target is not the name of a linear layer of the base.
         """
+        if name not in self._adapters:
+            self._adapters[name] = self._inject(name, config)
+        key, lora = self._adapters[name]
+        self._draw(key, int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big"))
+        return AdapterPolicy(self, key, lora)
+
+    def divide(self) -> None:
+        """Divide the base and what lies on it over the ranks. Every adapter must be there; all ranks call it."""
+        if self.ranks.size > 1:
+            shard_model(self.lm, self.ranks)
+
+    def _inject(self, name: str, config: AdapterConfig) -> tuple[str, LoraConfig]:
+        assert not is_sharded(self.lm), "adapters come first: they are divided with the base"
         unknown = sorted(set(config.targets) - self._linear)
         if unknown:
             raise UnsupportedModel(
@@ -90,12 +122,12 @@ class Trunk:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             inject_adapter_in_model(lora, self.lm, key)
-        self._adapters.append(key)
         self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
-        self._draw(key, int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big"))
+        for parameter in self.masters(key).values():
+            parameter.data = parameter.data.float()  # peft takes over the base's precision
         self.lm.train(self.lm.is_gradient_checkpointing)
         self._set_active(None)
-        return AdapterPolicy(self, key, lora)
+        return key, lora
 
     def bare(self) -> "AdapterPolicy":
         """Return the base itself as a policy that trains nothing: what adapters start from and are compared with."""
@@ -116,6 +148,7 @@ class Trunk:
 
     def masters(self, key: str) -> dict[str, nn.Parameter]:
         """Name, as peft saves it -> A or B of one adapter."""
+        let_go(self.lm)
         end = f".{key}.weight"
         return {
             _PREFIX + name.removesuffix(end) + ".weight": parameter
@@ -124,12 +157,12 @@ class Trunk:
         }
 
     def _draw(self, key: str, seed: int) -> None:
-        """Start in float32 whatever the base's precision is (peft would take over the base's)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.masters(key).items():
-            parameter.data = torch.zeros(parameter.shape, dtype=torch.float32)
+            value = torch.zeros(parameter.shape)
             if ".lora_A." in name:
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+            place(parameter, value)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of one checkpointed layer: for its pass, and for the recomputation, perhaps under another adapter."""
@@ -151,8 +184,13 @@ class AdapterPolicy(Policy):
     def __init__(self, trunk: Trunk, key: str | None, config: LoraConfig | None) -> None:
         nn.Module.__init__(self)
         self._trunk, self._key, self.peft_config = trunk, key, config
-        masters = {} if key is None else trunk.masters(key)
-        self._set_up(trunk.lm, masters, trunk.precision, detach_value=False, slot_chunk=trunk.slot_chunk)
+        self.ranks, self.precision, self.detach_value, self.slot_chunk = (
+            trunk.ranks,
+            trunk.precision,
+            False,
+            trunk.slot_chunk,
+        )
+        self._set_up(trunk.lm, {} if key is None else trunk.masters(key))
 
     @property
     def lm(self) -> Any:

@@ -13,16 +13,21 @@ from typing import Any
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.learner import Learner, load_trunk
+from tracegrad.trainer.ranks import ALONE, Ranks
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
 from tracegrad.trainer.samples import Samples
 
 
 class ModelGroup:
-    """The group of `name`, a key of `config.worker_groups()`."""
+    """The group of `name`, a key of `config.worker_groups()`; or what one of its ranks holds of it.
 
-    def __init__(self, config: Config, name: str) -> None:
-        trunk = cache(lambda: load_trunk(Path(config.models[name].checkpoint), config.trainer))
-        self.learners = {model: Learner(config, model, trunk) for model in config.worker_groups()[name]}
+    All ranks of a group must be asked the same in the same order. Only the first writes files.
+    """
+
+    def __init__(self, config: Config, name: str, ranks: Ranks = ALONE) -> None:
+        models = config.worker_groups()[name]
+        trunk = cache(lambda: load_trunk(config, models, ranks))
+        self.learners = {model: Learner(config, model, trunk, ranks=ranks) for model in models}
 
     def start(self) -> None:
         """Take every model as its job begins with it."""
@@ -71,7 +76,8 @@ class ModelGroup:
 
     @staticmethod
     def _write(learner: Learner, folder: Path) -> Written:
-        folder.mkdir()
+        if learner.policy.ranks.leads:
+            folder.mkdir()
         digests = learner.write(folder)
         previous, new = learner.probed()
         return Written(digests=digests, facts=learner.facts, previous=previous, new=new)

@@ -7,7 +7,8 @@ values and master weights are float32. It refuses checkpoints whose attention or
 
 Precision `bf16`: the trunk's weights are a bfloat16 shadow of float32 masters. Gradients are added to the masters as
 backward makes them, the optimizer steps the masters, and `refresh` rounds them into the shadow again. Precision
-`fp32`: masters and weights are the same tensors.
+`fp32`: masters and weights are the same tensors. Over several ranks both are divided (`tracegrad.trainer.sharding`),
+and every pass is one that all ranks make.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from transformers import AutoModelForCausalLM
 from tracegrad.trainer.batches import PackedRow, probe_row
 from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.kept_sets import KeptSets, renormalised
+from tracegrad.trainer.ranks import ALONE, Ranks
+from tracegrad.trainer.sharding import computed, let_go, place, shard_head, shard_model
 
 Precision = Literal["fp32", "bf16"]
 
@@ -52,7 +55,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
         """Return (S,) float32 values of (S, D) hidden states."""
-        return self.output(hidden_SD.float()).squeeze(-1)
+        return self.output(hidden_SD.float())[:, 0].clone()  # no view: FSDP2 warns of those
 
 
 class Policy(nn.Module):
@@ -72,20 +75,19 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         detach_value: bool = False,
         slot_chunk: int = 256,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
+        self.ranks, self.precision, self.detach_value, self.slot_chunk = ranks, precision, detach_value, slot_chunk
         prepare(lm, gradient_checkpointing={"use_reentrant": False} if gradient_checkpointing else None)
-        self._set_up(lm, _take_masters(lm, precision), precision, detach_value, slot_chunk)
+        self._set_up(lm, _take_masters(lm, precision, ranks))
 
-    def _set_up(
-        self, lm: Any, masters: dict[str, nn.Parameter], precision: Precision, detach_value: bool, slot_chunk: int
-    ) -> None:
-        self.precision: Precision = precision
-        self.detach_value = detach_value
-        self.slot_chunk = slot_chunk
+    def _set_up(self, lm: Any, masters: dict[str, nn.Parameter]) -> None:
         self._lm: Any = lm
         self._masters = masters
-        self.value_head = ValueHead(lm.config.hidden_size)
+        self.value_head = ValueHead(lm.config.hidden_size).to(self.ranks.device)
+        if self.ranks.size > 1:
+            shard_head(self.value_head, self.ranks)
 
     @property
     def lm(self) -> Any:
@@ -102,6 +104,7 @@ class Policy(nn.Module):
         detach_value: bool = False,
         slot_chunk: int = 256,
         verify: bool = True,
+        ranks: Ranks = ALONE,
     ) -> "Policy":
         """Load a folder in Hugging Face format; the value head is new (see `load_value_state`).
 
@@ -115,6 +118,7 @@ class Policy(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
             detach_value=detach_value,
             slot_chunk=slot_chunk,
+            ranks=ranks,
         )
         if verify:
             policy.verify()
@@ -125,18 +129,20 @@ class Policy(nn.Module):
 
         Where an edge has a kept set, its logprob and entropy are over that set.
         """
-        hidden_TD = self._hidden(row)
-        hidden_SD = hidden_TD[row.slot_parent_S]
-        logprobs_E, entropy_E = self._logprobs(hidden_SD, row, with_entropy)
-        values_E = None
-        if with_values:
-            values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
-            values_E = values_S[row.edge_slot_E]
-        return EdgeOutputs(
-            logprobs_E=logprobs_E,
-            values_E=values_E,
-            entropy_E=entropy_E,
-        )
+        row = row if self.device.type == "cpu" else row.to(self.device)
+        logprobs_E, values_E, entropy_E = computed(self.lm, self._edges, row, with_values, with_entropy)
+        return EdgeOutputs(logprobs_E=logprobs_E, values_E=values_E, entropy_E=entropy_E)
+
+    def idle(self, *, with_values: bool) -> Tensor:
+        """Pass through the model with the ranks that have a row left; return a 0 whose gradients are all 0."""
+        outputs = self.edge_outputs(probe_row([[0, 0]]), with_values=with_values)
+        said = outputs.logprobs_E.sum()
+        return 0.0 * (said if outputs.values_E is None else said + outputs.values_E.sum())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie and outputs come from. Rows may lie anywhere."""
+        return self.ranks.device
 
     # -- weights
 
@@ -146,16 +152,18 @@ class Policy(nn.Module):
 
     def value_masters(self) -> dict[str, nn.Parameter]:
         """Name -> float32 parameter of the value head."""
+        let_go(self.value_head)
         return dict(self.value_head.named_parameters())
 
     def zero_grads(self) -> None:
         """Forget the gradients of every master."""
-        for parameter in [*self._masters.values(), *self.value_head.parameters()]:
+        for parameter in [*self._masters.values(), *self.value_masters().values()]:
             parameter.grad = None
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters into the weights that compute. Call after every optimizer step or master load."""
+        let_go(self._lm, self.value_head)
         for name, weight in self._lm.named_parameters():
             master = self._masters.get(name, weight)
             if master is not weight:
@@ -174,24 +182,23 @@ class Policy(nn.Module):
         """
         _same_names(state, self._masters)
         for name, master in self._masters.items():
-            master.copy_(state[name])
+            place(master, state[name])
         self.refresh()
 
     def value_state(self) -> dict[str, Tensor]:
         """Return name -> detached float32 tensor of the value head (not copied)."""
-        return {name: tensor.detach() for name, tensor in self.value_head.named_parameters()}
+        return {name: tensor.detach() for name, tensor in self.value_masters().items()}
 
-    @torch.no_grad()
     def load_value_state(self, state: Mapping[str, Tensor]) -> None:
         """Overwrite the value head.
 
         Raises:
             UnsupportedModel: names are not those of `value_state`.
         """
-        own = dict(self.value_head.named_parameters())
+        own = self.value_masters()
         _same_names(state, own)
         for name, parameter in own.items():
-            parameter.copy_(state[name])
+            place(parameter, state[name])
 
     @property
     def attention_cost(self) -> float:
@@ -212,6 +219,17 @@ class Policy(nn.Module):
         return 48.0
 
     # -- evaluation
+
+    def _edges(
+        self, row: PackedRow, with_values: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        hidden_TD = self._hidden(row)
+        hidden_SD = hidden_TD[row.slot_parent_S]
+        logprobs_E, entropy_E = self._logprobs(hidden_SD, row, with_entropy)
+        if not with_values:
+            return logprobs_E, None, entropy_E
+        values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
+        return logprobs_E, values_S[row.edge_slot_E], entropy_E
 
     def _hidden(self, row: PackedRow) -> Tensor:
         outputs = self.lm.base_model(
@@ -288,7 +306,8 @@ class Policy(nn.Module):
         packed_E = self.edge_outputs(row, with_values=False).logprobs_E
         own = []
         for context in contexts:
-            logits_TV = self.lm(input_ids=torch.tensor([context]), use_cache=False).logits[0].float()
+            ids_BT = torch.tensor([context], device=self.device)
+            logits_TV = self.lm(input_ids=ids_BT, use_cache=False).logits[0].float()
             own.append(torch.log_softmax(logits_TV[-2], dim=-1)[context[-1]])
         worst = float((packed_E - torch.stack(own)).abs().max())
         if not worst <= (1e-3 if self.precision == "fp32" else 0.25):
@@ -321,9 +340,12 @@ def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> Non
     lm.train(gradient_checkpointing is not None)
 
 
-def _take_masters(lm: Any, precision: Precision) -> dict[str, nn.Parameter]:
+def _take_masters(lm: Any, precision: Precision, ranks: Ranks) -> dict[str, nn.Parameter]:
     """Return the float32 parameters to train, by the LM's names; its weights are then what the precision says."""
-    lm.float()
+    lm.float().to(ranks.device)
+    if ranks.size > 1:
+        shard_model(lm, ranks, computes_in=torch.bfloat16 if precision == "bf16" else None)
+        return dict(lm.named_parameters())
     if precision == "fp32":
         return dict(lm.named_parameters())
     masters = {

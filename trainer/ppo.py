@@ -6,7 +6,8 @@ no critic that pass is the update's own forward: nothing is computed twice); cre
 rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite, a
 gradient that explodes, an update in which every token is rejected, nothing to train, and rows that do not select every
 trained token exactly once per epoch (law 5).
-Everything random comes from the plan's seed. Called by the learner.
+Everything random comes from the plan's seed. Of several ranks each computes some of an update's rows; all else they do
+alike, on the whole batch. Called by the learner.
 """
 
 import math
@@ -28,8 +29,10 @@ from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
 from tracegrad.trainer.losses import kl_estimate, objective
 from tracegrad.trainer.packing import Packing, pack
 from tracegrad.trainer.policy import Policy
+from tracegrad.trainer.ranks import slowest
 from tracegrad.trainer.refusals import StepHistory
 from tracegrad.trainer.samples import ChoiceSample, Samples
+from tracegrad.trainer.sharding import whole
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
@@ -46,14 +49,23 @@ class PpoStep:
         self._penalised = config.algorithm.loss.kl_coef > 0.0 and config.algorithm.loss.kl_in == "reward"
 
     def pack(self, choices: Sequence[ChoiceSample], select: Sequence[int] | None = None) -> Packing:
-        """Lay choices into rows of the configured length."""
-        policy = self._policy
-        return pack(
-            choices,
-            row_tokens=self._config.batch.row_tokens,
-            attention_cost=policy.attention_cost,
-            row_cost=policy.row_cost,
-            select=select,
+        """Lay choices into rows of the configured length; for several ranks into shorter ones where that is faster."""
+        policy, ranks = self._policy, self._policy.ranks
+        attention, each = policy.attention_cost, policy.row_cost
+
+        def within(row_tokens: int) -> Packing:
+            return pack(choices, row_tokens=row_tokens, attention_cost=attention, row_cost=each, select=select)
+
+        packing = within(self._config.batch.row_tokens)
+        if ranks.size == 1:
+            return packing
+        limits = [math.ceil(packing.stats.n_nodes / (ranks.size * turns)) for turns in (1, 2)]
+        shorter = [within(limit) for limit in limits if 0 < limit < self._config.batch.row_tokens]
+        return min(
+            (packing, *shorter),
+            key=lambda packing: slowest(
+                [row.n_nodes for row in packing.rows], ranks.size, lambda tokens: tokens + attention * tokens**2 + each
+            ),
         )
 
     def evaluate(self, choices: Sequence[ChoiceSample], *, full: bool = False) -> Evaluation:
@@ -167,24 +179,30 @@ class PpoStep:
             targets=float32(credit.targets_N),
             old_values=None if proximal is None else float32(proximal.values_N),
             reference=float32(reference_N),
-        )
+        ).to(self._policy.device)
 
     def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen, history: StepHistory) -> dict[str, Any]:
         """One optimizer step over a minibatch; the weights change only if everything is finite, something counts."""
-        total, n_rejected = 0.0, 0
-        algorithm = self._config.algorithm
+        total, n_rejected = 0.0, 0.0
+        ranks, algorithm = self._policy.ranks, self._config.algorithm
         with_entropy = fixed.proximal is None or algorithm.loss.entropy_coef > 0.0
         self._policy.zero_grads()
-        for row in batch.rows:
+        for share in ranks.share(batch.rows, lambda row: row.n_nodes):
+            if share is None:
+                self._policy.idle(with_values=self._critic).backward()
+                continue
+            row = share.to(self._policy.device)
             outputs = self._policy.edge_outputs(row, with_values=self._critic, with_entropy=with_entropy)
             loss = objective(fixed.inputs(row, outputs, batch, algorithm.loss), algorithm)
             loss.total.backward()
             total += float(loss.total.detach())
             n_rejected += int((loss.correction.rejected_E != KEPT).sum())
             seen.note(row, outputs, loss)
+        total, n_rejected = ranks.sums(total, n_rejected)
+        seen.exchange(ranks)
         if n_rejected == batch.n_tokens:
             raise StepRefused(
-                f"step {step}: all {n_rejected} tokens of an update are rejected by trainer.algorithm.correction: "
+                f"step {step}: all {batch.n_tokens} tokens of an update are rejected by trainer.algorithm.correction: "
                 "the engine's logprobs and the trainer's are too far apart, or the bounds too narrow "
                 "(`logprob_abs_diff` in metrics.jsonl tells); the weights are unchanged"
             )
@@ -200,7 +218,7 @@ class PpoStep:
 
     def _clip_grads(self) -> float:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self._config.optimizer.max_grad_norm))
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.optimizer.max_grad_norm)))
 
     def _set_learning_rates(self, step: int) -> float:
         """Linear warm-up over the first steps: a function of the step alone, so that nothing has to be resumed."""

@@ -22,12 +22,12 @@ def self_sample(policy: Policy, n_tokens: int, *, seed: int) -> list[tuple[int, 
     rows = max(1, -(-n_tokens // SEQUENCE_TOKENS))
     vocabulary = policy.lm.config.vocab_size
     ids_BT = torch.randint(vocabulary, (rows, PROMPT_TOKENS), generator=generator)
-    cache, latest_BT = None, ids_BT
+    cache, latest_BT = None, ids_BT.to(policy.device)
     for _ in range(SEQUENCE_TOKENS):
         outputs = policy.lm(input_ids=latest_BT, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
-        latest_BT = _draw(outputs.logits[:, -1], generator)
-        ids_BT = torch.cat([ids_BT, latest_BT], dim=1)
+        drawn_BT = _draw(outputs.logits[:, -1].cpu(), generator)
+        ids_BT, latest_BT = torch.cat([ids_BT, drawn_BT], dim=1), drawn_BT.to(policy.device)
     return [tuple(row) for row in ids_BT.tolist()]
 
 

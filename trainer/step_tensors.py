@@ -3,7 +3,7 @@
 Flat `_N` arrays in the order of the choices, gathered into rows and scattered back. Refuses nothing. Called by `ppo`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tracegrad.trainer.batches import PackedRow
 from tracegrad.trainer.evaluation import Floats
 from tracegrad.trainer.losses import LossInputs, LossOutputs, aggregation_weights
 from tracegrad.trainer.policy import EdgeOutputs
+from tracegrad.trainer.ranks import Ranks
 
 
 def float32(values_N: Floats | None) -> Tensor | None:
@@ -55,6 +56,11 @@ class Fixed:
     old_values: Tensor | None = None
     reference: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Fixed":
+        """Return it on another device."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
+
     def inputs(self, row: PackedRow, outputs: EdgeOutputs, batch: Minibatch, config: LossConfig) -> LossInputs:
         """Gather one row's share."""
         index_E = row.edge_index_E
@@ -87,10 +93,20 @@ class Seen:
         self.policy_N, self.values_N, self.entropy_N = (np.full(n_tokens, np.nan) for _ in range(3))
         self.ratio_N, self.clipped_N, self.dual_clipped_N = (np.full(n_tokens, np.nan) for _ in range(3))
         self.weight_N, self.rejected_N = (np.full(n_tokens, np.nan) for _ in range(2))
+        self._mine_N = np.zeros(n_tokens, dtype=np.bool_)
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Give the other ranks what was noted since the last exchange, and take what they noted. All ranks call it."""
+        own = {name: array_N for name, array_N in vars(self).items() if not name.startswith("_")}
+        found, known_N = ranks.merged(list(own.values()), self._mine_N)
+        for array_N, found_N in zip(own.values(), found, strict=True):
+            array_N[known_N] = found_N[known_N]
+        self._mine_N[:] = False
 
     def note(self, row: PackedRow, outputs: EdgeOutputs, loss: LossOutputs) -> None:
         """Keep one row's outputs, detached."""
         index_E = row.edge_index_E.cpu().numpy()
+        self._mine_N[index_E] = True
         for array_N, tensor_E in (
             (self.policy_N, outputs.logprobs_E),
             (self.values_N, outputs.values_E),

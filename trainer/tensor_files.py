@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from tracegrad.trainer.sharding import whole
+
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -26,6 +28,8 @@ _BLOCK_BYTES = 8 * 1024 * 1024
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
     """Write `tensors`, in name order, cast to `dtype` one by one where given; fsync; return the file's sha256.
 
+    Tensors that are divided over ranks are gathered one by one: meanwhile the other ranks `hand_over` the same.
+
     Raises:
         OSError: the disk refused.
         KeyError: a dtype that the table above does not have.
@@ -37,13 +41,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.
         _write_all(file.fileno(), memoryview(header))
         digest.update(header)
         for name in names:
-            flat = tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous().reshape(-1)
+            tensor = whole(tensors[name].detach())
+            flat = tensor.to("cpu", dtype or tensor.dtype).contiguous().reshape(-1)
             data = memoryview(flat.view(torch.uint8).numpy().data)
             for start in range(0, len(data), _BLOCK_BYTES):
                 _write_all(file.fileno(), data[start : start + _BLOCK_BYTES])
                 digest.update(data[start : start + _BLOCK_BYTES])
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def hand_over(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take part in the gathering of tensors that another rank writes."""
+    for name in sorted(tensors):
+        whole(tensors[name].detach())
 
 
 def _header(names: list[str], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> bytes:

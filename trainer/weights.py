@@ -5,7 +5,9 @@ base's tokenizer files: vLLM and transformers load the folder as it is. Of an ad
 `adapter_config.json`, as peft saves it and vLLM loads it beside the base. Under `trainer_state/`: the value head,
 AdamW's two moments and step counts, and, where the serving dtype is not float32, the masters. No generator state:
 whatever is random in a step is drawn from the seed of its plan, which commits with the lease.
-Refuses a state of another model. Called by the learner; `tracegrad.trainer.checkpoints` knows the folder around it.
+The files are the same whatever the number of ranks: the first of them writes, the others hand their shards over, and
+each takes its own shards out of whole files again. Refuses a state of another model. Called by the learner;
+`tracegrad.trainer.checkpoints` knows the folder around it.
 """
 
 import copy
@@ -22,7 +24,8 @@ from torch import Tensor
 from tracegrad.trainer.checkpoints import STATE_FOLDER
 from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.policy import Policy
-from tracegrad.trainer.tensor_files import write_tensors
+from tracegrad.trainer.sharding import like
+from tracegrad.trainer.tensor_files import hand_over, write_tensors
 
 MODEL = "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,34 +57,28 @@ def named_masters(policy: Policy) -> dict[str, torch.nn.Parameter]:
 
 def save_serving(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> dict[str, str]:
     """Write what the engine loads, a model or an adapter; return the sha256 of the weights by file name."""
-    if policy.peft_config is not None:
-        return _save_adapter(folder, policy, dtype, base)
-    config = copy.deepcopy(policy.lm.config)
-    config.dtype = dtype
-    config.architectures = config.architectures or [type(policy.lm).__name__]
-    config.save_pretrained(folder)
-    for pattern in _ASSETS:
-        for source in base.glob(pattern):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
-    return {MODEL: write_tensors(folder / MODEL, policy.lm_state(), dtype)}
+    file = MODEL if policy.peft_config is None else ADAPTER
+    if policy.ranks.leads and policy.peft_config is None:
+        _save_config(folder, policy, dtype, base)
+    elif policy.ranks.leads:
+        _save_adapter_config(folder, policy, base)
+    return _write(folder, policy, {file: policy.lm_state()}, dtype)
 
 
 def save_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, str]:
     """Write what training needs beside the serving files, each file in its own thread; return their sha256."""
-    (folder / STATE_FOLDER).mkdir()
     masters = named_masters(policy)
     states = {name: optimizer.state[p] for name, p in masters.items() if p in optimizer.state}
-    steps = {name: int(state["step"]) for name, state in states.items()}
-    (folder / STEPS).write_text(json.dumps(steps, indent=0, sort_keys=True))
+    if policy.ranks.leads:
+        (folder / STATE_FOLDER).mkdir()
+        steps = {name: int(state["step"]) for name, state in states.items()}
+        (folder / STEPS).write_text(json.dumps(steps, indent=0, sort_keys=True))
     files: dict[str, Mapping[str, Tensor]] = {VALUE_HEAD: policy.value_state()}
     if dtype != torch.float32:
         files[MASTERS] = policy.lm_state()
     for moment, file in MOMENTS.items():
         files[file] = {name: state[moment] for name, state in states.items()}
-    with ThreadPoolExecutor(len(files)) as pool:
-        digests = pool.map(lambda item: write_tensors(folder / item[0], item[1]), files.items())
-        return dict(zip(files, digests, strict=True))
+    return _write(folder, policy, files)
 
 
 def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -101,9 +98,10 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
         raise UnsupportedModel(f"{folder}: the optimizer state names {unknown[:3]}, which this model does not have")
     optimizer.state.clear()
     for name, count in steps.items():
-        optimizer.state[parameters[name]] = {
-            "step": torch.tensor(float(count)),
-            **{moment: tensors[name].clone() for moment, tensors in moments.items()},
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(count), device=parameter.device),
+            **{moment: like(parameter, tensors[name]).clone() for moment, tensors in moments.items()},
         }
 
 
@@ -127,9 +125,32 @@ def check_names(base: Path, policy: Policy) -> None:
         )
 
 
-def _save_adapter(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> dict[str, str]:
+def _write(
+    folder: Path, policy: Policy, files: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """Write the files, each in its own thread; over several ranks in turn, as all must gather in one order."""
+    if not policy.ranks.leads:
+        for tensors in files.values():
+            hand_over(tensors)
+        return {}
+    with ThreadPoolExecutor(len(files) if policy.ranks.size == 1 else 1) as pool:
+        digests = pool.map(lambda item: write_tensors(folder / item[0], item[1], dtype), files.items())
+        return dict(zip(files, digests, strict=True))
+
+
+def _save_config(folder: Path, policy: Policy, dtype: torch.dtype, base: Path) -> None:
+    config = copy.deepcopy(policy.lm.config)
+    config.dtype = dtype
+    config.architectures = config.architectures or [type(policy.lm).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    for pattern in _ASSETS:
+        for source in base.glob(pattern):
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
+
+
+def _save_adapter_config(folder: Path, policy: Policy, base: Path) -> None:
     """In peft's format, its sets in a fixed order: equal adapters have equal files."""
     config = {**policy.peft_config.to_dict(), "base_model_name_or_path": str(base), "inference_mode": True}
     stated = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True))
-    return {ADAPTER: write_tensors(folder / ADAPTER, policy.lm_state(), dtype)}

@@ -1,0 +1,33 @@
+"""How rows are divided over the workers of a group: by tokens, whole, in turns that everybody takes part in."""
+
+import random
+
+import pytest
+
+from tracegrad.trainer.ranks import ALONE, Ranks, divided, slowest
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 17])
+def test_every_row_is_one_ranks_and_all_take_as_many_turns(size: int, count: int) -> None:
+    tokens = [random.Random(count).randrange(1, 100) for _ in range(count)]
+    shares = divided(tokens, size)
+    assert len(shares) == size and len({len(share) for share in shares}) == 1
+    assert sorted(index for share in shares for index in share if index is not None) == list(range(count))
+    loads = [sum(tokens[index] for index in share if index is not None) for share in shares]
+    assert max(loads, default=0) - min(loads, default=0) <= max(tokens, default=0)
+
+
+def test_the_longest_rows_meet_in_one_turn() -> None:
+    assert divided([5, 40, 3, 39, 4], 2) == [[1, 4, 2], [3, 0, None]]
+    assert slowest([40, 39, 5, 4], 2, float) == 45.0
+
+
+def test_a_worker_alone_takes_the_rows_as_they_are() -> None:
+    assert ALONE.share([3, 1, 2], lambda tokens: tokens) == [3, 1, 2]
+    assert ALONE.sums(1.0, 2.0) == (1.0, 2.0)
+
+
+def test_each_rank_takes_its_own() -> None:
+    rows = ["a" * 9, "b" * 5, "c" * 4]
+    assert [Ranks(rank=rank, size=2).share(rows, len) for rank in (0, 1)] == [[rows[0], None], [rows[1], rows[2]]]

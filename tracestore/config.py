@@ -263,6 +263,10 @@ class PublishConfig(Section, frozen=True, kw_only=True):
 class WorkersConfig(Section, frozen=True, kw_only=True):
     """The processes that hold the weights of one model, or of one base with its adapters."""
 
+    per_group: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    """Several share weights, gradients and optimizer state (FSDP2) and divide the rows of each step."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: each worker has one GPU to itself."""
     threads: Annotated[int, msgspec.Meta(ge=1)] = 2
     """CPU cores of each."""
 

@@ -11,7 +11,8 @@ TrainerError
 ├── StepRefused          an update was not finite or not bounded: the weights stay as they were
 │   └── NothingToTrain   no choice of the batch may be trained: its runs are put aside
 ├── TrackingError        an experiment tracker is not installed, cannot be opened, or refused a step's numbers
-├── WorkerFailed         a worker process died, or failed in a way that has no name here
+├── WorkerFailed         a worker failed in a way that has no name here, or there is no room for it
+│   └── WorkerDied       its process ended: what it held is in the last checkpoint
 └── JobBusy              another trainer of the same job runs on this output folder
 """
 
@@ -61,7 +62,11 @@ class TrackingError(TrainerError):
 
 
 class WorkerFailed(TrainerError):
-    """A worker process died, or failed in a way that has no name here."""
+    """A worker failed in a way that has no name here, or there is no room for it."""
+
+
+class WorkerDied(WorkerFailed):
+    """The process of a worker ended: what it held is in the last checkpoint."""
 
 
 class JobBusy(TrainerError):

@@ -92,6 +92,11 @@ def join(rank: int, size: int, device: str, store: Any) -> Ranks:
     return Ranks(rank=rank, size=size, device=device_of(device), mesh=init_device_mesh(device, (size,)))
 
 
+def meeting_place(host: str, size: int, *, port: int = 0) -> Any:
+    """Return the store at a port; without one, open it here, at a port that is free."""
+    return dist.TCPStore(host, port, size, is_master=port == 0, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
 def device_of(name: str) -> torch.device:
     """Return the device that `trainer.workers.device` names to a worker: of GPUs the first that it sees."""
     return _CPU if name == "cpu" else torch.device(name, 0)

@@ -1,21 +1,22 @@
 """Every worker group of a job, stepped in parallel, checkpointed as one, and stopped as one (law 9).
 
 A step succeeds for all models or for none: once a group has failed or refused, the others' weights in memory belong to
-no committed step, so all of them refuse everything but `load` and `create` from then on. One folder with one manifest
-holds all models, each in a subfolder of its name. Refuses a checkpoint of other models. No torch, no Ray: groups are
-whatever fulfils `TrainsModels`. To be called by the controller of a job of several models.
+no committed step, so all of them refuse everything but `load` and `create` from then on. A worker that dies in a step
+is started again, once, and all groups begin the step anew from the checkpoint they stood on. One folder with one
+manifest holds all models, each in a subfolder of its name. Refuses a checkpoint of other models. No torch, no Ray:
+groups are whatever fulfils `TrainsModels`. To be called by the controller of a job of several models.
 """
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
-from tracegrad.trainer.errors import CheckpointError, TrainerError
+from tracegrad.trainer.errors import CheckpointError, TrainerError, WorkerDied
 from tracegrad.trainer.refusals import nothing_to_train
 from tracegrad.trainer.results import Scored, StepResult, Written
 from tracegrad.trainer.samples import Samples, excluded_by_reason
@@ -82,6 +83,8 @@ class WorkerGroups:
         self._names = tuple(name for names in models.values() for name in names)
         self._stop = stop or Event()
         self._sound = False
+        self._begun: tuple[str, str | None] = ("", None)
+        """The checkpoint whose weights the groups hold, but for steps since."""
 
     def create(self, root: str) -> SavedModels:
         """Take every model as the job begins with it and write the checkpoint of step 0 under `root`."""
@@ -103,6 +106,7 @@ class WorkerGroups:
             )
         folder = str(step_folder(path))
         self._load(lambda _name, group: group.restore(folder, facts))
+        self._begun = (path, expected_hash)
         return int(manifest["step"])
 
     def step(
@@ -120,7 +124,7 @@ class WorkerGroups:
         Raises:
             NothingToTrain: no model has anything to train; nothing changed.
             StepRefused: one refused: load before going on.
-            WorkerFailed: a group's process died; the same.
+            WorkerFailed: a worker died once more, or failed; the same.
         """
         self._check_sound()
         if not any(samples.choices for samples in shares.by_model.values()):
@@ -130,7 +134,12 @@ class WorkerGroups:
             own = {model: shares.by_model[model] for model in self._models[name]}
             return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens)
 
-        return _joined(self._all(train))
+        try:
+            return _joined(self._all(train))
+        except WorkerDied:
+            self.load(*self._begun)
+            again = _joined(self._all(train))
+            return {m: replace(done, metrics={**done.metrics, "workers_restarted": 1}) for m, done in again.items()}
 
     def save(self, root: str, step: int) -> SavedModels:
         """Write all models into one folder, groups in parallel; meanwhile they score their probes again."""
@@ -146,6 +155,7 @@ class WorkerGroups:
             }
 
         made = write_checkpoint(Path(root), step, fill, facts)
+        self._begun = (made.path, made.hash)
         return SavedModels(
             checkpoint=made,
             by_model={

@@ -1,20 +1,28 @@
-"""Workers: the learner of a job of one model in a Ray actor (one worker in its group now).
+"""Workers: the learner of a job of one model in Ray actors, one for each worker of its group.
 
-The controller's process imports no torch; the actor does, and sets its own threads. Refuses a worker that dies
-(WorkerFailed): the next start resumes. Jobs of several models have `ray_groups`. Called by
+The controller's process imports no torch; the actors do, and set their own threads. A worker that dies in a step is
+started again, once, from the weights that the step began with. Refuses a second death, and any elsewhere (WorkerDied):
+the next start resumes. Jobs of several models have `ray_groups`. Called by
 `tracegrad.trainer.command`; the controller sees `Trains`, which a bare `Learner` fulfils as well.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint
-from tracegrad.trainer.ray_actor import RayActor, ray_running
+from tracegrad.trainer.errors import WorkerDied
+from tracegrad.trainer.ray_cluster import places, ray_running
+from tracegrad.trainer.ray_team import RayTeam
 from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import Samples
+
+if TYPE_CHECKING:
+    from tracegrad.trainer.learner import Learner
+    from tracegrad.trainer.ranks import Ranks
 
 
 class Trains(Protocol):
@@ -49,38 +57,23 @@ class Trains(Protocol):
         ...
 
 
-class LearnerActor:
-    """Runs inside the Ray worker; torch is imported here and not before."""
-
-    def __init__(self, config: Config) -> None:
-        from tracegrad.trainer.learner import Learner
-
-        self._learner = Learner(config)
-
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the learner."""
-        return getattr(self._learner, method)(*args, **kwargs)
-
-
 class RayWorkers:
     """The worker group of `config.trainer.model`. A context manager: leaving it ends what entering it started."""
 
     def __init__(self, config: Config, *, address: str | None = None) -> None:
         self._config, self._address = config, address
-        self._actor: RayActor | None = None
+        self._team: RayTeam | None = None
+        self._begun: tuple[str, str | None] = ("", None)
+        """The checkpoint whose weights the workers hold, but for steps since."""
         self._cleanup = ExitStack()
 
     def __enter__(self) -> "RayWorkers":
-        threads = self._config.trainer.workers.threads
-        self._cleanup.enter_context(ray_running(self._address, threads))
-        self._actor = RayActor(
-            LearnerActor,
-            self._config,
-            what=f"model {self._config.trainer.model!r}",
-            n_cpus=threads,
-            address=self._address,
-        )
-        self._cleanup.callback(self._actor.kill)
+        model, workers = self._config.trainer.model, self._config.trainer.workers
+        self._cleanup.enter_context(ray_running(self._address, workers.threads * workers.per_group))
+        ((_, of_group),) = places([model], workers, address=self._address)
+        self._team = RayTeam(_made, self._config, what=f"model {model!r}", places=of_group)
+        self._cleanup.callback(self._team.end)
+        self._team.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,19 +81,29 @@ class RayWorkers:
 
     def create(self, root: str) -> Checkpoint:
         """As `Learner.create`."""
-        return self._call("create", root)
+        made: Checkpoint = self._call("create", root)
+        self._begun = (made.path, made.hash)
+        return made
 
     def load(self, path: str, expected_hash: str | None = None) -> int:
         """As `Learner.load`."""
+        self._begun = (path, expected_hash)
         return self._call("load", path, expected_hash)
 
     def save(self, root: str, step: int) -> Saved:
         """As `Learner.save`."""
-        return self._call("save", root, step)
+        saved: Saved = self._call("save", root, step)
+        self._begun = (saved.checkpoint.path, saved.checkpoint.hash)
+        return saved
 
     def step(self, plan: BatchPlan, samples: Samples, *, version_id: int | None, probe_tokens: int = 0) -> StepResult:
-        """As `Learner.step`."""
-        return self._call("step", plan, samples, version_id=version_id, probe_tokens=probe_tokens)
+        """As `Learner.step`. Where a worker dies, the step begins once more."""
+        try:
+            return self._call("step", plan, samples, version_id=version_id, probe_tokens=probe_tokens)
+        except WorkerDied:
+            self._call("load", *self._begun)
+            done: StepResult = self._call("step", plan, samples, version_id=version_id, probe_tokens=probe_tokens)
+            return replace(done, metrics={**done.metrics, "workers_restarted": 1})
 
     def probe_sequences(self, n_tokens: int, seed: int) -> tuple[Scored, ...]:
         """As `Learner.probe_sequences`."""
@@ -114,6 +117,17 @@ class RayWorkers:
         """As `Learner.perturbed`."""
         return self._call("perturbed", root, gap, sequences, seed)
 
+    def processes(self) -> list[int]:
+        """Return the id of each worker's process."""
+        assert self._team is not None, "enter the worker group first"
+        return self._team.processes()
+
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        assert self._actor is not None, "enter the worker group first"
-        return self._actor.call(method, *args, **kwargs)
+        assert self._team is not None, "enter the worker group first"
+        return self._team.call(method, *args, **kwargs)
+
+
+def _made(config: Config, ranks: "Ranks") -> "Learner":
+    from tracegrad.trainer.learner import Learner
+
+    return Learner(config, ranks=ranks)

@@ -16,7 +16,14 @@ from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan, RunTrace
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.checkpoints import prune, remove_orphans, verify_checkpoint
-from tracegrad.trainer.errors import CheckpointError, NothingToTrain, StepRefused, TrainerError, WorkerFailed
+from tracegrad.trainer.errors import (
+    CheckpointError,
+    NothingToTrain,
+    StepRefused,
+    TrainerError,
+    WorkerDied,
+    WorkerFailed,
+)
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.model_group import ModelGroup
 from tracegrad.trainer.results import StepResult
@@ -298,6 +305,39 @@ def test_a_group_that_waits_is_told_when_another_has_failed(
     workers.create(str(tmp_path))
     with pytest.raises(WorkerFailed, match="solo died"):
         apply(workers, shares_of(config, runs))
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_step_in_which_a_worker_died_is_begun_again_once(
+    config: Config, runs: list[RunTrace], tmp_path: Path, deaths: int
+) -> None:
+    """From the checkpoint that it began with: the other group, which had trained by then, forgets it."""
+
+    class Dies(ModelGroup):
+        left = deaths
+
+        def step(self, *args: Any, **kwargs: Any) -> dict[str, StepResult]:
+            if self.left:
+                self.left -= 1
+                raise WorkerDied("a worker of base died")
+            return super().step(*args, **kwargs)
+
+    shares = shares_of(config, runs)
+    undisturbed = groups_of_job(config)
+    undisturbed.create(str(tmp_path / "a"))
+    apply(undisturbed, shares)
+    workers = groups_of_job(config, {"base": Dies(config, "base"), "solo": ModelGroup(config, "solo")})
+    workers.create(str(tmp_path / "b"))
+    if deaths == 2:
+        with pytest.raises(WorkerDied, match="of base died"):
+            apply(workers, shares)
+        with pytest.raises(TrainerError, match="load a checkpoint"):
+            workers.save(str(tmp_path / "b"), 1)
+        return
+    results = apply(workers, shares)
+    assert {result.metrics["workers_restarted"] for result in results.values()} == {1}
+    made = [each.save(str(tmp_path / "c"), 1).checkpoint.hash for each in (undisturbed, workers)]
+    assert made[0] == made[1]
 
 
 def test_folders_of_several_models_are_kept_by_the_path_of_any(config: Config, tmp_path: Path) -> None:

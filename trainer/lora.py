@@ -46,7 +46,7 @@ class Trunk:
     ) -> None:
         settings = {"use_reentrant": False, "context_fn": self._contexts} if gradient_checkpointing else None
         prepare(lm, gradient_checkpointing=settings)
-        self.lm: Any = lm.float().to(ranks.device)
+        self.lm: Any = lm.float()
         self.ranks = ranks
         self.precision: Precision = precision
         self.slot_chunk = slot_chunk
@@ -62,6 +62,8 @@ class Trunk:
         lm.requires_grad_(False)
         if precision == "bf16":
             round_weights(lm)
+        if ranks.size == 1:
+            lm.to(ranks.device)
 
     @classmethod
     def from_checkpoint(

@@ -342,10 +342,11 @@ def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> Non
 
 def _take_masters(lm: Any, precision: Precision, ranks: Ranks) -> dict[str, nn.Parameter]:
     """Return the float32 parameters to train, by the LM's names; its weights are then what the precision says."""
-    lm.float().to(ranks.device)
-    if ranks.size > 1:
+    lm.float()
+    if ranks.size > 1:  # which takes the shards to the device, not the whole
         shard_model(lm, ranks, computes_in=torch.bfloat16 if precision == "bf16" else None)
         return dict(lm.named_parameters())
+    lm.to(ranks.device)
     if precision == "fp32":
         return dict(lm.named_parameters())
     masters = {

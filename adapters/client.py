@@ -140,7 +140,7 @@ class ProxyClient:
         return [_run(row) for row in self._ask("GET", f"/tracegrad/v1/groups/{_segment(group_id)}/runs")["runs"]]
 
     def backlog(self) -> dict[str, Any]:
-        """Return `{ready_groups, leased_groups, publishing, live_version, live_step}`."""
+        """Return `{ready_groups, leased_groups, publishing, live}`; `live`: model -> `{version, step}`, or None."""
         return self._ask("GET", "/tracegrad/v1/backlog")
 
     ahealth = _threaded(health)

@@ -58,8 +58,8 @@ def doctor(
     try:
         with progress() as say:
             jobs = _jobs(store, job_id)
-            model = jobs[0].model if job_id is not None else None
-            extent = Extent(run_id=run_id, project=project, model=model, since=began)
+            models = jobs[0].models if job_id is not None else None
+            extent = Extent(run_id=run_id, project=project, models=models, since=began)
             report = gather(store, extent, jobs, deep=deep, progress=say)
     except NotFound as error:
         raise click.UsageError(f"{error}; `tracegrad runs` lists what there is") from error

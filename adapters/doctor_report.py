@@ -102,7 +102,7 @@ def gather(
         groups=store.count_groups(asked("groups")),
         flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names)), tuple(sorted(sources))),
         jobs=[_job(store, job, asked(f"job {job.job_id}")) for job in jobs],
-        publishes={model: store.last_publishes(model) for model in sorted({job.model for job in jobs})},
+        publishes={name: store.last_publishes(name) for name in sorted({name for job in jobs for name in job.models})},
         payloads=store.check_payloads(extent, lambda done, total: say(done, total, "payloads")) if deep else None,
     )
 

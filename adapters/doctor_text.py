@@ -79,7 +79,7 @@ def _run(report: Report) -> Iterator[tuple[str, str]]:
         yield (
             "trained",
             f"by job {training.job_id} in step {training.step} (epoch {training.epoch}), which made version "
-            f"{training.version_id}",
+            f"{' and '.join(map(str, training.versions.values()))}",
         )
 
 
@@ -132,7 +132,7 @@ def _job(each: JobReport) -> Iterator[tuple[str, str]]:
     excluded = sum(tokens.excluded.values())
     yield (
         f"job {job.job_id}",
-        f"model {job.model}: {tokens.stored} sampled tokens {sign} {tokens.trained} trained + {excluded} excluded",
+        f"{_models(job.models)}: {tokens.stored} sampled tokens {sign} {tokens.trained} trained + {excluded} excluded",
     )
     by_size = dict(sorted(tokens.excluded.items(), key=lambda one: (-one[1], one[0])))
     if excluded:
@@ -149,6 +149,10 @@ def _job(each: JobReport) -> Iterator[tuple[str, str]]:
     for step in each.steps:
         when = datetime.fromtimestamp(step.created_at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         yield "", f"step {step.step}, {when}: {_figures(step.metrics)}"
+
+
+def _models(names: Sequence[str]) -> str:
+    return f"model{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tracegrad.adapters.show_version import (
     print_version,
     use_lines,
     version_as_json,
-    version_named,
+    versions_named,
 )
 from tracegrad.tracestore.edges import edges
 from tracegrad.tracestore.errors import Conflict, NotFound
@@ -152,16 +152,17 @@ def show(
 
 
 def _show_version(store: Store, named: str, *, calls: bool, limit: int, after: str | None, as_json: bool) -> bool:
-    """Show a version where `named` is the name of one; say whether it is."""
+    """Show the versions that `named` names, a JSON object each; say whether it names any."""
     try:
-        version_id = version_named(store, named)
-        if version_id is not None and as_json:
-            _print_json(version_as_json(store, version_id, limit=limit, after=after))
-        elif version_id is not None:
-            print_version(Console(), store, version_id, calls=calls, limit=limit, after=after)
+        found = versions_named(store, named)
+        for version_id in found:
+            if as_json:
+                _print_json(version_as_json(store, version_id, limit=limit, after=after))
+            else:
+                print_version(Console(), store, version_id, calls=calls, limit=limit, after=after)
     except NotFound as error:
         raise click.ClickException(str(error)) from error
-    return version_id is not None
+    return bool(found)
 
 
 def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None) -> None:

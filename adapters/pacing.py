@@ -52,7 +52,7 @@ class Pacer:
         # Counted before the proxy is asked: a group that ends meanwhile is counted twice, never missed.
         sampling = in_flight()
         backlog = await self._control.backlog()
-        if self._needs_version and backlog["live_version"] is None:
+        if self._needs_version and None in backlog["live"].values():
             return "no weights are live yet; the trainer (`tracegrad train`) publishes the first version"
         self._needs_version = False
         if self._ahead is None:

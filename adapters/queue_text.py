@@ -15,7 +15,10 @@ def queue_lines(queue: Queue) -> Iterator[tuple[str, str]]:
     """Yield what stands where, by stage, each reason with its words."""
     sign = "=" if queue.conserved else "≠"
     sums = ", ".join(f"{queue.tokens(stage)} {stage}" for stage in _STAGES if queue.tokens(stage))
-    yield f"job {queue.job_id}", f"model {queue.model}, epoch {queue.epoch}"
+    yield (
+        f"job {queue.job_id}",
+        f"model{'s' if len(queue.models) > 1 else ''} {', '.join(queue.models)}, epoch {queue.epoch}",
+    )
     yield "tokens", f"{queue.stored} sampled {sign} {sums or '0'}"
     if queue.rule is None:
         yield "rule", "the job has not leased yet: which groups are ready is known when it has"

@@ -20,8 +20,10 @@ from tracegrad.tracestore.store import Store
 _NAMED = re.compile(r"version:(?P<version>\d+)|checkpoint:(?P<hash>\w+)|step:(?P<job>.+)/(?P<step>\d+)")
 
 
-def version_named(store: Store, named: str) -> int | None:
-    """Return the version that `version:N`, `checkpoint:HASH` or `step:JOB/N` means; None where it is no such name.
+def versions_named(store: Store, named: str) -> list[int]:
+    """Return the versions that `version:N`, `checkpoint:HASH` or `step:JOB/N` means; none where it is no such name.
+
+    A checkpoint and a step have a version for each model that was trained.
 
     Raises:
         NotFound: there is no such checkpoint or step.
@@ -29,12 +31,12 @@ def version_named(store: Store, named: str) -> int | None:
     """
     found = _NAMED.fullmatch(named)
     if found is None:
-        return None
+        return []
     if found["version"] is not None:
-        return int(found["version"])
+        return [int(found["version"])]
     if found["hash"] is not None:
-        return store.find_version(checkpoint=found["hash"])
-    return store.find_version(job_id=found["job"], step=int(found["step"]))
+        return sorted(store.find_versions(checkpoint=found["hash"]).values())
+    return sorted(store.find_versions(job_id=found["job"], step=int(found["step"])).values())
 
 
 def version_as_json(store: Store, version_id: int, *, limit: int, after: str | None) -> dict[str, Any]:
@@ -93,8 +95,9 @@ def use_lines(uses: list[CallUse]) -> list[str]:
     lines = []
     for use in uses:
         left_out = f", {use.excluded_tokens} left out ({', '.join(use.reasons)})" if use.excluded_tokens else ""
+        made = "no version of its model" if use.version_id is None else f"version {use.version_id}"
         lines.append(
-            f"taken by step {use.step} of job {use.job_id} (epoch {use.epoch}), which made version {use.version_id}: "
+            f"taken by step {use.step} of job {use.job_id} (epoch {use.epoch}), which made {made}: "
             f"{use.trained_tokens} tokens trained{left_out}"
         )
     return lines or ["trained by no step"]

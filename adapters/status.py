@@ -87,12 +87,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             else f"step {trainer.step} of {trainer.steps}, {_ago(trainer.step_age_s or 0.0)} ago"
         )
         waiting = trainer.backlog
-        rows.append(
-            (
-                "trainer",
-                f"job {trainer.job}: {step}; {waiting.ready_groups} groups ready, {waiting.leased_groups} leased",
-            )
-        )
+        trained = f" of {', '.join(trainer.models)}" if len(trainer.models) > 1 else ""
+        groups = f"{waiting.ready_groups} groups ready, {waiting.leased_groups} leased"
+        rows.append(("trainer", f"job {trainer.job}{trained}: {step}; {groups}"))
     return rows
 
 

@@ -51,7 +51,7 @@ class TrainerState:
     """One training job: its last committed step and how long ago that was; what waits for it."""
 
     job: str
-    model: str
+    models: tuple[str, ...]
     step: int | None
     steps: int
     step_age_s: float | None
@@ -108,9 +108,11 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
         report.models.append(state)
         if (problem := _publish_problem(state, store, config)) is not None:
             report.problems.append(problem)
-    if config.trainer.model in config.models and config.models[config.trainer.model].trained:
+    if config.trained_models():
         report.trainer = _trainer(store, config)
-    if config.trainer.publish.gate is not None and not store.living_evaluators(config.trainer.model, expires_s):
+    if config.trainer.publish.gate is not None and not any(
+        store.living_evaluators(name, expires_s) for name in config.trained_models()
+    ):
         report.problems.append(
             "no evaluator has a heartbeat: new versions are rejected unjudged; start `tracegrad gate`"
         )
@@ -132,7 +134,7 @@ def _trainer(store: Store, config: Config) -> TrainerState:
     last = store.last_checkpoint(trainer.job)
     return TrainerState(
         job=trainer.job,
-        model=trainer.model,
+        models=config.trained_models(),
         step=None if last is None else last.step,
         steps=trainer.steps,
         step_age_s=None if last is None else max(time.time() - last.created_at, 0.0),

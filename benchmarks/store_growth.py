@@ -52,7 +52,17 @@ COPIED = {
     "consumption": ["call_id", "run_id"],
 }
 """The tables that grow with what was served, parents first, and their columns that name something."""
-KEPT = {"alembic_version", "blocks", "jobs", "policy_versions", "publishes", "leases", "checkpoints"}
+KEPT = {
+    "alembic_version",
+    "blocks",
+    "jobs",
+    "job_models",
+    "policy_versions",
+    "publishes",
+    "leases",
+    "checkpoints",
+    "step_versions",
+}
 """The tables that do not."""
 
 

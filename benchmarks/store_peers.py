@@ -53,7 +53,7 @@ def open_ours(path: Path) -> Store:
     """A store in which 64 runs wait to be leased."""
     store = open_store(f"sqlite:///{path}")
     grow(store, [f"g{number}" for number in range(LEASED_RUNS // GROUP)], live_version(store).version_id, whole_calls)
-    store.register_job(JOB, MODEL, {})
+    store.register_job(JOB, [MODEL], {})
     return store
 
 

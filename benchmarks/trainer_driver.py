@@ -29,6 +29,7 @@ from tracegrad.tracestore.records import (
     CallTiming,
     Choice,
     LeaseRule,
+    ModelCalls,
     Reward,
     Run,
     RunTrace,
@@ -99,7 +100,7 @@ def learner_of(system: str, asked: dict[str, Any], folder: Path) -> Learner:
 def updates(system: str, asked: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Play]:
     """Return what the system is, and what plays a round of it. One update has warmed it up."""
     calls = SHAPES[asked["kind"]]()
-    rule = LeaseRule(model=MODEL, max_staleness=1, min_group=2)
+    rule = LeaseRule(trained=(ModelCalls(model=MODEL),), max_staleness=1, min_group=2)
     samples: Samples = build_batch(traces_of(calls), rule)
     learner = learner_of(system, asked, folder)
     steps = 0

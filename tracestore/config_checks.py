@@ -114,6 +114,11 @@ def _check_gate(config: "Config", origin: str) -> None:
     if gate is None:
         return
     where = f"{origin}: trainer.publish.gate"
+    if len(several := config.trained_models()) > 1:
+        raise ConfigError(
+            f"{where} judges the versions of one model, and the job trains {', '.join(several)}: name one with "
+            "trainer.model, or leave the gate out"
+        )
     if gate.rule.minimum is None and gate.rule.max_drop is None:
         raise ConfigError(f"{where}.rule lets everything pass: give it a minimum, a max_drop, or both")
     if model is not None and not model.replicas and gate.share not in (0.0, 1.0):
@@ -125,11 +130,11 @@ def _check_gate(config: "Config", origin: str) -> None:
 
 def _check_runs(config: "Config", origin: str) -> None:
     runs, where = config.trainer.batch.runs, f"{origin}: trainer.batch.runs"
-    ours = {role for role, model in config.roles.items() if model == config.trainer.model}
+    ours = {role for role, model in config.roles.items() if model in config.trained_models()}
     for role in runs.roles:
         if role not in ours and ("*" not in ours or role in config.roles):
             near = near_misses(role, ours - {"*"})
-            raise ConfigError(f"{where}.roles names {role!r}, which `roles` does not map to trainer.model{near}")
+            raise ConfigError(f"{where}.roles names {role!r}, which `roles` maps to no model that is trained{near}")
     for name, time in (("since", runs.since), ("until", runs.until)):
         if time is not None:
             moment_of(time, f"{where}.{name}")

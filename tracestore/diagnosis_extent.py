@@ -16,8 +16,8 @@ def calls_within(extent: Extent) -> ColumnElement[bool]:
         wanted.append(calls.c.run_id == extent.run_id)
     if extent.project is not None:
         wanted.append(calls.c.project == extent.project)
-    if extent.model is not None:
-        wanted.append(calls.c.model == extent.model)
+    if extent.models is not None:
+        wanted.append(calls.c.model.in_(extent.models))
     if extent.since is not None:
         wanted.append(calls.c.received_at >= extent.since)
     return and_(true(), *wanted)
@@ -30,8 +30,8 @@ def runs_within(extent: Extent) -> ColumnElement[bool]:
         wanted.append(runs.c.run_id == extent.run_id)
     if extent.project is not None:
         wanted.append(runs.c.project == extent.project)
-    if extent.model is not None:
-        wanted.append(exists().where(calls.c.run_id == runs.c.run_id, calls.c.model == extent.model))
+    if extent.models is not None:
+        wanted.append(exists().where(calls.c.run_id == runs.c.run_id, calls.c.model.in_(extent.models)))
     if extent.since is not None:
         wanted.append(runs.c.opened_at >= extent.since)
     return and_(true(), *wanted)
@@ -46,10 +46,12 @@ def groups_within(extent: Extent) -> ColumnElement[bool]:
         wanted.append(groups.c.group_id == of_run.scalar_subquery())
     if extent.project is not None:
         wanted.append(exists().where(tasks.c.task_id == groups.c.task_id, tasks.c.project == extent.project))
-    if extent.model is not None:
+    if extent.models is not None:
         wanted.append(
             exists().where(
-                member.c.group_id == groups.c.group_id, calls.c.run_id == member.c.run_id, calls.c.model == extent.model
+                member.c.group_id == groups.c.group_id,
+                calls.c.run_id == member.c.run_id,
+                calls.c.model.in_(extent.models),
             )
         )
     if extent.since is not None:

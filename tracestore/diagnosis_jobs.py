@@ -6,7 +6,7 @@ Read only, no payload. Conservation of a job's tokens is `Store.consumption`. Ca
 
 from typing import Any
 
-from sqlalchemy import func, literal, select
+from sqlalchemy import func, select
 
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import (
@@ -17,9 +17,11 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
+from tracegrad.tracestore.jobs import models_of
 from tracegrad.tracestore.leases import rule_of
+from tracegrad.tracestore.ledger import versions_of_steps
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.publishes import live_step, publish_of
+from tracegrad.tracestore.publishes import live_steps, publish_of
 from tracegrad.tracestore.readiness import beside, is_complete, is_free, is_large_enough, members, units
 from tracegrad.tracestore.records import Publish
 from tracegrad.tracestore.schema import (
@@ -31,6 +33,7 @@ from tracegrad.tracestore.schema import (
     ledger,
     policy_versions,
     publishes,
+    step_versions,
 )
 
 
@@ -41,18 +44,18 @@ class JobDiagnosis(Noun):
         """Return the training jobs, the oldest first."""
         with self._db.read() as connection:
             return [
-                JobFacts(job_id=row.job_id, model=row.model, config=row.config, rule=rule_of(row.rule))
-                for row in connection.execute(select(jobs).order_by(jobs.c.created_at, jobs.c.job_id))
+                JobFacts(
+                    job_id=row.job_id,
+                    models=models_of(connection, row.job_id),
+                    config=row.config,
+                    rule=rule_of(row.rule),
+                )
+                for row in connection.execute(select(jobs).order_by(jobs.c.created_at, jobs.c.job_id)).all()
             ]
 
     def trained_by(self, run_id: str) -> list[Training]:
         """Return the steps that trained a run."""
-        chosen = (
-            select(ledger, checkpoints.c.version_id)
-            .join(checkpoints, (checkpoints.c.job_id == ledger.c.job_id) & (checkpoints.c.step == ledger.c.step))
-            .where(ledger.c.run_id == run_id)
-            .order_by(ledger.c.job_id, ledger.c.epoch)
-        )
+        chosen = select(ledger).where(ledger.c.run_id == run_id).order_by(ledger.c.job_id, ledger.c.epoch)
         with self._db.read() as connection:
             return [
                 Training(
@@ -60,17 +63,18 @@ class JobDiagnosis(Noun):
                     epoch=row.epoch,
                     step=row.step,
                     checkpoint_hash=row.checkpoint_hash,
-                    version_id=row.version_id,
+                    versions=versions_of_steps(connection, row.job_id, [row.step])[row.step],
                 )
-                for row in connection.execute(chosen)
+                for row in connection.execute(chosen).all()
             ]
 
     def trained_staleness(self, job_id: str, extent: Extent) -> dict[int, int]:
-        """Return lag -> trained tokens: the step before the one that trained them minus the step that sampled them.
+        """Return lag -> trained tokens: the step of the weights that were trained minus the one that sampled them.
 
         0 is on-policy. A negative lag is of weights that came later: those of another job.
         """
-        lag = (ledger.c.step - 1 - policy_versions.c.step).label("lag")
+        made, parent = policy_versions.alias("made"), policy_versions.alias("parent")
+        lag = (func.coalesce(parent.c.step, ledger.c.step - 1) - policy_versions.c.step).label("lag")
         chosen = (
             select(lag, func.sum(consumption.c.trained_tokens))
             .join_from(
@@ -81,6 +85,14 @@ class JobDiagnosis(Noun):
                 & (ledger.c.epoch == consumption.c.epoch),
             )
             .join(calls, calls.c.call_id == consumption.c.call_id)
+            .outerjoin(
+                step_versions,
+                (step_versions.c.job_id == ledger.c.job_id)
+                & (step_versions.c.step == ledger.c.step)
+                & (step_versions.c.model == func.coalesce(consumption.c.model, calls.c.model)),
+            )
+            .outerjoin(made, made.c.version_id == step_versions.c.version_id)
+            .outerjoin(parent, parent.c.version_id == made.c.parent_id)
             .join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched)
             .where(consumption.c.job_id == job_id, consumption.c.trained_tokens > 0, calls_within(extent))
             .group_by(lag)
@@ -98,14 +110,15 @@ class JobDiagnosis(Noun):
             rule = rule_of(connection.execute(select(jobs.c.rule).where(jobs.c.job_id == job_id)).scalar())
             if rule is None:
                 return None
-            live = live_step(connection, rule.model)
-            unit = units(members(job_id, rule, self._db.now(), beside(extent.run_id)))
-            lag = (literal(0) if live is None else live - func.coalesce(unit.c.oldest, live)).label("lag")
-            ripe = select(lag).where(is_free(unit), is_complete(unit), is_large_enough(unit, rule))
+            live = live_steps(connection, rule.models)
+            unit = units(members(job_id, rule, self._db.now(), live, beside(extent.run_id)))
+            ripe = select(func.coalesce(unit.c.lag, 0).label("lag")).where(
+                is_free(unit), is_complete(unit), is_large_enough(unit, rule)
+            )
             aged = ripe.subquery("aged")
             rows = connection.execute(select(aged.c.lag, func.count()).group_by(aged.c.lag).order_by(aged.c.lag))
             by_lag = {int(steps): int(groups) for steps, groups in rows}
-            return WaitingGroups(live_step=live, max_staleness=rule.max_staleness, by_lag=by_lag)
+            return WaitingGroups(live=live, max_staleness=rule.max_staleness, by_lag=by_lag)
 
     def held_leases(self, job_id: str) -> list[HeldLease]:
         """Return the leases of a job that have not ended, the oldest first."""
@@ -120,10 +133,12 @@ class JobDiagnosis(Noun):
             select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step.desc()).limit(limit)
         )
         with self._db.read() as connection:
-            return [
-                StepFacts(step=row.step, version_id=row.version_id, created_at=row.created_at, metrics=row.metrics)
-                for row in connection.execute(chosen)
-            ]
+            rows = connection.execute(chosen).all()
+            made = versions_of_steps(connection, job_id, [row.step for row in rows])
+        return [
+            StepFacts(step=row.step, versions=made[row.step], created_at=row.created_at, metrics=row.metrics)
+            for row in rows
+        ]
 
     def last_publishes(self, model: str, limit: int = 5) -> list[Publish]:
         """Return the newest publishes of a model, the newest first."""

@@ -14,13 +14,13 @@ from tracegrad.tracestore.records import Json, LeaseRule, Purpose, RunStatus
 class Extent:
     """The part of the store that is looked at; what is None does not narrow it.
 
-    `since` (Unix seconds) is about when a call arrived, a run or a group was opened. `model` leaves runs and groups
-    without a call to that model out.
+    `since` (Unix seconds) is about when a call arrived, a run or a group was opened. `models` leaves runs and groups
+    without a call to one of them out.
     """
 
     run_id: str | None = None
     project: str | None = None
-    model: str | None = None
+    models: tuple[str, ...] | None = None
     since: float | None = None
 
     @property
@@ -107,7 +107,7 @@ class JobFacts:
     """A training job: `config` is its section of the configuration, `rule` what it last leased by (None: never)."""
 
     job_id: str
-    model: str
+    models: tuple[str, ...]
     config: Json
     rule: LeaseRule | None
 
@@ -120,7 +120,8 @@ class Training:
     epoch: int
     step: int
     checkpoint_hash: str
-    version_id: int
+    versions: Mapping[str, int]
+    """Model -> the version that the step made of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +140,8 @@ class HeldLease:
 class WaitingGroups:
     """What a job could lease by its last rule but for age. `by_lag`: live step minus the oldest step that sampled."""
 
-    live_step: int | None
+    live: Mapping[str, int]
+    """Model -> the step of its live version."""
     max_staleness: int
     by_lag: Mapping[int, int] = field(default_factory=dict)
 
@@ -151,10 +153,10 @@ class WaitingGroups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepFacts:
-    """A committed step: its metrics as the trainer stored them."""
+    """A committed step: the version that it made of each model, its metrics as the trainer stored them."""
 
     step: int
-    version_id: int
+    versions: Mapping[str, int]
     created_at: float
     metrics: Json
 

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, and_, delete, func, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import InvalidRecord, LeaseLost
-from tracegrad.tracestore.jobs import existing_job
+from tracegrad.tracestore.jobs import existing_job, models_of
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.publishes import live_step
+from tracegrad.tracestore.publishes import live_steps
 from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
 from tracegrad.tracestore.schema import CONTENT_DELETED, attributions, calls, holds, jobs, leases, rewards, runs
@@ -34,15 +34,17 @@ class Leases(Noun):
 
         Raises:
             NotFound: the job is not registered.
-            InvalidRecord: the rule is for another model, or `groups` is below 1.
+            InvalidRecord: the rule is for other models, or `groups` is below 1.
         """
         if groups < 1:
             raise InvalidRecord(f"job {job_id!r} asks for {groups} groups: ask for at least 1")
         rule = replace(rule, epoch=epoch)
         with self._db.write() as connection:
             job = existing_job(connection, job_id, lock=True)
-            if job.model != rule.model:
-                raise InvalidRecord(f"job {job_id!r} trains {job.model!r}, its lease rule says {rule.model!r}")
+            trained = models_of(connection, job_id)
+            if set(trained) != set(rule.models):
+                said = f"trains {', '.join(trained)}, its lease rule says {', '.join(rule.models)}"
+                raise InvalidRecord(f"job {job_id!r} {said}")
             if rule_of(job.rule) != rule:
                 connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(rule=rule))
             taken = _take(connection, job_id, rule, groups, self._db.now())
@@ -141,13 +143,13 @@ def drop_holds(connection: Connection, lease_id: int) -> None:
 
 def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now: float) -> dict[str, str] | None:
     """Return run id -> purpose of the eligible members of `wanted` ready groups, locked; None where fewer are ready."""
-    live = live_step(connection, rule.model)
-    unit = units(members(job_id, rule, now, in_reach(connection, job_id, rule, live)))
-    ready = select(unit.c.unit).where(is_ready(unit, rule, live))
+    live = live_steps(connection, rule.models)
+    unit = units(members(job_id, rule, now, live, in_reach(connection, job_id, rule, live)))
+    ready = select(unit.c.unit).where(is_ready(unit, rule))
     chosen = list(connection.execute(ready.order_by(unit.c.opened_at, unit.c.unit).limit(wanted)).scalars())
     if len(chosen) < wanted:
         return None
-    near = members(job_id, rule, now, of_units(chosen))
+    near = members(job_id, rule, now, live, of_units(chosen))
     rows = connection.execute(
         select(near.c.unit, near.c.run_id, near.c.purpose)
         .where(near.c.eligible == 1)

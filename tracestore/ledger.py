@@ -1,21 +1,32 @@
-"""The commit of a step: one transaction in which checkpoint, version, ledger and consumption come to be.
+"""The commit of a step: one transaction in which checkpoint, versions, ledger and consumption come to be.
 
 The ledger row that names the checkpoint's hash *is* the commit (law 7): a folder on disk that no row names never
 happened. Each run is entered once per (run, job, epoch), by key. Refuses a fenced trainer, and consumption that does
 not account for every choice the lease planned (law 5). Called by the trainer, through `Store`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, case, func, select, update
+from sqlalchemy import Connection, and_, case, func, select, update
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord
-from tracegrad.tracestore.jobs import existing_job
+from tracegrad.tracestore.jobs import existing_job, models_of
 from tracegrad.tracestore.leases import claimed, drop_holds
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import CheckpointRow, Consumption, Lease, PolicyVersion, StepCommit
-from tracegrad.tracestore.schema import calls, checkpoints, choices, consumption, holds, leases, ledger, refusals
+from tracegrad.tracestore.records import Consumption, Lease, PolicyVersion
+from tracegrad.tracestore.schema import (
+    calls,
+    checkpoints,
+    choices,
+    consumption,
+    holds,
+    leases,
+    ledger,
+    refusals,
+    step_versions,
+)
+from tracegrad.tracestore.step_records import CheckpointRow, StepCommit
 from tracegrad.tracestore.traces import stood_when_leased
 from tracegrad.tracestore.versions import add, existing
 
@@ -23,41 +34,43 @@ from tracegrad.tracestore.versions import add, existing
 class Ledger(Noun):
     """The part of the store that says what was trained."""
 
-    def commit_step(self, lease: Lease, commit: StepCommit) -> PolicyVersion:
-        """Commit a finished step and return its policy version (kind `step`).
+    def commit_step(self, lease: Lease, commit: StepCommit) -> dict[str, PolicyVersion]:
+        """Commit a finished step and return its policy versions (kind `step`) by model.
 
-        Committing the same checkpoint by the same lease again returns the version, so StoreUnavailable may be retried.
+        Committing the same checkpoint by the same lease again returns them, so StoreUnavailable may be retried.
 
         Raises:
             LeaseLost: the lease was reclaimed, released or acknowledged otherwise.
             Conflict: the job committed this step already, or trained one of the runs in this epoch.
-            InvalidRecord: another model, an unknown parent, or consumption that does not add up to the planned choices.
+            InvalidRecord: other models, an unknown parent, or consumption that does not add up to the planned choices.
         """
         with self._db.write() as connection:
-            job = existing_job(connection, lease.job_id, lock=True)
+            existing_job(connection, lease.job_id, lock=True)
             done = _done(connection, lease, commit)
-            if done is not None:
+            if done:
                 return done
             row = claimed(connection, lease)
-            if job.model != commit.model:
-                raise InvalidRecord(f"job {lease.job_id!r} trains {job.model!r}, its step commits {commit.model!r}")
+            _check_models(lease.job_id, models_of(connection, lease.job_id), commit)
             _check_accounted(connection, row, commit.consumption)
             _check_new(connection, row)
-            version = add(
-                connection,
-                model=commit.model,
-                kind="step",
-                parent_id=commit.parent_version_id,
-                checkpoint_path=commit.checkpoint_path,
-                checkpoint_hash=commit.checkpoint_hash,
-                step=row.step,
-                job_id=row.job_id,
-                now=self._db.now(),
-            )
-            _enter(connection, row, commit, version, self._db.now())
+            made = {
+                new.model: add(
+                    connection,
+                    model=new.model,
+                    kind="step",
+                    parent_id=new.parent_id,
+                    checkpoint_path=new.path,
+                    checkpoint_hash=commit.checkpoint_hash,
+                    step=row.step,
+                    job_id=row.job_id,
+                    now=self._db.now(),
+                )
+                for new in commit.versions
+            }
+            _enter(connection, row, commit, made, self._db.now())
             connection.execute(update(leases).where(leases.c.lease_id == row.lease_id).values(state="acknowledged"))
             drop_holds(connection, row.lease_id)
-            return version
+            return made
 
     def refuse(self, lease: Lease, consumption: Sequence[Consumption]) -> None:
         """Put the runs of a lease aside in which there is nothing to train, so that this epoch leases them no more.
@@ -90,31 +103,55 @@ class Ledger(Noun):
             row = connection.execute(
                 select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step.desc()).limit(1)
             ).one_or_none()
-        if row is None:
-            return None
+            if row is None:
+                return None
+            made = versions_of_steps(connection, job_id, [row.step])
         return CheckpointRow(
             job_id=row.job_id,
             step=row.step,
             path=row.path,
             hash=row.hash,
-            version_id=row.version_id,
+            versions=made[row.step],
             metrics=row.metrics,
             created_at=row.created_at,
         )
 
 
-def _done(connection: Connection, lease: Lease, commit: StepCommit) -> PolicyVersion | None:
-    """Return the version that this very commit made before, or None."""
-    row = connection.execute(
-        select(checkpoints.c.version_id)
+def versions_of_steps(connection: Connection, job_id: str, steps: Collection[int]) -> dict[int, dict[str, int]]:
+    """Return, for each of the steps of a job, the version that it made of each model."""
+    found: dict[int, dict[str, int]] = {step: {} for step in steps}
+    chosen = select(step_versions).where(step_versions.c.job_id == job_id, step_versions.c.step.in_(steps))
+    for row in connection.execute(chosen.order_by(step_versions.c.version_id)):
+        found[row.step][row.model] = row.version_id
+    return found
+
+
+def _done(connection: Connection, lease: Lease, commit: StepCommit) -> dict[str, PolicyVersion]:
+    """Return the versions that this very commit made before; none where it did not."""
+    found = connection.execute(
+        select(step_versions.c.model, step_versions.c.version_id)
+        .join(
+            checkpoints,
+            and_(checkpoints.c.job_id == step_versions.c.job_id, checkpoints.c.step == step_versions.c.step),
+        )
         .join(leases, leases.c.lease_id == checkpoints.c.lease_id)
         .where(
             checkpoints.c.lease_id == lease.lease_id,
             checkpoints.c.hash == commit.checkpoint_hash,
             leases.c.token == lease.token,
         )
-    ).one_or_none()
-    return None if row is None else existing(connection, row.version_id)
+        .order_by(step_versions.c.version_id)
+    ).all()
+    return {row.model: existing(connection, row.version_id) for row in found}
+
+
+def _check_models(job_id: str, trained: Sequence[str], commit: StepCommit) -> None:
+    made = [new.model for new in commit.versions]
+    if not made or len(set(made)) < len(made) or not set(made) <= set(trained):
+        raise InvalidRecord(
+            f"job {job_id!r} trains {', '.join(trained)}, its step commits {', '.join(made) or 'no model'}: it makes "
+            "one version of each model that it trained"
+        )
 
 
 def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
@@ -183,7 +220,9 @@ def _check_new(connection: Connection, lease: Any) -> None:
         raise Conflict(f"lease {lease.lease_id} does not hold all the runs of its plan: release it and lease again")
 
 
-def _enter(connection: Connection, lease: Any, commit: StepCommit, version: PolicyVersion, now: float) -> None:
+def _enter(
+    connection: Connection, lease: Any, commit: StepCommit, made: Mapping[str, PolicyVersion], now: float
+) -> None:
     connection.execute(
         checkpoints.insert(),
         {
@@ -191,11 +230,17 @@ def _enter(connection: Connection, lease: Any, commit: StepCommit, version: Poli
             "step": lease.step,
             "path": commit.checkpoint_path,
             "hash": commit.checkpoint_hash,
-            "version_id": version.version_id,
             "lease_id": lease.lease_id,
             "metrics": commit.metrics,
             "created_at": now,
         },
+    )
+    connection.execute(
+        step_versions.insert(),
+        [
+            {"job_id": lease.job_id, "step": lease.step, "model": model, "version_id": version.version_id}
+            for model, version in made.items()
+        ],
     )
     held = connection.execute(select(holds.c.run_id, holds.c.purpose).where(holds.c.lease_id == lease.lease_id)).all()
     common = {"job_id": lease.job_id, "epoch": lease.epoch}
@@ -217,4 +262,5 @@ def _consumption_row(entry: Consumption) -> dict[str, Any]:
         "excluded_tokens": entry.excluded_tokens,
         "n_tokens": entry.trained_tokens + entry.excluded_tokens,
         "reason": entry.reason if entry.excluded_tokens else None,
+        "model": entry.model,
     }

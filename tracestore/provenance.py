@@ -1,9 +1,10 @@
 """Where weights come from: which calls made a checkpoint, and which checkpoint answered a call.
 
 A version made by a step has the step's checkpoint; the ledger names the runs of the step, and consumption says which
-tokens of which call it trained. Everything before it is in the parents of the version. So both questions are queries;
-nothing is stored for them. Read only, from metadata; a page holds as many calls as were asked for. Calls whose content
-was deleted are still told. Called by `tracegrad show`, through `Store`.
+tokens of which call it trained: where the step trained several models, a call made the version of its own. Everything
+before it is in the parents of the version. So both questions are queries; nothing is stored for them. Read only, from
+metadata; a page holds as many calls as were asked for. Calls whose content was deleted are still told. Called by
+`tracegrad show`, through `Store`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from sqlalchemy import CTE, Connection, Select, and_, func, or_, select
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import PolicyVersion
-from tracegrad.tracestore.schema import calls, checkpoints, consumption, ledger, policy_versions
+from tracegrad.tracestore.schema import calls, consumption, ledger, policy_versions, step_versions
 from tracegrad.tracestore.versions import existing
 
 
@@ -63,12 +64,12 @@ class TrainedCall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallUse:
-    """What a step did with a call, and the version that it made."""
+    """What a step did with a call, and the version that it made of the call's model (None: it made none of it)."""
 
     job_id: str
     epoch: int
     step: int
-    version_id: int
+    version_id: int | None
     trained_tokens: int
     excluded_tokens: int
     reasons: tuple[str, ...] = ()
@@ -77,8 +78,10 @@ class CallUse:
 class Provenance(Noun):
     """The part of the store that traces weights to calls, and calls to weights."""
 
-    def find_version(self, *, checkpoint: str | None = None, job_id: str | None = None, step: int | None = None) -> int:
-        """Return the version of a checkpoint (the beginning of its hash is enough), or of a job's step.
+    def find_versions(
+        self, *, checkpoint: str | None = None, job_id: str | None = None, step: int | None = None
+    ) -> dict[str, int]:
+        """Return, by model, the versions of a checkpoint (the beginning of its hash is enough), or of a job's step.
 
         Raises:
             NotFound: there is none.
@@ -87,18 +90,19 @@ class Provenance(Noun):
         if checkpoint is not None:
             what = f"checkpoint that begins with {checkpoint!r}"
             named = policy_versions.c.checkpoint_hash.startswith(checkpoint, autoescape=True)
-            chosen = select(policy_versions.c.version_id, policy_versions.c.checkpoint_hash).where(named)
+            columns = (policy_versions.c.version_id, policy_versions.c.model, policy_versions.c.checkpoint_hash)
+            chosen = select(*columns).where(named)
         else:
             what = f"step {step} of job {job_id!r}"
-            named = and_(checkpoints.c.job_id == job_id, checkpoints.c.step == step)
-            chosen = select(checkpoints.c.version_id, checkpoints.c.hash).where(named)
+            named = and_(step_versions.c.job_id == job_id, step_versions.c.step == step)
+            chosen = select(step_versions.c.version_id, step_versions.c.model, step_versions.c.step).where(named)
         with self._db.read() as connection:
-            rows = connection.execute(chosen.order_by(chosen.selected_columns.version_id)).all()
+            rows = connection.execute(chosen.order_by(chosen.selected_columns.version_id.desc())).all()
         if not rows:
             raise NotFound(f"no {what}: `tracegrad versions` lists what there is")
-        if len({row[1] for row in rows}) > 1:
+        if len({row[2] for row in rows}) > 1:
             raise Conflict(f"more than one {what}: give more of its hash")
-        return int(rows[0][0])
+        return {row.model: int(row.version_id) for row in rows}
 
     def version_origin(self, version_id: int) -> VersionOrigin:
         """Return what a version was made from. Raises NotFound."""
@@ -106,8 +110,8 @@ class Provenance(Noun):
             version = existing(connection, version_id)
             epoch = connection.execute(
                 select(ledger.c.epoch)
-                .join(checkpoints, _of_step())
-                .where(checkpoints.c.version_id == version_id)
+                .join(step_versions, _of_step())
+                .where(step_versions.c.version_id == version_id)
                 .limit(1)
             ).scalar()
             answered = select(func.count()).where(calls.c.version_dispatched == version_id)
@@ -131,8 +135,8 @@ class Provenance(Noun):
             page = (
                 select(calls.c.call_id, calls.c.run_id, calls.c.role, calls.c.model, calls.c.version_dispatched)
                 .join(ledger, ledger.c.run_id == calls.c.run_id)
-                .join(checkpoints, _of_step())
-                .where(checkpoints.c.version_id == version_id)
+                .join(step_versions, _of_step())
+                .where(step_versions.c.version_id == version_id)
             )
             if after is not None:
                 last = connection.execute(select(calls.c.run_id, calls.c.seq).where(calls.c.call_id == after)).first()
@@ -165,17 +169,23 @@ class Provenance(Noun):
 
 
 def _of_step() -> Any:
-    return and_(ledger.c.job_id == checkpoints.c.job_id, ledger.c.step == checkpoints.c.step)
+    return and_(ledger.c.job_id == step_versions.c.job_id, ledger.c.step == step_versions.c.step)
+
+
+def _is_own() -> Any:
+    """Whether the consumption of the row is of the model of the version of the row; `calls` is there."""
+    return step_versions.c.model == func.coalesce(consumption.c.model, calls.c.model)
 
 
 def _is_consumed() -> Any:
-    """Whether the step of the row accounted for the call of the row: it may have come after the lease."""
+    """Whether the step of the row accounted for the call of the row as one of its model: it may have come later."""
     return (
         select(consumption.c.call_id)
         .where(
             consumption.c.job_id == ledger.c.job_id,
             consumption.c.epoch == ledger.c.epoch,
             consumption.c.call_id == calls.c.call_id,
+            _is_own(),
         )
         .exists()
     )
@@ -196,10 +206,10 @@ def _ancestry(version_id: int) -> CTE:
 
 def _made_from(connection: Connection, versions: Select[Any]) -> MadeFrom:
     """Add up what the steps of some versions did."""
-    of_these = checkpoints.c.version_id.in_(versions)
+    of_these = step_versions.c.version_id.in_(versions)
     steps, runs = connection.execute(
-        select(func.count(func.distinct(checkpoints.c.version_id)), func.count(ledger.c.run_id))
-        .join_from(checkpoints, ledger, _of_step())
+        select(func.count(func.distinct(step_versions.c.version_id)), func.count(ledger.c.run_id))
+        .join_from(step_versions, ledger, _of_step())
         .where(of_these)
     ).one()
     trained, excluded, taken = connection.execute(
@@ -208,7 +218,7 @@ def _made_from(connection: Connection, versions: Select[Any]) -> MadeFrom:
             func.coalesce(func.sum(consumption.c.excluded_tokens), 0),
             func.count(consumption.c.call_id),
         )
-        .join_from(checkpoints, ledger, _of_step())
+        .join_from(step_versions, ledger, _of_step())
         .join(calls, calls.c.run_id == ledger.c.run_id)
         .join(
             consumption,
@@ -216,6 +226,7 @@ def _made_from(connection: Connection, versions: Select[Any]) -> MadeFrom:
                 consumption.c.job_id == ledger.c.job_id,
                 consumption.c.epoch == ledger.c.epoch,
                 consumption.c.call_id == calls.c.call_id,
+                _is_own(),
             ),
         )
         .where(of_these)
@@ -234,7 +245,8 @@ def _uses(
 ) -> list[tuple[str, tuple[int, CallUse]]]:
     """Return (call, (number of its answers, what a step did with it)); of one version's step, or of all."""
     chosen = (
-        select(consumption, ledger.c.step, checkpoints.c.version_id)
+        select(consumption, ledger.c.step, step_versions.c.version_id)
+        .join(calls, calls.c.call_id == consumption.c.call_id)
         .join(
             ledger,
             and_(
@@ -243,16 +255,16 @@ def _uses(
                 ledger.c.epoch == consumption.c.epoch,
             ),
         )
-        .join(checkpoints, _of_step())
+        .outerjoin(step_versions, and_(_of_step(), _is_own()))
         .where(consumption.c.call_id.in_(call_ids))
         .order_by(consumption.c.job_id, consumption.c.epoch, consumption.c.call_id, consumption.c.choice_index)
     )
     if version_id is not None:
-        chosen = chosen.where(checkpoints.c.version_id == version_id)
-    by_step: dict[tuple[str, int], list[Any]] = {}
+        chosen = chosen.where(step_versions.c.version_id == version_id)
+    by_step: dict[tuple[str, str, int], list[Any]] = {}
     for row in connection.execute(chosen):
-        by_step.setdefault((row.call_id, row.version_id), []).append(row)
-    return [(call_id, (len(rows), _use(rows))) for (call_id, _), rows in by_step.items()]
+        by_step.setdefault((row.call_id, row.job_id, row.step), []).append(row)
+    return [(call_id, (len(rows), _use(rows))) for (call_id, _, _), rows in by_step.items()]
 
 
 def _use(rows: Sequence[Any]) -> CallUse:

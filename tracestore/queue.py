@@ -46,11 +46,11 @@ class QueueView(Noun):
         """
         extent = extent or Extent()
         with self._db.read() as connection:
-            job, model = self._job(connection, job_id, epoch)
+            job = self._job(connection, job_id, epoch)
             held = select(leases).where(leases.c.job_id == job_id, leases.c.state == "held")
             return Queue(
                 job_id=job_id,
-                model=model,
+                models=job.models,
                 epoch=job.epoch,
                 rule=job.rule,
                 stored=int(connection.execute(stored_within(extent)).scalar_one()),
@@ -78,7 +78,7 @@ class QueueView(Noun):
             NotFound: no such job, or `before` names no run.
         """
         with self._db.read() as connection:
-            job, _ = self._job(connection, job_id, epoch)
+            job = self._job(connection, job_id, epoch)
             row = everything(job, extent or Extent()).subquery("row")
             dead = select(row.c.run_id).where(_is_dead(row)).distinct()
             page = select(runs).where(runs.c.run_id.in_(dead))
@@ -106,7 +106,7 @@ class QueueView(Noun):
             NotFound: no such job, or no such run.
         """
         with self._db.read() as connection:
-            job, _ = self._job(connection, job_id, epoch)
+            job = self._job(connection, job_id, epoch)
             stored = find_run(connection, run_id)
             if stored is None:
                 raise NotFound(f"no run {run_id!r}: `tracegrad runs` lists the runs")
@@ -121,11 +121,11 @@ class QueueView(Noun):
                 refused=_refusals(connection, job, [run_id]).get(run_id, {}),
             )
 
-    def _job(self, connection: Connection, job_id: str, epoch: int | None) -> tuple[JobView, str]:
+    def _job(self, connection: Connection, job_id: str, epoch: int | None) -> JobView:
         job = job_view(connection, job_id, epoch, self._db.now())
-        if job.model is None:
+        if not job.models:
             raise NotFound(f"no training job {job_id!r}: `tracegrad train` makes one")
-        return job, job.model
+        return job
 
 
 def _reasons(connection: Connection, job: JobView, extent: Extent) -> list[ReasonCount]:
@@ -160,7 +160,7 @@ def _groups(connection: Connection, job: JobView, extent: Extent) -> dict[str, i
     reason = case(
         *done,
         (unit.c.refused == 1, literal(REFUSED)),
-        *of_unit(unit, job.rule, job.live),
+        *of_unit(unit, job.rule),
         else_=literal(NOT_LEASED),
     )
     concerned = or_(~is_free(unit), ~is_complete(unit), unit.c.trainable > 0)

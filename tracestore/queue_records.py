@@ -28,7 +28,7 @@ class Queue:
     """Where everything in the store stands for a job. `groups`: reason -> groups, of those that concern the job."""
 
     job_id: str
-    model: str
+    models: tuple[str, ...]
     epoch: int
     rule: LeaseRule | None
     stored: int

@@ -10,12 +10,13 @@ What is ready is looked for among the runs that recent weights sampled (`in_reac
 what it has served. Where nothing is live, or nothing is ever too stale, that is every run.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     FromClause,
+    Integer,
     Subquery,
     and_,
     case,
@@ -28,7 +29,7 @@ from sqlalchemy import (
     union,
 )
 
-from tracegrad.tracestore.records import LeaseRule
+from tracegrad.tracestore.records import LeaseRule, ModelCalls
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
     calls,
@@ -104,18 +105,28 @@ def is_settled(rule: LeaseRule, now: float) -> ColumnElement[bool]:
 
 def is_of_models(rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the call of the row is to a model of the rule, and by no role that the role map gives to another one."""
-    models = calls.c.model == rule.model if not rule.recorded_models else calls.c.model.in_(rule.models)
-    if not rule.other_roles:
-        return models
-    return and_(models, or_(calls.c.role.is_(None), calls.c.role.not_in(rule.other_roles)))
+    return or_(*(and_(_is_to(each, rule), _is_by_no_other(each)) for each in rule.trained))
 
 
 def calls_that_count(rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the call of the row is to a model of the rule, by one of its roles: `rules.wrong_owner` in SQL."""
-    counts = is_of_models(rule)
-    if rule.roles is None:
-        return counts
-    return and_(counts, calls.c.role.is_not(None), calls.c.role.in_(rule.roles))  # NOT (NULL IN …) is no answer
+    return or_(*(and_(_is_to(each, rule), is_by_roles(each)) for each in rule.trained))
+
+
+def is_by_roles(of: ModelCalls) -> ColumnElement[bool]:
+    """Whether the role of the row is one whose calls count for the model."""
+    if of.roles is None:
+        return _is_by_no_other(of)
+    named = and_(calls.c.role.is_not(None), calls.c.role.in_(of.roles))  # NOT (NULL IN …) is no answer
+    return and_(_is_by_no_other(of), named)
+
+
+def _is_to(of: ModelCalls, rule: LeaseRule) -> ColumnElement[bool]:
+    return calls.c.model.in_((of.model, *rule.recorded_models)) if rule.recorded_models else calls.c.model == of.model
+
+
+def _is_by_no_other(of: ModelCalls) -> ColumnElement[bool]:
+    return or_(calls.c.role.is_(None), calls.c.role.not_in(of.other_roles)) if of.other_roles else true()
 
 
 def is_exact() -> ColumnElement[bool]:
@@ -139,17 +150,17 @@ def is_refused(job_id: str, epoch: int) -> ColumnElement[bool]:
     return exists().where(refusals.c.job_id == job_id, refusals.c.run_id == runs.c.run_id, refusals.c.epoch == epoch)
 
 
-def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
+def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live: Mapping[str, int]) -> ColumnElement[bool]:
     """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds.
 
     The recent versions are looked up here and named: of a subquery PostgreSQL's planner would assume that its versions
     sampled as much as others did, and would read all calls.
     """
-    if live_step is None or live_step <= rule.max_staleness:
+    since = {model: live[model] - rule.max_staleness if model in live else 0 for model in rule.models}
+    if all(step <= 0 for step in since.values()):
         return true()
-    since = live_step - rule.max_staleness
     named = select(policy_versions.c.version_id).where(
-        policy_versions.c.model == rule.model, policy_versions.c.step >= since
+        or_(*(and_(policy_versions.c.model == model, policy_versions.c.step >= step) for model, step in since.items()))
     )
     recent = list(connection.execute(named).scalars())
     near = union(
@@ -175,8 +186,14 @@ def beside(run_id: str | None) -> ColumnElement[bool] | None:
     return select(_unit(one)).where(one.c.run_id == run_id).scalar_subquery() == UNIT
 
 
-def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool] | None = None) -> Subquery:
-    """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it."""
+def members(
+    job_id: str, rule: LeaseRule, now: float, live: Mapping[str, int], among: ColumnElement[bool] | None = None
+) -> Subquery:
+    """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it.
+
+    `live`: model -> step of its live version. `lag` of a run is that step minus the one that sampled, of its call that
+    is the most of them behind; NULL where nothing is live.
+    """
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
     settled = is_settled(rule, now)
     whole = and_(runs.c.status == "closed", runs.c.error.is_distinct_from(CONTENT_DELETED))
@@ -184,8 +201,8 @@ def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool]
         whole = and_(whole, settled)
     trainable = and_(whole, exists().where(counted, is_exact()))
     eligible = and_(whole, is_rewarded(rule), exists().where(counted, is_exact()))
-    oldest = (
-        select(func.min(policy_versions.c.step))
+    lag = (
+        select(func.max(_live_step(rule, live) - policy_versions.c.step))
         .select_from(calls.join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched))
         .where(counted)
         .scalar_subquery()
@@ -201,7 +218,7 @@ def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool]
             case((settled, 1), else_=0).label("settled"),
             case((eligible, 1), else_=0).label("eligible"),
             case((trainable, 1), else_=0).label("trainable"),
-            case((eligible, oldest)).label("oldest"),
+            case((eligible, lag)).label("lag"),
             case((is_held(job_id), 1), else_=0).label("held"),
             case((is_trained(job_id, rule.epoch), 1), else_=0).label("trained"),
             case((is_refused(job_id, rule.epoch), 1), else_=0).label("refused"),
@@ -209,6 +226,17 @@ def members(job_id: str, rule: LeaseRule, now: float, among: ColumnElement[bool]
         .select_from(runs.outerjoin(groups, groups.c.group_id == runs.c.group_id))
         .where(is_allowed(rule) if among is None else and_(is_allowed(rule), among))
         .subquery("members")
+    )
+
+
+def _live_step(rule: LeaseRule, live: Mapping[str, int]) -> ColumnElement[int]:
+    """The step that is live for the call of the row: that of its model."""
+    if not live:
+        return literal(None, Integer)
+    if len(rule.trained) == 1:  # what other models recorded counts as if it had
+        return literal(live[rule.models[0]], Integer)
+    return case(
+        *((calls.c.model == model, literal(step)) for model, step in live.items()), else_=literal(None, Integer)
     )
 
 
@@ -221,7 +249,7 @@ def units(member: Subquery) -> Subquery:
             func.sum(member.c.settled).label("settled"),
             func.sum(member.c.eligible).label("eligible"),
             func.sum(member.c.trainable).label("trainable"),
-            func.min(member.c.oldest).label("oldest"),
+            func.max(member.c.lag).label("lag"),
             func.max(member.c.held).label("held"),
             func.max(member.c.trained).label("trained"),
             func.max(member.c.refused).label("refused"),
@@ -242,16 +270,14 @@ def is_large_enough(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
     return unit.c.eligible >= max(rule.min_group, 1)
 
 
-def is_fresh(unit: Subquery, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
+def is_fresh(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the oldest step that sampled the unit is within the bound. Nothing live: nothing is stale."""
-    if live_step is None:
-        return true()
-    return func.coalesce(unit.c.oldest, live_step) >= live_step - rule.max_staleness
+    return func.coalesce(unit.c.lag, 0) <= rule.max_staleness
 
 
-def is_ready(unit: Subquery, rule: LeaseRule, live_step: int | None) -> ColumnElement[bool]:
+def is_ready(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
     """Whether the unit can be leased now."""
-    return and_(is_complete(unit), is_large_enough(unit, rule), is_fresh(unit, rule, live_step), is_free(unit))
+    return and_(is_complete(unit), is_large_enough(unit, rule), is_fresh(unit, rule), is_free(unit))
 
 
 def is_free(unit: Subquery) -> ColumnElement[bool]:

@@ -5,8 +5,8 @@ seconds. Token ids and logprobs are tuples; logprobs are float32 values held as 
 A missing thing is `None`: never 0, never an empty stand-in (law 6).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Json = Mapping[str, Any]
@@ -332,7 +332,10 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Consumption:
-    """What became of one choice in one training pass: trained + excluded tokens = its sampled tokens (law 5)."""
+    """What became of one choice in one training pass: trained + excluded tokens = its sampled tokens (law 5).
+
+    `model`: the model that it trained, where that is not the one that sampled it.
+    """
 
     run_id: str
     call_id: str
@@ -340,35 +343,32 @@ class Consumption:
     trained_tokens: int
     excluded_tokens: int
     reason: str | None
+    model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepCommit:
-    """Everything a finished step writes in one transaction: checkpoint, version, ledger rows, consumption."""
+class ModelCalls:
+    """Whose calls count for one model: those of `roles` (None: all but `other_roles`, which are other models')."""
 
-    checkpoint_path: str
-    checkpoint_hash: str
     model: str
-    parent_version_id: int | None
-    consumption: Sequence[Consumption]
-    metrics: Json
+    roles: tuple[str, ...] | None = None
+    other_roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRule:
     """Which groups a job takes, and what of them counts; `rules` and `readiness` read it, in Python and in SQL.
 
-    `roles` are those whose calls count (None: all but `other_roles`, which the role map gives to other models).
-    `recorded_models` are further models whose calls count: their tokenizer must be `model`'s.
-    `max_staleness` is in steps of the live version; `min_group` is the fewest closed, rewarded members;
+    `trained`: the models of the job, at least one, each with its roles; a run is taken for all of them at once, as soon
+    as a call of it counts for one. `recorded_models` are further models whose calls count, for whom their role is:
+    their tokenizer must be that model's. `max_staleness` is in steps of the live version of the model that sampled;
+    `min_group` is the fewest closed, rewarded members;
     with `reward_names` a member needs every one of them, else any reward; with `reward_sources` only rewards that come
     from one of these count, for readiness and for credit. A run is taken `grace_s` after it ended at the earliest, and
     only if it was opened from `since` on and before `until` (Unix seconds). `project` None means every project.
     """
 
-    model: str
-    roles: tuple[str, ...] | None = None
-    other_roles: tuple[str, ...] = ()
+    trained: tuple[ModelCalls, ...]
     recorded_models: tuple[str, ...] = ()
     purposes: tuple[Purpose, ...] = ("train", "live")
     max_staleness: int
@@ -383,30 +383,21 @@ class LeaseRule:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models whose calls count."""
-        return (self.model, *self.recorded_models)
+        """The models that the job trains."""
+        return tuple(each.model for each in self.trained)
+
+    def of(self, model: str) -> "LeaseRule":
+        """Return the rule for one of the models alone."""
+        return replace(self, trained=tuple(each for each in self.trained if each.model == model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backlog:
-    """What waits for a job: groups it could lease now, groups it holds, and whether its model is being published."""
+    """What waits for a job: groups it could lease now, groups it holds, and whether a model of it is published now."""
 
     ready_groups: int
     leased_groups: int
     publishing: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointRow:
-    """A committed step: the folder named here happened; one that is not named never did (law 7)."""
-
-    job_id: str
-    step: int
-    path: str
-    hash: str
-    version_id: int
-    metrics: Json
-    created_at: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

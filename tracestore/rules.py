@@ -8,29 +8,24 @@ contract test holds the two together. Refuses nothing: the configuration is chec
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.moments import moment_of
 from tracegrad.tracestore.reasons import NO_ROLE, OTHER_MODEL, OTHER_ROLE
-from tracegrad.tracestore.records import Call, LeaseRule, Reward
+from tracegrad.tracestore.records import Call, LeaseRule, ModelCalls, Reward
 
 ANY_STALENESS = 2**31 - 1
 
 
 def lease_rule(config: Config, *, model: str | None = None, offline: bool = False) -> LeaseRule:
-    """Return which groups the job takes: its roles, its rewards, its window, its bound on staleness.
+    """Return which groups the job takes: its models, its roles, its rewards, its window, its bound on staleness.
 
-    `model`: one of several that it trains (None: `trainer.model`).
+    `model`: for this one of its models alone.
 
     Offline there is no bound, and other models' calls may count: whoever trains from stored runs has asked for what
     older or other weights sampled.
     """
     trainer, runs, credit = config.trainer, config.trainer.batch.runs, config.trainer.algorithm.credit
-    model = trainer.model if model is None else model
-    by_name = tuple(sorted(role for role, owner in config.roles.items() if owner == model and role != "*"))
-    others = tuple(sorted(role for role, owner in config.roles.items() if owner != model and role != "*"))
-    mapped = None if config.roles.get("*") == model else by_name
+    models = config.trained_models() if model is None else (model,)
     return LeaseRule(
-        model=model,
-        roles=tuple(sorted(runs.roles)) if runs.roles else mapped,
-        other_roles=others,
-        recorded_models=tuple(sorted({*runs.recorded_models} - {model})) if offline else (),
+        trained=tuple(_calls_of(config, each) for each in models),
+        recorded_models=tuple(sorted({*runs.recorded_models} - {*models})) if offline else (),
         purposes=runs.purposes,
         max_staleness=ANY_STALENESS if offline else trainer.batch.max_staleness,
         min_group=trainer.batch.min_group if credit.grouped else 1,
@@ -44,12 +39,28 @@ def lease_rule(config: Config, *, model: str | None = None, offline: bool = Fals
     )
 
 
+def _calls_of(config: Config, model: str) -> ModelCalls:
+    named = config.trainer.batch.runs.roles
+    own = {role for role, owner in config.roles.items() if owner == model and role != "*"}
+    others = tuple(sorted(role for role, owner in config.roles.items() if owner != model and role != "*"))
+    everybody = config.roles.get("*") == model
+    if named:
+        wanted = {role for role in named if role in own or (everybody and role not in others)}
+        return ModelCalls(model=model, roles=tuple(sorted(wanted)), other_roles=others)
+    return ModelCalls(model=model, roles=None if everybody else tuple(sorted(own)), other_roles=others)
+
+
 def wrong_owner(rule: LeaseRule, call: Call) -> str | None:
-    """Return the reason for which a call is not the rule's, by its model and its role; None where it is."""
+    """Return the reason for which a call is no model's of the rule, by its model and its role; None where it is."""
+    said = {_wrong_for(each, rule, call) for each in rule.trained}
+    return None if None in said else min(said - {OTHER_MODEL}, default=OTHER_MODEL, key=str)
+
+
+def _wrong_for(of: ModelCalls, rule: LeaseRule, call: Call) -> str | None:
     role = call.attribution.role
-    if call.model not in rule.models or role in rule.other_roles:
+    if call.model not in (of.model, *rule.recorded_models) or role in of.other_roles:
         return OTHER_MODEL
-    if rule.roles is None or role in rule.roles:
+    if of.roles is None or role in of.roles:
         return None
     return NO_ROLE if role is None else OTHER_ROLE
 

@@ -3,7 +3,7 @@
 * token and logprob blobs are as long as their counts (law 4), and so are the parts of prompts;
 * a run of a group has the group's purpose and task;
 * an `eval` run cannot be held, nor entered in the ledger: `purpose` travels in the key and a CHECK refuses it;
-* a ledger row names the hash of a checkpoint of its own job and step (law 7);
+* a ledger row names the hash of a checkpoint of its own job and step (law 7), which makes one version of a model;
 * trained + excluded tokens of a consumption row equal the sampled tokens of its choice (law 5);
 * at most one unfinished publish per model; ids of versions, publishes and leases are never reused.
 
@@ -36,7 +36,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0010"
+HEAD = "0011"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -161,11 +161,18 @@ jobs = Table(
     "jobs",
     metadata,
     _key("job_id"),
-    _word("model"),
     Column("config", JsonText, nullable=False),
     Column("rule", JsonText),
     _time("created_at"),
 )
+
+job_models = Table(
+    "job_models",
+    metadata,
+    Column("job_id", String, ForeignKey("jobs.job_id"), primary_key=True),
+    _key("model"),
+)
+"""The models that a job trains: always the same, for a checkpoint holds them all."""
 
 policy_versions = Table(
     "policy_versions",
@@ -351,13 +358,25 @@ checkpoints = Table(
     Column("step", Integer, primary_key=True, autoincrement=False),
     _word("path"),
     _word("hash"),
-    Column("version_id", Integer, ForeignKey("policy_versions.version_id"), nullable=False, unique=True),
     Column("lease_id", Integer, nullable=False, unique=True),
     Column("metrics", JsonText, nullable=False),
     _time("created_at"),
     UniqueConstraint("job_id", "step", "hash"),
     ForeignKeyConstraint(["lease_id", "job_id"], ["leases.lease_id", "leases.job_id"]),
 )
+
+step_versions = Table(
+    "step_versions",
+    metadata,
+    _key("job_id"),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    _key("model"),
+    Column("version_id", Integer, nullable=False, unique=True),
+    ForeignKeyConstraint(["job_id", "step"], ["checkpoints.job_id", "checkpoints.step"]),
+    ForeignKeyConstraint(["job_id", "model"], ["job_models.job_id", "job_models.model"]),
+    ForeignKeyConstraint(["version_id", "model"], ["policy_versions.version_id", "policy_versions.model"]),
+)
+"""The version that a step made of each model that it trained."""
 
 ledger = Table(
     "ledger",
@@ -403,6 +422,7 @@ consumption = Table(
     _number("excluded_tokens"),
     _number("n_tokens"),
     Column("reason", Text),
+    _word("model", null=True),
     PrimaryKeyConstraint("job_id", "epoch", "call_id", "choice_index"),
     ForeignKeyConstraint(["job_id", "run_id", "epoch"], ["ledger.job_id", "ledger.run_id", "ledger.epoch"]),
     ForeignKeyConstraint(

@@ -6,6 +6,7 @@ always); one with such a row has what the step said of it. Runs in which nothing
 `queue`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +29,9 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.diagnosis_extent import calls_within, runs_within
 from tracegrad.tracestore.diagnosis_records import Extent
+from tracegrad.tracestore.jobs import models_of
 from tracegrad.tracestore.leases import rule_of
-from tracegrad.tracestore.publishes import live_step
+from tracegrad.tracestore.publishes import live_steps
 from tracegrad.tracestore.readiness import (
     UNIT,
     beside,
@@ -93,29 +95,29 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 class JobView:
     """A job as it is judged by: the rule that it last leased by (None: it never did), and now.
 
-    `model` is None for a job that is not registered, `live` (the step of the live version) where nothing is live.
+    `models` is empty for a job that is not registered; `live` has the step of the live version of each of them.
     """
 
     job_id: str
-    model: str | None
+    models: tuple[str, ...]
     rule: LeaseRule | None
     epoch: int
-    live: int | None
+    live: Mapping[str, int]
     now: float
 
 
 def job_view(connection: Connection, job_id: str, epoch: int | None, now: float) -> JobView:
     """Return how a job is judged; without an epoch in that of its rule."""
-    row = connection.execute(select(jobs.c.model, jobs.c.rule).where(jobs.c.job_id == job_id)).one_or_none()
-    rule = None if row is None else rule_of(row.rule)
+    rule = rule_of(connection.execute(select(jobs.c.rule).where(jobs.c.job_id == job_id)).scalar())
+    models = models_of(connection, job_id)
     if epoch is None:
         epoch = 0 if rule is None else rule.epoch
     return JobView(
         job_id=job_id,
-        model=None if row is None else str(row.model),
+        models=models,
         rule=None if rule is None else replace(rule, epoch=epoch),
         epoch=epoch,
-        live=None if rule is None else live_step(connection, rule.model),
+        live=live_steps(connection, models),
         now=now,
     )
 
@@ -130,7 +132,7 @@ def unaccounted(job: JobView, extent: Extent) -> Select[Any]:
     if job.rule is not None:
         unit = units_of(job, extent)
         joined = joined.outerjoin(unit, unit.c.unit == UNIT)
-        whens += of_unit(unit, job.rule, job.live)
+        whens += of_unit(unit, job.rule)
     return (
         select(
             case(*whens, else_=literal(NOT_LEASED)).label("reason"),
@@ -173,7 +175,7 @@ def everything(job: JobView, extent: Extent) -> CompoundSelect[Any]:
 def units_of(job: JobView, extent: Extent) -> Subquery:
     """Return the units that the job's rule allows; of an extent of one run, that run's."""
     assert job.rule is not None, "a job without a rule has no units"
-    return units(members(job.job_id, job.rule, job.now, beside(extent.run_id)))
+    return units(members(job.job_id, job.rule, job.now, job.live, beside(extent.run_id)))
 
 
 def _consumed(job: JobView) -> ColumnElement[bool]:
@@ -210,7 +212,7 @@ def _of_the_job(job: JobView) -> Whens:
         (is_refused(job.job_id, job.epoch), literal(REFUSED)),
     ]
     if rule is None:
-        return whens if job.model is None else [*whens, (calls.c.model != job.model, literal(OTHER_MODEL))]
+        return [*whens, (calls.c.model.not_in(job.models), literal(OTHER_MODEL))] if job.models else whens
     return [
         *whens,
         (not_(is_of_models(rule)), literal(OTHER_MODEL)),
@@ -224,7 +226,7 @@ def _of_the_job(job: JobView) -> Whens:
 
 def _of_run_and_call(rule: LeaseRule | None, now: float) -> Whens:
     """What keeps a run or a call from being trained, whatever its group does."""
-    rule = rule or LeaseRule(model="", max_staleness=0, min_group=1)
+    rule = rule or LeaseRule(trained=(), max_staleness=0, min_group=1)
     return [
         (runs.c.status == "open", literal(OPEN)),
         (runs.c.status == "failed", literal(RUN_FAILED)),
@@ -237,7 +239,7 @@ def _of_run_and_call(rule: LeaseRule | None, now: float) -> Whens:
     ]
 
 
-def of_unit(unit: Subquery, rule: LeaseRule, live: int | None) -> Whens:
+def of_unit(unit: Subquery, rule: LeaseRule) -> Whens:
     """What the run's group waits for."""
     small = not_(is_large_enough(unit, rule))
     return [
@@ -246,5 +248,5 @@ def of_unit(unit: Subquery, rule: LeaseRule, live: int | None) -> Whens:
         *([(and_(small, unit.c.unit.like("run:%")), literal(NO_GROUP))] if rule.min_group > 1 else []),
         (and_(small, unit.c.trainable >= rule.min_group), literal(GROUP_UNREWARDED)),
         (small, literal(GROUP_SMALL)),
-        (not_(is_fresh(unit, rule, live)), literal(TOO_STALE)),
+        (not_(is_fresh(unit, rule)), literal(TOO_STALE)),
     ]

@@ -1,17 +1,17 @@
 """Checkpoint folders: `step-000012-1a2b3c4d`, written atomically, verified by hash, pruned.
 
-A folder holds a model in Hugging Face format at its top (what vLLM and transformers load as is; vLLM globs
-`*.safetensors` there, so nothing else may lie beside it), the trainer's state under `trainer_state/`, and
-`manifest.json` with the sha256 and size of every file. The checkpoint's hash is the sha256 of the manifest, which
-holds no clock: equal weights and state have equal hashes. A folder is filled under a temporary name, every file and
-folder is fsynced, then it is renamed: a visible folder is complete. It is *committed* only by a ledger or version
-row that names its hash (law 7); `remove_orphans` removes the others.
+A folder holds every model of the job in a subfolder of its name, in Hugging Face format (what vLLM and transformers
+load as is; vLLM globs `*.safetensors` there, so nothing else may lie beside it; of an adapter, in peft's format), with
+the trainer's state of the model under `trainer_state/` there. A version's path is such a subfolder, and means the
+folder around it wherever the manifest is asked for. `manifest.json` has the sha256 and size of every file. The
+checkpoint's hash is the sha256 of the manifest, which holds no clock: equal weights and state have equal hashes. A
+folder is filled under a temporary name, every file and folder is fsynced, then it is renamed: a visible folder is
+complete. It is *committed* only by a ledger or version row that names its hash (law 7); `remove_orphans` removes the
+others.
 
-A job of several models has one folder for all, with a subfolder for each; a version's path is then such a subfolder,
-and means the folder around it wherever the manifest is asked for.
-
-Refuses a folder whose files are not the manifest's. Called by the learner or `worker_groups` (write, verify) and by the
-controller (prune, orphans). No torch: `tracegrad.trainer.weights` knows what is inside the files.
+Refuses a folder whose files are not the manifest's. Called by `worker_groups` (write, verify), by the learner for the
+canary's weights, and by the controller (prune, orphans). No torch: `tracegrad.trainer.weights` knows what is inside
+the files.
 """
 
 import hashlib

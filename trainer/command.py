@@ -50,7 +50,7 @@ def train(
     as_json: bool,
     ray_address: str | None,
 ) -> None:
-    """Train a model from recorded, rewarded runs and publish each step's weights.
+    """Train the models of a job from recorded, rewarded runs and publish each step's weights.
 
     \b
     tracegrad train --offline --job again --since 7d            stored runs once more, by a job of its own
@@ -71,11 +71,8 @@ def train(
             raise click.UsageError(f"{path} names no models: there is nothing to train")
         if not any(model.trained for model in config.models.values()):
             raise click.UsageError(f"{path} says `trained: false` of every model: there is nothing to train")
-        if len(names := config.trained_models()) > 1 or config.models[names[0]].adapter is not None:
-            raise click.UsageError(
-                f"{path} trains {', '.join(names)}: `tracegrad train` takes jobs of one full model so far; "
-                "name one with trainer.model"
-            )
+        if not offline and any(config.models[name].adapter is not None for name in config.trained_models()):
+            raise click.UsageError(f"{path} trains adapters: `tracegrad train` takes those with --offline so far")
         code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
     except TraceStoreError as error:
         click.echo(f"tracegrad train: {error}", err=True)
@@ -118,8 +115,8 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
+    from tracegrad.trainer.ray_groups import ray_groups
     from tracegrad.trainer.trackers import open_trackers
-    from tracegrad.trainer.workers import RayWorkers
 
     stop = Event()
     console = Console(click.echo, steps=config.trainer.steps, as_json=as_json)
@@ -131,13 +128,13 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                 config.tracking, folder.path, job=config.trainer.job, settings=msgspec.to_builtins(config.trainer)
             )
             console.say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
-            with RayWorkers(config, address=ray_address) as workers, _signals(stop, console.say):
+            with ray_groups(config, address=ray_address) as (workers, _), _signals(stop, console.say):
                 around = Surroundings(
                     store=store,
                     workers=workers,
                     folder=folder,
                     console=console,
-                    engines=() if offline else engine_clients(config, config.trainer.model),
+                    engines={} if offline else {name: engine_clients(config, name) for name in config.trained_models()},
                     trackers=trackers,
                     crash_points=crash_points,
                     stop=stop,

@@ -127,12 +127,13 @@ def abandon_rejected(store: Store, config: Config) -> list[PolicyVersion]:
     found: list[PolicyVersion] = []
     if gate is None or gate.rejected.then != "return":
         return found
-    own = [v for v in store.list_versions(trainer.model) if v.job_id == trainer.job and v.kind == "step"]
-    for version in reversed([v for v in own if not v.abandoned]):
-        if not _is_rejected(store, version):
-            break
-        store.abandon_version(version.version_id)
-        found.append(version)
+    for model in config.trained_models():
+        own = [v for v in store.list_versions(model) if v.job_id == trainer.job and v.kind == "step"]
+        for version in reversed([v for v in own if not v.abandoned]):
+            if not _is_rejected(store, version):
+                break
+            store.abandon_version(version.version_id)
+            found.append(version)
     return found
 
 

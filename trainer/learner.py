@@ -5,7 +5,7 @@ workers each has a learner; all are asked the same, and the first writes the fil
 checkpoints, applies PPO steps (`tracegrad.trainer.ppo`), and scores sequences for the publish probe and the canary.
 Deterministic: fixed thread count, deterministic kernels, and everything random drawn from the plan's seed, so that
 equal traces give bitwise equal weights. It refuses steps as `ppo` does, and folders that are not what their manifest
-says. Called in a Ray actor by `tracegrad.trainer.workers`, by `model_group`, or directly by tests.
+says. Called by `model_group`, or directly by tests and benchmarks.
 """
 
 import resource

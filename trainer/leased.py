@@ -4,45 +4,51 @@ Refuses what the store refuses. Called by the controller, under the lease's keep
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tracegrad.tracestore.errors import StoreUnavailable
-from tracegrad.tracestore.records import Lease, LeaseRule, PolicyVersion, StepCommit
+from tracegrad.tracestore.records import Lease, LeaseRule, PolicyVersion
+from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.returns import Scope
-from tracegrad.trainer.samples import Samples, build_batch
+from tracegrad.trainer.samples import build_batch
+from tracegrad.trainer.shares import Shares, share
 from tracegrad.trainer.staleness import without_stale_runs
 
 _COMMIT_TRIES = 5
 _COMMIT_PAUSE_S = 1.0
 
 
-def leased_samples(
-    store: Store, lease: Lease, rule: LeaseRule, *, scope: Scope, current_step: int, say: Callable[[str], None]
-) -> tuple[Samples, frozenset[str]]:
-    """Return what the lease has to train, and the runs in it that have become too stale meanwhile, which `say` is told.
+def leased_shares(
+    store: Store, lease: Lease, rule: LeaseRule, *, scope: Scope, steps: Mapping[str, int], say: Callable[[str], None]
+) -> tuple[Shares, frozenset[str]]:
+    """Return what the lease has to train for each model, and the runs that have become too stale meanwhile.
 
-    Staleness counts from the live version, as readiness counts it: while a pin or a gate holds serving back, what the
-    live version samples must not be leased and returned for ever. Ages count from `current_step`, the weights' own.
+    Staleness counts from the live versions, as readiness counts it: while a pin or a gate holds serving back, what the
+    live version samples must not be leased and returned for ever. Ages count from `steps`, the weights' own by model.
     """
-    live = store.live_version(rule.model)
-    samples, stale = without_stale_runs(
-        build_batch(store.lease_traces(lease, rule), rule, scope=scope),
+    live = {model: version.step for model in rule.models if (version := store.live_version(model)) is not None}
+    shares, stale = without_stale_runs(
+        share(
+            store.lease_traces(lease, rule),
+            rule.models,
+            lambda traces, model: build_batch(traces, rule.of(model), scope=scope),
+        ),
         lambda version_id: store.get_version(version_id).step,
-        step=current_step,
-        live_step=None if live is None else live.step,
+        steps=steps,
+        live=live,
         max_staleness=rule.max_staleness,
     )
     if stale:
         say(
             f"step {lease.plan.step}: {len(stale)} of {len(lease.plan.run_ids)} runs became too stale since they were "
-            f"leased and are {'left out' if samples.choices else 'returned'}"
+            f"leased and are {'left out' if shares.n_trained_tokens else 'returned'}"
         )
-    return samples, stale
+    return shares, stale
 
 
-def commit_patiently(store: Store, keeper: LeaseKeeper, commit: StepCommit) -> PolicyVersion:
+def commit_patiently(store: Store, keeper: LeaseKeeper, commit: StepCommit) -> dict[str, PolicyVersion]:
     """Commit; a store that is away for a moment is asked again, which it knows how to answer.
 
     Raises:

@@ -35,9 +35,13 @@ class ModelGroup:
             learner.start()
 
     def restore(self, folder: str, facts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take every model's weights and state out of its subfolder. `facts`: of each model, from the manifest."""
+        """Take every model's weights and state out of its subfolder. `facts`: of each model, from the manifest.
+
+        A folder without subfolders for models is of a job of one model, as such were written first.
+        """
         for model, learner in self.learners.items():
-            learner.restore(Path(folder) / model, facts[model])
+            own = Path(folder) / model
+            learner.restore(own if own.is_dir() else Path(folder), facts[model])
 
     def write(self, folder: str) -> dict[str, Written]:
         """Write every model into its subfolder, and score its last probe again."""

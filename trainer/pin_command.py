@@ -27,7 +27,7 @@ from tracegrad.trainer.publish import Publisher
 @click.command()
 @click.argument("version", type=int, required=False)
 @click.option("--off", is_flag=True, help="Take the pin off, and publish the newest version.")
-@click.option("--model", help="Whose pin to take off. Default: the trained model.")
+@click.option("--model", help="Whose pin to take off. Default: the trained model that is pinned.")
 @click.option(
     "--config", "config_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The YAML file."
 )
@@ -75,10 +75,14 @@ def unpin(store: Store, config: Config, model: str | None) -> dict[str, Any]:
     """Take the pin off; publish the newest version here where no trainer is at work that will.
 
     Raises:
-        Conflict: there is no pin.
+        Conflict: there is no pin, or nobody said whose of several models.
         PublishFailed, PublishRejected: the newest version did not go live. The pin is off all the same.
     """
-    model = model or config.trainer.model
+    trained = config.trained_models()
+    pinned = [name for name in trained if store.pinned(name) is not None] or list(trained)
+    if model is None and len(pinned) > 1:
+        raise Conflict(f"say whose pin: --model {' or '.join(pinned)}")
+    model = model or pinned[0]
     was = store.unpin(model, "tracegrad pin --off")
     if was is None:
         raise Conflict(f"model {model!r} is not pinned")

@@ -1,7 +1,7 @@
 """Worker groups as Ray actors: the workers of each model that holds weights, in processes of their own.
 
 Each worker has its own threads and its own torch. A call gives up waiting when another group has failed. Refuses a
-worker that dies (WorkerDied). To be called by the command of a job of several models.
+worker that dies (WorkerDied). Called by the command.
 """
 
 from collections.abc import Iterator, Mapping

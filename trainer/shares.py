@@ -2,13 +2,14 @@
 
 A call belongs to the model that sampled it: its ids are of that model's tokenizer, its logprobs of its weights. So of
 every sampled token one model decides whether it trains or why not, and calls to what the job does not train are left
-out as such. Refuses an account in which a choice stands twice or is trained by two. No I/O. Called by the controller
-of a job of several models; `samples` decides for each.
+out as such. What other models recorded (`recorded_models`, offline) belongs to the model whose role it is now. Refuses
+an account in which a choice stands twice or is trained by two. No I/O. Called by `leased`; `samples` decides for each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tracegrad.tracestore.reasons import OTHER_MODEL
 from tracegrad.tracestore.records import Consumption, RunTrace
 from tracegrad.trainer.errors import SampleError
 from tracegrad.trainer.samples import Samples
@@ -42,33 +43,37 @@ def share(
     Raises:
         SampleError: as `build`; or its accounts disagree about the choices there are.
     """
-    sampled_by = {call.call_id: call.model for trace in traces for call in trace.calls}
     built = {model: build(traces, model) for model in models}
-    by_model = {model: _own(samples, model, sampled_by) for model, samples in built.items()}
     accounts = {model: {_key(entry): entry for entry in samples.consumption} for model, samples in built.items()}
     consumption = []
+    own: dict[str, list[Consumption]] = {model: [] for model in models}
     for trace in traces:
         for call in trace.calls:
-            judge = call.model if call.model in accounts else models[0]
             for choice in call.choices:
                 key = (trace.run.run_id, call.call_id, choice.index)
                 if any(key not in account for account in accounts.values()):
                     raise SampleError(f"choice {choice.index} of call {call.call_id} is missing in a model's account")
                 trained_by = [model for model, account in accounts.items() if account[key].trained_tokens]
+                judge = call.model if call.model in accounts else next(iter(trained_by), None)
                 if trained_by not in ([], [judge]):
                     raise SampleError(
                         f"choice {choice.index} of call {call.call_id} was sampled by {call.model!r} and would be "
                         f"trained by {', '.join(trained_by)}: tokens never cross models"
                     )
-                consumption.append(accounts[judge][key])
+                entry = _told(accounts, key) if judge is None else accounts[judge][key]
+                if judge is not None:
+                    own[judge].append(entry)
+                consumption.append(entry if judge in (None, call.model) else replace(entry, model=judge))
     if any(len(samples.consumption) != len(consumption) for samples in built.values()):
         raise SampleError(f"a model's account has another number of choices than the runs ({len(consumption)})")
+    by_model = {model: replace(samples, consumption=tuple(own[model])) for model, samples in built.items()}
     return Shares(by_model=by_model, consumption=tuple(consumption))
 
 
-def _own(samples: Samples, model: str, sampled_by: Mapping[str, str]) -> Samples:
-    own = tuple(entry for entry in samples.consumption if sampled_by[entry.call_id] == model)
-    return replace(samples, consumption=own)
+def _told(accounts: Mapping[str, Mapping[tuple[str, str, int], Consumption]], key: tuple[str, str, int]) -> Consumption:
+    """The reason why nobody trains what no model of the job sampled: that of the model whose role it is, if any is."""
+    said = [account[key] for account in accounts.values()]
+    return next((entry for entry in said if entry.reason != OTHER_MODEL), said[0])
 
 
 def _key(entry: Consumption) -> tuple[str, str, int]:

@@ -2,45 +2,63 @@
 
 Readiness refuses what is too stale when it leases; a lease can outlive that moment (a trainer that was away, a bound
 that was lowered, steps that are queued). So the bound is asked once more of the samples themselves: a choice is as old
-as its oldest token, a run as its oldest trainable choice. A run over the bound is dropped whole: its tokens are
-accounted for as `too stale` and its rewards belong to no statistics. Refuses nothing; no I/O. Called by the controller.
+as its oldest token, a run as its oldest trainable choice, whichever model that trains. A run over the bound is dropped
+whole, for all models: its tokens are accounted for as `too stale` and its rewards belong to no statistics. Refuses
+nothing; no I/O. Called by the controller.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tracegrad.tracestore.reasons import TOO_STALE
 from tracegrad.tracestore.records import Consumption
 from tracegrad.trainer.samples import Samples
+from tracegrad.trainer.shares import Shares
 
 
 def without_stale_runs(
-    samples: Samples, step_of: Callable[[int], int], *, step: int, max_staleness: int, live_step: int | None = None
-) -> tuple[Samples, frozenset[str]]:
-    """Return the samples without over-stale runs and with the age of each version, and the ids of those runs.
+    shares: Shares,
+    step_of: Callable[[int], int],
+    *,
+    steps: Mapping[str, int],
+    live: Mapping[str, int],
+    max_staleness: int,
+) -> tuple[Shares, frozenset[str]]:
+    """Return the shares without over-stale runs and with the age of each version, and the ids of those runs.
 
-    `step_of`: policy version -> the step that made it (asked once for each). `step`: of the weights that are about to
-    be trained: ages count from it. A run is too stale when ``live_step - oldest`` exceeds `max_staleness`, as readiness
-    counts; where nothing is live, `step` stands for it.
+    `step_of`: policy version -> the step that made it (asked once for each). `steps`: model -> the step of its weights
+    that are about to be trained: ages count from it. A run is too stale for a model when ``live - oldest`` exceeds
+    `max_staleness`, as readiness counts; where nothing of the model is live, `steps` stands for it.
     """
-    versions = {version for choice in samples.choices for version in choice.token_versions}
-    ages = {version: step - step_of(version) for version in sorted(versions)}
-    ahead = 0 if live_step is None else step - live_step
-    old = {version for version, age in ages.items() if age - ahead > max_staleness}
-    stale = frozenset(choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions))
+    aged: dict[str, Samples] = {}
+    stale: set[str] = set()
+    for model, samples in shares.by_model.items():
+        step = steps[model]
+        versions = {version for choice in samples.choices for version in choice.token_versions}
+        ages = {version: step - step_of(version) for version in sorted(versions)}
+        ahead = step - live.get(model, step)
+        old = {version for version, age in ages.items() if age - ahead > max_staleness}
+        stale |= {choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions)}
+        aged[model] = replace(samples, version_ages=ages)
     if not stale:
-        return replace(samples, version_ages=ages), stale
+        return replace(shares, by_model=aged), frozenset()
     return (
-        replace(
-            samples,
-            version_ages=ages,
-            choices=tuple(choice for choice in samples.choices if choice.run_id not in stale),
-            consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in samples.consumption),
-            rewards={run_id: given for run_id, given in samples.rewards.items() if run_id not in stale},
-            run_groups={run_id: group for run_id, group in samples.run_groups.items() if run_id not in stale},
-            graphs={run_id: graph for run_id, graph in samples.graphs.items() if run_id not in stale},
+        Shares(
+            by_model={model: _without(samples, stale) for model, samples in aged.items()},
+            consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in shares.consumption),
         ),
-        stale,
+        frozenset(stale),
+    )
+
+
+def _without(samples: Samples, stale: set[str]) -> Samples:
+    return replace(
+        samples,
+        choices=tuple(choice for choice in samples.choices if choice.run_id not in stale),
+        consumption=tuple(_excluded(entry) if entry.run_id in stale else entry for entry in samples.consumption),
+        rewards={run_id: given for run_id, given in samples.rewards.items() if run_id not in stale},
+        run_groups={run_id: group for run_id, group in samples.run_groups.items() if run_id not in stale},
+        graphs={run_id: graph for run_id, graph in samples.graphs.items() if run_id not in stale},
     )
 
 

@@ -1,13 +1,14 @@
-"""What a trainer does before its first lease: find its weights, clear what a kill left, and prove the engine.
+"""What a trainer does before its first lease: find its weights, clear what a kill left, and prove the engines.
 
 Order matters. The unfinished lease is reclaimed by the controller first (a former holder is fenced from then on);
 only then folders without a row are removed, because no one else can commit them any more. An unfinished publish is
-ended before anything is published. Refuses a job whose every version is abandoned. Called by the controller.
+ended before anything is published. Refuses a job whose every version is abandoned. Called by the controller and by
+`publishing`.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tracegrad.tracestore.config import Config
@@ -22,90 +23,120 @@ from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
 from tracegrad.trainer.publish_report import PublishReport
 from tracegrad.trainer.results import Scored
-from tracegrad.trainer.workers import Trains
+from tracegrad.trainer.worker_groups import WorkerGroups
 
 CANARY_BOUNDS = 8
 """The canary's logprobs differ from the real ones by at least so many times the probe's bound."""
 
 
-def find_weights(store: Store, workers: Trains, config: Config, root: Path) -> PolicyVersion:
-    """Load the job's newest version that is not abandoned; with none, make the initial one from the base model.
+def find_weights(store: Store, workers: WorkerGroups, config: Config, root: Path) -> dict[str, PolicyVersion]:
+    """Load the job's newest step, all models of it; return the version that each model stands at.
+
+    With no step yet, make the initial versions from the base models. A checkpoint holds all models, so they go back
+    together: a step of which one version is abandoned is not built on, and its other versions are abandoned now.
 
     Raises:
-        TrainerError: the job has versions and all are abandoned.
-        CheckpointError: the folder is damaged, missing, or not the one its row names.
+        TrainerError: the job has versions, and no step is left.
+        CheckpointError: the folder is damaged, missing, or not the one its rows name.
     """
-    trainer = config.trainer
-    own = [v for v in store.list_versions(trainer.model) if v.job_id == trainer.job and v.kind != "canary"]
-    usable = [v for v in own if not v.abandoned]
-    if usable:
-        newest = usable[-1]
-        workers.load(newest.checkpoint_path, newest.checkpoint_hash)
-        return newest
-    if own:
-        raise TrainerError(f"every version of job {trainer.job!r} is abandoned: give the new attempt another job name")
+    own = {model: _own_versions(store, config, model) for model in config.trained_models()}
+    everything = [version for versions in own.values() for version in versions]
+    for step in sorted({version.step for version in everything}, reverse=True):
+        made = [version for version in everything if version.step == step]
+        if all(versions for versions in own.values()) and not any(version.abandoned for version in made):
+            workers.load(made[-1].checkpoint_path, made[-1].checkpoint_hash)
+            for version in everything:
+                if version.step > step and not version.abandoned:
+                    store.abandon_version(version.version_id)
+            return {model: _newest(versions, step) for model, versions in own.items()}
+    if any(version.abandoned or version.step for version in everything):
+        job = config.trainer.job
+        raise TrainerError(f"every step of job {job!r} has an abandoned version: give the new attempt another job name")
+    return _begin(store, workers, config, own, root)
+
+
+def _own_versions(store: Store, config: Config, model: str) -> list[PolicyVersion]:
+    return [v for v in store.list_versions(model) if v.job_id == config.trainer.job and v.kind != "canary"]
+
+
+def _newest(versions: Sequence[PolicyVersion], step: int) -> PolicyVersion:
+    """The version at a step: a model that a step did not train stays at the one it had."""
+    return [version for version in versions if version.step <= step and not version.abandoned][-1]
+
+
+def _begin(
+    store: Store, workers: WorkerGroups, config: Config, own: Mapping[str, Sequence[PolicyVersion]], root: Path
+) -> dict[str, PolicyVersion]:
+    """Make the initial versions; those that a killed trainer had written already name the same checkpoint."""
     made = workers.create(str(root))
-    return store.add_version(
-        model=trainer.model,
-        kind="initial",
-        parent_id=None,
-        checkpoint_path=made.path,
-        checkpoint_hash=made.hash,
-        step=0,
-        job_id=trainer.job,
-    )
+    return {
+        model: known[-1]
+        if known
+        else store.add_version(
+            model=model,
+            kind="initial",
+            parent_id=None,
+            checkpoint_path=made.by_model[model].path,
+            checkpoint_hash=made.checkpoint.hash,
+            step=0,
+            job_id=config.trainer.job,
+        )
+        for model, known in own.items()
+    }
 
 
 def clear_orphans(store: Store, config: Config, root: Path) -> list[str]:
     """Remove checkpoint folders that no version row of the job names: they never happened (law 7)."""
-    trainer = config.trainer
-    return remove_orphans(
-        root, [v.checkpoint_path for v in store.list_versions(trainer.model) if v.job_id == trainer.job]
-    )
+    versions = [version for model in config.trained_models() for version in store.list_versions(model)]
+    return remove_orphans(root, [v.checkpoint_path for v in versions if v.job_id == config.trainer.job])
 
 
 def wait_for_engines(
-    clients: Sequence[EngineClient], config: Config, say: Callable[[str], None], stopped: Callable[[], bool]
+    engines: Mapping[str, Sequence[EngineClient]],
+    config: Config,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
 ) -> None:
-    """Wait until every engine is up, then refuse one that lacks what training needs.
+    """Wait until every engine of every model is up, then refuse one that lacks what training needs.
 
     Raises:
         EngineUnreachable: one does not answer within its start time-out.
         EngineNotReady: the preflight found something; each line says what to add.
     """
-    model = config.models[config.trainer.model]
-    deadline = time.monotonic() + model.engine.start_timeout_s
-    for client in clients:
-        while not client.healthy():
-            if stopped():
-                return
-            if time.monotonic() > deadline:
-                raise EngineUnreachable(
-                    f"the engine at {client.url} did not answer for {model.engine.start_timeout_s:g} s: start it with "
-                    "`tracegrad engine`, or name another with models.<name>.engine.url"
-                )
-            say(f"waiting for the engine at {client.url}")
-            time.sleep(1.0)
-        check(client, model)
+    started = time.monotonic()
+    for name, clients in engines.items():
+        model = config.models[config.held_by(name)]
+        for client in clients:
+            while not client.healthy():
+                if stopped():
+                    return
+                if time.monotonic() > started + model.engine.start_timeout_s:
+                    raise EngineUnreachable(
+                        f"the engine at {client.url} did not answer for {model.engine.start_timeout_s:g} s: start it "
+                        "with `tracegrad engine`, or name another with models.<name>.engine.url"
+                    )
+                say(f"waiting for the engine at {client.url}")
+                time.sleep(1.0)
+            check(client, model)
 
 
 def first_publish(
-    publisher: Publisher, workers: Trains, config: Config, version: PolicyVersion, folder: Path
+    publisher: Publisher, workers: WorkerGroups, config: Config, version: PolicyVersion, folder: Path
 ) -> PublishReport | None:
     """Make `version` live and proven, if it is not; with `publish.canary`, prove the path once per trainer start.
 
     The workers hold its weights. Raises as `Publisher.publish`.
     """
-    settings = config.trainer.publish
-    live = publisher.store.live_version(config.trainer.model)
+    settings, model, seed = config.trainer.publish, version.model, config.trainer.seed
+    live = publisher.store.live_version(model)
     if live is not None and live.version_id == version.version_id and not settings.canary:
         return None
-    sequences = workers.probe_sequences(settings.probe_tokens, config.trainer.seed)
+    sequences = workers.probe_sequences(model, settings.probe_tokens, seed)
     if not settings.canary:
         return publisher.publish(version.version_id, probe_set(sequences))
 
     def perturb(_probe: ProbeSet) -> Perturbed:
-        saved = workers.perturbed(str(folder), CANARY_BOUNDS * settings.probe_bound, sequences, config.trainer.seed)
+        saved = workers.perturbed(model, str(folder), CANARY_BOUNDS * settings.probe_bound, sequences, seed)
         scores = tuple(sequence.logprobs for sequence in saved.new)
         return Perturbed(checkpoint_path=saved.checkpoint.path, checkpoint_hash=saved.checkpoint.hash, logprobs=scores)
 

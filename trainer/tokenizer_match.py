@@ -19,7 +19,7 @@ _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "a
 
 
 def check_recorded_models(store: Store, config: Config, rule: LeaseRule, *, offline: bool) -> None:
-    """Compare the tokens of every recorded model with those of the model that is trained.
+    """Compare the tokens of every recorded model with those of the models that are trained.
 
     Raises:
         TrainerError: the ids of one mean other tokens, its tokenizer cannot be found, or the job is not offline.
@@ -32,16 +32,17 @@ def check_recorded_models(store: Store, config: Config, rule: LeaseRule, *, offl
         )
     if not rule.recorded_models:
         return
-    own_folder = Path(config.models[rule.model].checkpoint)
-    own = _tokens_or_raise(rule.model, [own_folder])[1]
-    for name in rule.recorded_models:
-        folder, tokens = _tokens_or_raise(name, _folders(store, config, name))
-        if tokens != own:
-            raise TrainerError(
-                f"calls of {name!r} cannot train {rule.model!r}: the token ids of {folder} are not those of "
-                f"{own_folder}; take {name!r} out of trainer.batch.runs.recorded_models, or train a model that has "
-                "the same tokenizer"
-            )
+    for model in rule.models:
+        own_folder = Path(config.models[config.held_by(model)].checkpoint)
+        own = _tokens_or_raise(model, [own_folder])[1]
+        for name in rule.recorded_models:
+            folder, tokens = _tokens_or_raise(name, _folders(store, config, name))
+            if tokens != own:
+                raise TrainerError(
+                    f"calls of {name!r} cannot train {model!r}: the token ids of {folder} are not those of "
+                    f"{own_folder}; take {name!r} out of trainer.batch.runs.recorded_models, or train a model that has "
+                    "the same tokenizer"
+                )
 
 
 def tokens_of(folder: Path) -> str | None:
@@ -70,7 +71,7 @@ def _digest(value: Any) -> str:
 
 def _folders(store: Store, config: Config, name: str) -> list[Path]:
     """Where the tokenizer of a model may lie: its checkpoint here, else what was published of it, the newest first."""
-    named = config.models.get(name)
+    named = config.models.get(config.held_by(name)) if name in config.models else None
     configured = [Path(named.checkpoint)] if named is not None and named.checkpoint else []
     return configured + [Path(version.checkpoint_path) for version in reversed(store.list_versions(name))]
 

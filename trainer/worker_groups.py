@@ -4,7 +4,7 @@ A step succeeds for all models or for none: once a group has failed or refused, 
 no committed step, so all of them refuse everything but `load` and `create` from then on. A worker that dies in a step
 is started again, once, and all groups begin the step anew from the checkpoint they stood on. One folder with one
 manifest holds all models, each in a subfolder of its name. Refuses a checkpoint of other models. No torch, no Ray:
-groups are whatever fulfils `TrainsModels`. To be called by the controller of a job of several models.
+groups are whatever fulfils `TrainsModels`. Called by the controller.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.errors import CheckpointError, TrainerError, WorkerDied
 from tracegrad.trainer.refusals import nothing_to_train
-from tracegrad.trainer.results import Scored, StepResult, Written
+from tracegrad.trainer.results import Saved, Scored, StepResult, Written
 from tracegrad.trainer.samples import Samples, excluded_by_reason
 from tracegrad.trainer.shares import Shares
 
@@ -52,10 +52,18 @@ class TrainsModels(Protocol):
         """Train one step of each model that has something to train."""
         ...
 
+    def probe_sequences(self, model: str, n_tokens: int, seed: int) -> tuple[Scored, ...]:
+        """Sample and score sequences from the current weights of a model."""
+        ...
+
+    def perturbed(self, model: str, root: str, gap: float, sequences: tuple[Scored, ...], seed: int) -> Saved:
+        """Write visibly changed weights of a model for the canary."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedModel:
-    """One model of a checkpoint: `path` is what its engine loads; scores as in `Saved`."""
+    """One model of a checkpoint: `path` is what its engine loads; scores as in `results.Saved`."""
 
     path: str
     previous: tuple[Scored, ...] = ()
@@ -80,7 +88,7 @@ class WorkerGroups:
         self, groups: Mapping[str, TrainsModels], models: Mapping[str, tuple[str, ...]], stop: Event | None = None
     ) -> None:
         self._groups, self._models = groups, models
-        self._names = tuple(name for names in models.values() for name in names)
+        self._holding = {name: group for group, names in models.items() for name in names}
         self._stop = stop or Event()
         self._sound = False
         self._begun: tuple[str, str | None] = ("", None)
@@ -98,11 +106,11 @@ class WorkerGroups:
             CheckpointError: it is damaged, is not the one the row names, or holds other models than the job trains.
         """
         manifest = verify_checkpoint(path, expected_hash)
-        facts = manifest["facts"].get("models", {})
-        if set(facts) != set(self._names):
+        facts = manifest["facts"].get("models") or {manifest["facts"].get("model"): manifest["facts"]}
+        if set(facts) != set(self._holding):
             raise CheckpointError(
-                f"checkpoint {path} holds {', '.join(sorted(facts)) or 'one model'}, the job trains "
-                f"{', '.join(self._names)}: give a job of other models another name"
+                f"checkpoint {path} holds {', '.join(sorted(map(str, facts)))}, the job trains "
+                f"{', '.join(self._holding)}: give a job of other models another name"
             )
         folder = str(step_folder(path))
         self._load(lambda _name, group: group.restore(folder, facts))
@@ -163,6 +171,16 @@ class WorkerGroups:
                 for model, each in written.items()
             },
         )
+
+    def probe_sequences(self, model: str, n_tokens: int, seed: int) -> tuple[Scored, ...]:
+        """Sample sequences from the current weights of a model and score them."""
+        self._check_sound()
+        return self._groups[self._holding[model]].probe_sequences(model, n_tokens, seed)
+
+    def perturbed(self, model: str, root: str, gap: float, sequences: tuple[Scored, ...], seed: int) -> Saved:
+        """Write visibly changed weights of a model, with their scores; those in memory are the same afterwards."""
+        self._check_sound()
+        return self._groups[self._holding[model]].perturbed(model, root, gap, sequences, seed)
 
     # -- inside
 

@@ -274,18 +274,20 @@ class Control:
         return self._store.open_run(run)
 
     async def _backlog(self) -> Any:
-        trainer = self._config.trainer
-        return await asyncio.to_thread(self._read_backlog, trainer.job, trainer.model)
+        return await asyncio.to_thread(self._read_backlog)
 
-    def _read_backlog(self, job: str, model: str) -> Any:
-        backlog = self._store.backlog(job, lease_rule(self._config))
-        live = self._store.live_version(model)
+    def _read_backlog(self) -> Any:
+        rule = lease_rule(self._config)
+        backlog = self._store.backlog(self._config.trainer.job, rule)
+        live = {model: self._store.live_version(model) for model in rule.models}
         return {
             "ready_groups": backlog.ready_groups,
             "leased_groups": backlog.leased_groups,
             "publishing": backlog.publishing,
-            "live_version": None if live is None else live.version_id,
-            "live_step": None if live is None else live.step,
+            "live": {
+                model: None if version is None else {"version": version.version_id, "step": version.step}
+                for model, version in live.items()
+            },
         }
 
 

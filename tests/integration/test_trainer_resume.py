@@ -19,10 +19,10 @@ import msgspec
 import pytest
 import recorded_runs as recorded
 import yaml
+from in_process import InProcess
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.store import open_store
-from tracegrad.trainer.learner import Learner
 
 STEPS = 6
 KILLS = ("during-checkpoint:2", "after-ledger:4")
@@ -84,21 +84,23 @@ def check(config: Config, job: str, undisturbed: list[tuple[int, str]]) -> None:
 
 
 def test_ray_learns_what_one_process_learns(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:
-    """The first step by a bare learner, from the same plan: the actor adds nothing."""
+    """The first step by groups in this process, from the same plan: the actors add nothing."""
     from tracegrad.tracestore.records import BatchPlan
     from tracegrad.tracestore.rules import lease_rule
     from tracegrad.trainer.controller import step_seed
     from tracegrad.trainer.samples import build_batch
+    from tracegrad.trainer.shares import share
 
     config, folder = setting
-    learner = Learner(config)
-    assert learner.create(str(folder / "alone")).hash == undisturbed[0][1]
+    alone = InProcess(config)
+    assert alone.create(str(folder / "alone")).checkpoint.hash == undisturbed[0][1]
     with closing(open_store(config.store)) as store:
         run_ids = [f"run-s0-g{group:03d}-{member}" for group in range(2) for member in range(4)]
-        samples = build_batch(store.traces(run_ids), lease_rule(config))
+        rule = lease_rule(config)
+        shares = share(store.traces(run_ids), rule.models, lambda traces, model: build_batch(traces, rule.of(model)))
     plan = BatchPlan(step=1, epoch=0, seed=step_seed(0, 1), run_ids=tuple(run_ids))
-    learner.step(plan, samples, version_id=None)
-    assert learner.save(str(folder / "alone"), 1).checkpoint.hash == undisturbed[1][1]
+    alone.step(plan, shares, version_ids={recorded.MODEL: None})
+    assert alone.save(str(folder / "alone"), 1).checkpoint.hash == undisturbed[1][1]
 
 
 def test_killed_at_two_points_and_continued(setting: tuple[Config, Path], undisturbed: list[tuple[int, str]]) -> None:

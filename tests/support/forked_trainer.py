@@ -54,12 +54,13 @@ class Trainers:
 
 
 def _train(path: str, point: str) -> int:
+    from in_process import InProcess
+
     from tracegrad.tracestore.config import load_config
     from tracegrad.tracestore.store import open_store
     from tracegrad.trainer.controller import Controller, Surroundings
     from tracegrad.trainer.crash_points import CrashPoints
     from tracegrad.trainer.job_folder import JobFolder
-    from tracegrad.trainer.learner import Learner
     from tracegrad.trainer.metrics import Console
 
     config = load_config(path)
@@ -67,7 +68,7 @@ def _train(path: str, point: str) -> int:
     with JobFolder(config.trainer).held() as folder:
         around = Surroundings(
             store=store,
-            workers=Learner(config),
+            workers=InProcess(config),
             folder=folder,
             console=Console(lambda line: None, steps=config.trainer.steps, as_json=False),
             crash_points=CrashPoints.from_environment({"TRACEGRAD_KILL_AT": point}),
@@ -80,9 +81,9 @@ def _train(path: str, point: str) -> int:
 def _serve() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import tracegrad.trainer.learner
+    import tracegrad.trainer.model_group
 
-    LlamaConfig, LlamaForCausalLM, tracegrad.trainer.learner  # noqa: B018 - imported lazily: now, and not in each child
+    LlamaConfig, LlamaForCausalLM, tracegrad.trainer.model_group  # noqa: B018 - imported lazily: now, and not in each child
     print("warm", flush=True)
     for line in sys.stdin:
         path, point, after_s = line.split()

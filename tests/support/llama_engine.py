@@ -7,6 +7,8 @@ from typing import Any
 
 from fake_engine import FakeEngine, save_weight
 
+from tracegrad.trainer.checkpoints import step_folder
+
 
 class LlamaEngine(FakeEngine):
     """Serves the weights of a Hugging Face folder through transformers, in the test's process."""
@@ -28,7 +30,7 @@ class LlamaEngine(FakeEngine):
         if self.fail_reloads:
             self.fail_reloads -= 1
             return 500, {"error": {"message": "out of memory", "type": "Error", "param": None, "code": 0}}
-        self.loaded.append(Path(kwargs["path"]).name)
+        self.loaded.append(step_folder(kwargs["path"]).name)
         if not self.ignore_reload:
             self.load(Path(kwargs["path"]))
         return 200, {"results": [{"tied": False, "repacked": False}]}

@@ -2,21 +2,23 @@
 
 from threading import Event
 
+from in_process import InProcess
+
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.job_folder import JobFolder
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
+from tracegrad.trainer.worker_groups import WorkerGroups
 
 
-def train(config: Config, store: Store, learner: Learner | None = None, stop: Event | None = None) -> list[str]:
+def train(config: Config, store: Store, workers: WorkerGroups | None = None, stop: Event | None = None) -> list[str]:
     """Run a controller to its end; return what it said."""
     said: list[str] = []
     with JobFolder(config.trainer).held() as folder:
         around = Surroundings(
             store=store,
-            workers=learner or Learner(config),
+            workers=workers or InProcess(config),
             folder=folder,
             console=Console(said.append, steps=config.trainer.steps, as_json=False),
             stop=stop or Event(),

@@ -19,6 +19,7 @@ from tracegrad.tracestore.records import (
     Choice,
     Group,
     LeaseRule,
+    ModelCalls,
     Reward,
     Run,
     RunTrace,
@@ -31,7 +32,7 @@ MODEL = "tiny"
 VOCABULARY = 24
 LUCKY = 7
 ROLES = ("planner", "writer")
-RULE = LeaseRule(model=MODEL, max_staleness=1, min_group=1)
+RULE = LeaseRule(trained=(ModelCalls(model=MODEL),), max_staleness=1, min_group=1)
 Score = Callable[[Sequence[Scored], float], Sequence[Scored]]
 
 

@@ -122,7 +122,7 @@ def train(url: str, runs: int, keep_s: float, trained: Any) -> None:
 
 def main(url: str, runs: int, keep_s: float) -> int:
     store = open_store(url)
-    store.register_job(JOB, MODEL, {})
+    store.register_job(JOB, [MODEL], {})
     live_version(store)
     store.close()
     written, trained = Value("q", 0), Value("q", 0)

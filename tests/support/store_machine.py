@@ -129,7 +129,7 @@ class Interleavings(RuleBasedStateMachine):
     def begin(self, kinds: list[str]) -> None:
         self._publish()
         for job_id in RULES:
-            self.store.register_job(job_id, MODEL, {})
+            self.store.register_job(job_id, [MODEL], {})
             self.model.jobs[job_id] = AJob(MODEL)
         for kind in kinds:
             self._roll_out(kind, ("f1", "em"))
@@ -435,16 +435,16 @@ class Interleavings(RuleBasedStateMachine):
             refused(LeaseLost, lambda: self.store.commit_step(lease, commit))
             return
         if known.state == "acknowledged":
-            assert self.store.commit_step(lease, commit).version_id == known.version_id
+            assert self.store.commit_step(lease, commit)[MODEL].version_id == known.version_id
             return
         if known.step in self._steps(lease.job_id):
             refused(Conflict, lambda: self.store.commit_step(lease, commit))
             return
         self._sees_what_it_saw(lease)
-        version = self.do(fate, lambda: self.store.commit_step(lease, commit))
-        if version is Cut:
+        versions = self.do(fate, lambda: self.store.commit_step(lease, commit))
+        if versions is Cut:
             return
-        known.version_id = version.version_id
+        known.version_id = versions[MODEL].version_id
         self.model.commit(known, {entry.call_id: entry.reason for entry in commit.consumption if entry.reason})
         last = self.store.last_checkpoint(lease.job_id)
         assert last is not None

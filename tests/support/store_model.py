@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tracegrad.tracestore.records import LeaseRule
+from tracegrad.tracestore.records import LeaseRule, ModelCalls
 
 DELETED = "content deleted"
 
@@ -219,7 +219,7 @@ class StoreModel:
         return given.issuperset(names) if names else bool(given)
 
     def counts(self, call: ACall, rule: LeaseRule) -> bool:
-        return call.model == rule.model and (rule.roles is None or call.role in rule.roles)
+        return call.model == _of(rule).model and (_of(rule).roles is None or call.role in _of(rule).roles)
 
     def is_settled(self, run: ARun, rule: LeaseRule, now: float) -> bool:
         return run.status == "failed" or (run.status == "closed" and run.ended_at <= now - rule.grace_s)
@@ -310,14 +310,16 @@ class StoreModel:
         if call.run_id is None:
             return "no run"
         run = self.runs[call.run_id]
-        rule = job.rule or LeaseRule(model=job.model, max_staleness=0, min_group=1, purposes=(run.purpose,))  # type: ignore[arg-type]
+        rule = job.rule or LeaseRule(
+            trained=(ModelCalls(model=job.model),), max_staleness=0, min_group=1, purposes=(run.purpose,)
+        )  # type: ignore[arg-type]
         reasons = (
             (run.purpose == "eval", "eval"),
             (self.is_held(job_id, run.run_id), "leased"),
             ((job_id, run.run_id, epoch) in self.ledger, "arrived after the lease"),
             ((job_id, run.run_id, epoch) in self.refusals, "refused"),
             (call.model != job.model, "other model"),
-            (rule.roles is not None and call.role is None, "no role"),
+            (_of(rule).roles is not None and call.role is None, "no role"),
             (not self.counts(call, rule), "other role"),
             (run.purpose not in rule.purposes, "other purpose"),
             (run.status == "open", "open"),
@@ -334,3 +336,8 @@ class StoreModel:
             if applies:
                 return reason
         return self.flaw(job_id, self.unit_of(run), replace(rule, epoch=epoch), now) or "not leased"
+
+
+def _of(rule: LeaseRule) -> ModelCalls:
+    """The jobs of the machine train one model."""
+    return rule.trained[0]

@@ -140,7 +140,7 @@ class RemovalContract:
         store.delete_runs(runs)
         store.append_calls([make_call(f"late-{run_id}", run_id, version=1) for run_id in runs])
         store.add_rewards([make_reward(f"late-{run_id}", run_id) for run_id in runs])
-        store.register_job("second", "main", {})
+        store.register_job("second", ["main"], {})
         for job, epoch in (("second", 0), (JOB, 1)):
             assert store.lease(job, make_rule(), groups=1, lease_s=60, step=1, epoch=epoch, seed=0) is None
         report = store.consumption("second")

@@ -26,6 +26,7 @@ from tracegrad.tracestore.testing.provenance import ProvenanceContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
+from tracegrad.tracestore.testing.several_models import SeveralModelsContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
 
 
@@ -42,6 +43,7 @@ class StoreContract(
     ReadinessContract,
     LeaseContract,
     LedgerContract,
+    SeveralModelsContract,
     ProvenanceContract,
     QueueViewContract,
     RefusalContract,

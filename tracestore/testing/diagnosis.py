@@ -100,9 +100,9 @@ class DiagnosisContract:
         for extent, n_calls, n_runs in (
             (Extent(run_id="r"), 2, 1),
             (Extent(project="elsewhere"), 1, 1),
-            (Extent(model="other"), 1, 1),
+            (Extent(models=("other",)), 1, 1),
             (Extent(since=1_500.0), 2, 1),
-            (Extent(since=1_500.0, model=MODEL, project="default"), 0, 0),
+            (Extent(since=1_500.0, models=(MODEL,), project="default"), 0, 0),
         ):
             assert store.count_calls(extent).calls == n_calls, extent
             assert sum(one.choices for one in store.count_choices(extent)) == n_calls, extent
@@ -250,7 +250,7 @@ class DiagnosisContract:
         )
         assert store.count_groups(Extent(run_id="short-0")).missing == 1
         assert store.count_groups(Extent(run_id="whole-0")) == GroupCounts(groups=1)
-        assert store.count_groups(Extent(project="default", model=MODEL, since=0.0)).groups == 5
+        assert store.count_groups(Extent(project="default", models=(MODEL,), since=0.0)).groups == 5
         assert store.count_groups(Extent(project="elsewhere")).groups == 0
 
     def test_flat_groups_are_those_with_equal_rewards(self, store: Store) -> None:
@@ -289,7 +289,7 @@ class JobDiagnosisContract:
         of_run = store.consumption(JOB, extent=Extent(run_id="a-0"))
         assert (of_run.stored, of_run.trained, of_run.excluded) == (3, 0, {"greedy": 3})
         assert store.consumption(JOB, extent=Extent(run_id="a-1")).trained == 3
-        whole = store.consumption(JOB, extent=Extent(model=MODEL))
+        whole = store.consumption(JOB, extent=Extent(models=(MODEL,)))
         assert whole == store.consumption(JOB)
         assert (whole.conserved, whole.excluded) == (True, {"greedy": 3, "no run": 4})
         assert store.consumption(JOB, extent=Extent(since=5_000.0)).stored == 0
@@ -302,16 +302,17 @@ class JobDiagnosisContract:
         first, second = train(store, step=1), train(store, step=2)
         assert store.trained_staleness(JOB, ALL) == {0: 6, 1: 6}
         assert store.trained_staleness(JOB, Extent(run_id="b-0")) == {1: 3}
-        assert [(one.step, one.version_id, one.metrics) for one in store.last_steps(JOB)] == [
-            (2, second.version_id, {"loss": 0.25}),
-            (1, first.version_id, {"loss": 0.25}),
+        assert [(one.step, one.versions, one.metrics) for one in store.last_steps(JOB)] == [
+            (2, {MODEL: second.version_id}, {"loss": 0.25}),
+            (1, {MODEL: first.version_id}, {"loss": 0.25}),
         ]
         assert len(store.last_steps(JOB, 1)) == 1
         (training,) = store.trained_by("b-0")
-        assert training == Training(job_id=JOB, epoch=0, step=2, checkpoint_hash="sha-2", version_id=second.version_id)
+        versions = {MODEL: second.version_id}
+        assert training == Training(job_id=JOB, epoch=0, step=2, checkpoint_hash="sha-2", versions=versions)
         assert store.trained_by("nobody") == []
         (job,) = store.list_jobs()
-        assert (job.job_id, job.model, job.rule is not None) == (JOB, MODEL, True)
+        assert (job.job_id, job.models, job.rule is not None) == (JOB, (MODEL,), True)
 
     def test_what_waits_is_counted_by_age(self, store: Store) -> None:
         """Also what has become too old; what is trained, held or not ready does not wait."""
@@ -325,7 +326,7 @@ class JobDiagnosisContract:
         add_group(store, "open")
         ready_group(store, "fresh", version=live_version(store, 3).version_id)
         waits = store.waiting_groups(JOB, ALL)
-        assert waits == WaitingGroups(live_step=3, max_staleness=1, by_lag={0: 1, 3: 2})
+        assert waits == WaitingGroups(live={MODEL: 3}, max_staleness=1, by_lag={0: 1, 3: 2})
         assert waits is not None and waits.too_stale == 2
         of_run = store.waiting_groups(JOB, Extent(run_id="fresh-1"))
         assert of_run is not None and of_run.by_lag == {0: 1}

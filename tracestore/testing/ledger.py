@@ -36,12 +36,14 @@ class LedgerContract:
         ready_group(store)
         base = live_version(store)
         lease = take(store, step=3)
-        commit = replace(make_commit(account(store, lease)), parent_version_id=base.version_id)
-        version = store.commit_step(lease, commit)
+        commit = make_commit(account(store, lease), parent=base.version_id)
+        version = store.commit_step(lease, commit)[MODEL]
         assert (version.kind, version.step, version.job_id, version.parent_id) == ("step", 3, JOB, base.version_id)
         row = store.last_checkpoint(JOB)
         assert row is not None
-        assert (row.step, row.hash, row.path, row.version_id) == (3, "sha", "/checkpoints/sha", version.version_id)
+        assert (row.step, row.hash, row.path) == (3, "sha", "/checkpoints/sha")
+        assert row.versions == {MODEL: version.version_id}
+        assert version.checkpoint_path == "/checkpoints/sha/main"
         assert (dict(row.metrics), row.created_at) == ({"loss": 0.25}, clock.now)
         assert store.reclaim(JOB, 10) is None
         backlog = store.backlog(JOB, make_rule())
@@ -99,10 +101,10 @@ class LedgerContract:
         for consumption, message in wrong:
             with pytest.raises(InvalidRecord, match=message):
                 store.commit_step(lease, make_commit(consumption))
-        with pytest.raises(InvalidRecord, match="trains 'main'"):
+        with pytest.raises(InvalidRecord, match="trains main"):
             store.commit_step(lease, make_commit(entries, model="other"))
         with pytest.raises(InvalidRecord, match="parent"):
-            store.commit_step(lease, replace(make_commit(entries), parent_version_id=99))
+            store.commit_step(lease, make_commit(entries, parent=99))
         assert (made_by_steps(store), store.last_checkpoint(JOB)) == ([], None)
         store.commit_step(lease, make_commit(entries))
 
@@ -132,7 +134,7 @@ class LedgerContract:
         (late,) = store.add_rewards([make_reward("late", run, 3.0)])
         assert late.late_for == (JOB,)
         assert store.add_rewards([make_reward(f"reward-{run}", run, 1.0)])[0].late_for == ()
-        store.register_job("next", MODEL, {})
+        store.register_job("next", [MODEL], {})
         following = store.lease("next", make_rule(), groups=1, lease_s=1, step=1, epoch=0, seed=0)
         assert following is not None
         assert store.lease_traces(following)[0].rewards[0].value == 3.0

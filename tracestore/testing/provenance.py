@@ -1,12 +1,9 @@
 """What every backend must answer of weights and calls: which calls made them, and which of them answered a call."""
 
-from dataclasses import replace
-
 import pytest
 
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.provenance import CallUse, MadeFrom, TrainedCall
-from tracegrad.tracestore.records import StepCommit
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
@@ -33,8 +30,8 @@ class ProvenanceContract:
             ready_group(store, f"g{step}", version=base)
             lease = take(store, step=step)
             excluded = {"call-g1-1": "greedy"} if step == 1 else {}
-            commit = make_commit(account(store, lease, excluded=excluded), hash_=f"{step}{step}-sha")
-            made = store.commit_step(lease, _below(commit, made)).version_id
+            commit = make_commit(account(store, lease, excluded=excluded), hash_=f"{step}{step}-sha", parent=made)
+            made = store.commit_step(lease, commit)[MODEL].version_id
             versions.append(made)
         return versions[0], versions[1], versions[2]
 
@@ -81,22 +78,22 @@ class ProvenanceContract:
     def test_a_version_is_found_by_checkpoint_or_step(self, store: Store) -> None:
         """The beginning of a hash is enough where it is one."""
         _, first, second = self.two_steps(store)
-        assert store.find_version(checkpoint="11") == store.find_version(job_id=JOB, step=1) == first
-        assert store.find_version(checkpoint="22-sha") == second
+        assert store.find_versions(checkpoint="11") == store.find_versions(job_id=JOB, step=1) == {MODEL: first}
+        assert store.find_versions(checkpoint="22-sha") == {MODEL: second}
         for nothing in ("%", "3"):
             with pytest.raises(NotFound, match="tracegrad versions"):
-                store.find_version(checkpoint=nothing)
+                store.find_versions(checkpoint=nothing)
         with pytest.raises(NotFound, match="step 3 of job"):
-            store.find_version(job_id=JOB, step=3)
+            store.find_versions(job_id=JOB, step=3)
         with pytest.raises(Conflict, match="more of its hash"):
-            store.find_version(checkpoint="")
+            store.find_versions(checkpoint="")
 
     def test_what_became_of_a_call(self, store: Store) -> None:
         """Each step that took it, of every job and epoch; a call that came after the lease was taken by none."""
         _, first, _ = self.two_steps(store)
         store.append_calls([make_call("later", "g1-0", version=first_version(store))])
         lease = take(store, step=3, epoch=1)
-        again = store.commit_step(lease, make_commit(account(store, lease), hash_="33-sha")).version_id
+        again = store.commit_step(lease, make_commit(account(store, lease), hash_="33-sha"))[MODEL].version_id
         assert store.call_uses("call-g1-1") == [
             CallUse(
                 job_id=JOB, epoch=0, step=1, version_id=first, trained_tokens=0, excluded_tokens=3, reasons=("greedy",)
@@ -116,7 +113,3 @@ class ProvenanceContract:
         assert (store.version_calls(first), store.version_origin(first)) == before
         with pytest.raises(NotFound, match="content of call 'call-g1-0' was deleted"):
             store.get_call("call-g1-0")
-
-
-def _below(commit: StepCommit, parent: int) -> StepCommit:
-    return replace(commit, parent_version_id=parent)

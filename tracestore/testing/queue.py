@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
 from tracegrad.tracestore.readiness import calls_that_count, in_reach, is_ready, members, units
-from tracegrad.tracestore.records import Lease, Purpose, Run, RunStatus
+from tracegrad.tracestore.records import Lease, ModelCalls, Purpose, Run, RunStatus
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.rules import reward_counts, wrong_owner
 from tracegrad.tracestore.schema import calls
@@ -53,33 +53,37 @@ class ReadinessContract:
 
     def test_looking_among_recent_runs_misses_none(self, store: Store) -> None:
         """Groups of every mixture of old, recent, failed and open members: as many are ready as among all runs."""
-        chance, model, rule = random.Random(4), MODEL, make_rule(min_group=1)
-        versions = [live_version(store, step).version_id for step in range(4)]
+        chance, two = random.Random(4), tuple(ModelCalls(model=model) for model in (MODEL, "other"))
+        rule = make_rule(min_group=1, trained=two)
+        versions = {model: [live_version(store, step, model).version_id for step in range(4)] for model in rule.models}
         for number in range(40):
             for run_id in add_group(store, f"g{number}", size=chance.randint(1, 3)):
                 for call in range(chance.randint(0, 2)):
-                    version = chance.choice([*versions, None])
-                    store.append_calls([make_call(f"{run_id}-{call}", run_id, version=version)])
+                    model = chance.choice(rule.models)
+                    version = chance.choice([*versions[model], None])
+                    store.append_calls([make_call(f"{run_id}-{call}", run_id, model=model, version=version)])
                 if chance.random() < 0.8:
                     store.add_rewards([make_reward(run_id, run_id)])
                 if chance.random() < 0.9:
                     status: RunStatus = chance.choice(["closed", "closed", "failed"])
                     store.end_run(run_id, status=status, ended_by="explicit")
-            finish_run(store, f"alone{number}", version=chance.choice(versions))
-        store.register_job(JOB, model, {})
+            finish_run(store, f"alone{number}", version=chance.choice(versions[MODEL]))
+        store.register_job(JOB, rule.models, {})
         held = store.lease(JOB, rule, groups=5, lease_s=60, step=1, epoch=0, seed=0)
         assert held is not None
         for step in (None, 1, 2, 3, 4, 6):
-            for bound in (0, 1, 2):
+            for bound, other in ((0, 0), (1, 3), (2, 6), (0, None)):
+                known = {MODEL: step, "other": other}
+                live = {model: each for model, each in known.items() if each is not None}
                 chosen = replace(rule, max_staleness=bound)
                 with store._db.read() as connection:
                     near, everything = (
                         connection.execute(
-                            select(unit.c.unit).where(is_ready(unit, chosen, step) | (unit.c.held == 1))
+                            select(unit.c.unit).where(is_ready(unit, chosen) | (unit.c.held == 1))
                         ).scalars()
                         for unit in (
-                            units(members(JOB, chosen, store.now(), in_reach(connection, JOB, chosen, step))),
-                            units(members(JOB, chosen, store.now())),
+                            units(members(JOB, chosen, store.now(), live, in_reach(connection, JOB, chosen, live))),
+                            units(members(JOB, chosen, store.now(), live)),
                         )
                     )
                     assert sorted(near) == sorted(everything)
@@ -155,7 +159,7 @@ class ReadinessContract:
         finish_run(store, late, reward=None)
         store.end_run(failed, status="failed", ended_by="hook")
         assert (self.ready(store, min_group=1), self.ready(store, min_group=1, grace_s=60)) == (1, 0)
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         asked = make_rule(min_group=1, grace_s=60)
         assert store.lease(JOB, asked, groups=1, lease_s=9, step=1, epoch=0, seed=0) is None
         assert store.consumption(JOB).excluded == {"in grace time": 6}
@@ -213,7 +217,7 @@ class ReadinessContract:
         assert [self.ready(store, min_group=n) for n in (1, 2)] == [2, 1]
         assert self.ready(store, min_group=1, purposes=("live",)) == 1
         assert take(store, min_group=1, groups=2).plan.run_ids == ("g-0", "g-1", "live")
-        store.register_job("grouped", MODEL, {})
+        store.register_job("grouped", [MODEL], {})
         asked = make_rule(min_group=2)
         assert store.lease("grouped", asked, groups=2, lease_s=9, step=1, epoch=0, seed=0) is None
         assert store.consumption("grouped").excluded == {"no group": 3, "not leased": 6}
@@ -349,26 +353,26 @@ class LeaseContract:
         ready_group(store)
         with pytest.raises(NotFound, match="register_job"):
             store.lease(JOB, make_rule(), groups=1, lease_s=1, step=1, epoch=0, seed=0)
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         assert store.lease(JOB, make_rule(), groups=2, lease_s=1, step=1, epoch=0, seed=0) is None
         assert store.backlog(JOB, make_rule()).ready_groups == 1
-        with pytest.raises(InvalidRecord, match="trains 'main'"):
+        with pytest.raises(InvalidRecord, match="trains main"):
             store.lease(JOB, make_rule(model="other"), groups=1, lease_s=1, step=1, epoch=0, seed=0)
         with pytest.raises(InvalidRecord, match="at least 1"):
             store.lease(JOB, make_rule(), groups=0, lease_s=1, step=1, epoch=0, seed=0)
 
     def test_jobs_are_registered_once(self, store: Store) -> None:
         """Again is a no-op that takes the new configuration; another model is a Conflict."""
-        store.register_job(JOB, MODEL, {"steps": 1})
-        store.register_job(JOB, MODEL, {"steps": 2})
-        with pytest.raises(Conflict, match="trains 'main'"):
-            store.register_job(JOB, "other", {})
+        store.register_job(JOB, [MODEL], {"steps": 1})
+        store.register_job(JOB, [MODEL], {"steps": 2})
+        with pytest.raises(Conflict, match="trains main"):
+            store.register_job(JOB, ["other"], {})
 
     def test_two_jobs_read_the_same_runs(self, store: Store) -> None:
         """Each consumes for itself."""
         ready_group(store)
         first = take(store)
-        store.register_job("second", MODEL, {})
+        store.register_job("second", [MODEL], {})
         second = store.lease("second", make_rule(), groups=1, lease_s=60, step=1, epoch=0, seed=0)
         assert second is not None
         assert second.plan.run_ids == first.plan.run_ids
@@ -389,7 +393,7 @@ class LeaseContract:
         with pytest.raises(LeaseLost):
             store.commit_step(lease, make_commit(account(store, lease)))
         assert store.last_checkpoint(JOB) is None
-        assert store.commit_step(again, make_commit(account(store, again))).step == 1
+        assert store.commit_step(again, make_commit(account(store, again)))[MODEL].step == 1
 
     def test_renewing_and_releasing(self, store: Store, clock: Clock) -> None:
         """Renewing keeps the token; a released lease is over and its groups are free."""
@@ -431,7 +435,7 @@ class LeaseContract:
         """Eight leases at once of one job: disjoint, and together everything."""
         for index in range(8):
             ready_group(store, f"g{index}")
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         taken: list[Lease | None] = []
 
         def one(step: int) -> None:

@@ -95,7 +95,7 @@ class QueueViewContract:
             "group awaits rewards": 1,
         }
         assert [(one.step, one.runs, one.expires_at) for one in queue.leases] == [(2, 2, clock.now + 90)]
-        assert (queue.model, queue.epoch) == (MODEL, 0)
+        assert (queue.models, queue.epoch) == ((MODEL,), 0)
         later = store.queue(JOB, epoch=1)
         assert later.conserved and later.tokens("trained") == 0 and later.tokens("ready") == 6 + 6
 
@@ -103,7 +103,7 @@ class QueueViewContract:
         """What needs none is said; an unknown job is NotFound."""
         with pytest.raises(NotFound, match="no training job"):
             store.queue(JOB)
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         finish_run(store, "silent", reward=None)
         finish_run(store, "good")
         queue = store.queue(JOB)
@@ -144,7 +144,7 @@ class QueueViewContract:
         first, second = add_group(store)
         finish_run(store, first)
         asked = make_rule(reward_names=("f1", "em"), grace_s=60)
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         assert store.lease(JOB, asked, groups=1, lease_s=9, step=1, epoch=0, seed=0) is None
         waits = store.run_standing(JOB, first)
         assert (waits.wants, waits.grace_until) == (["em"], clock.now + 60)
@@ -176,7 +176,7 @@ class QueueViewContract:
                     store.add_rewards([make_reward(run_id, run_id, source=chance.choice(["t", "human"]))])
                 if chance.random() < 0.9:
                     store.end_run(run_id, status=chance.choice(["closed", "failed"]), ended_by="explicit")
-        store.register_job(JOB, MODEL, {})
+        store.register_job(JOB, [MODEL], {})
         for rule in (
             make_rule(min_group=1),
             make_rule(min_group=2, roles=("answerer",), max_staleness=0),
@@ -230,7 +230,7 @@ class RefusalContract:
         self.refused(store)
         assert store.lease(JOB, make_rule(), groups=1, lease_s=9, step=1, epoch=0, seed=0) is None
         assert (store.reclaim(JOB, 9), store.backlog(JOB, make_rule()).ready_groups) == (None, 0)
-        store.register_job("second", MODEL, {})
+        store.register_job("second", [MODEL], {})
         assert store.lease("second", make_rule(), groups=1, lease_s=9, step=1, epoch=0, seed=0) is not None
         assert take(store, epoch=1).plan.run_ids == ("g-0", "g-1")
 

@@ -17,14 +17,15 @@ from tracegrad.tracestore.records import (
     Group,
     Lease,
     LeaseRule,
+    ModelCalls,
     PolicyVersion,
     Purpose,
     Reward,
     Run,
     Span,
-    StepCommit,
     Task,
 )
+from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
 
 JOB = "job"
@@ -97,8 +98,10 @@ def make_choice(index: int, ids: Sequence[int], logprobs: Sequence[float] | None
 
 
 def make_rule(**changed: Any) -> LeaseRule:
-    """Return the rule of the tests: any role, two members, one step of staleness."""
-    return LeaseRule(**{"model": MODEL, "max_staleness": 1, "min_group": 2, **changed})
+    """Return the rule of the tests: one model, any role, two members, one step of staleness."""
+    fields = {"max_staleness": 1, "min_group": 2, **changed}
+    of = {name: fields.pop(name) for name in ("model", "roles", "other_roles") if name in fields}
+    return LeaseRule(**{"trained": (ModelCalls(**{"model": MODEL, **of}),), **fields})
 
 
 def add_group(store: Store, group_id: str = "g", *, size: int = 2, purpose: Purpose = "train") -> list[str]:
@@ -164,7 +167,7 @@ def live_version(store: Store, step: int = 0, model: str = MODEL) -> PolicyVersi
 
 def take(store: Store, *, groups: int = 1, step: int = 1, epoch: int = 0, lease_s: float = 60, **rule: Any) -> Lease:
     """Register the job and lease; fail where nothing is ready."""
-    store.register_job(JOB, MODEL, {})
+    store.register_job(JOB, [MODEL], {})
     lease = store.lease(JOB, make_rule(**rule), groups=groups, lease_s=lease_s, step=step, epoch=epoch, seed=7)
     assert lease is not None, "no group is ready"
     return lease
@@ -188,13 +191,14 @@ def account(store: Store, lease: Lease, *, excluded: Mapping[str, str] | None = 
     ]
 
 
-def make_commit(consumption: Sequence[Consumption], *, hash_: str = "sha", model: str = MODEL) -> StepCommit:
-    """Return the commit of a step."""
+def make_commit(
+    consumption: Sequence[Consumption], *, hash_: str = "sha", model: str = MODEL, parent: int | None = None
+) -> StepCommit:
+    """Return the commit of a step of one model."""
     return StepCommit(
         checkpoint_path=f"/checkpoints/{hash_}",
         checkpoint_hash=hash_,
-        model=model,
-        parent_version_id=None,
+        versions=(NewVersion(model=model, path=f"/checkpoints/{hash_}/{model}", parent_id=parent),),
         consumption=consumption,
         metrics={"loss": 0.25},
     )
@@ -203,7 +207,7 @@ def make_commit(consumption: Sequence[Consumption], *, hash_: str = "sha", model
 def train(store: Store, *, step: int = 1, **how: Any) -> PolicyVersion:
     """Lease one group and commit a step that trained all of it."""
     lease = take(store, step=step, **how)
-    return store.commit_step(lease, make_commit(account(store, lease), hash_=f"sha-{step}"))
+    return store.commit_step(lease, make_commit(account(store, lease), hash_=f"sha-{step}"))[MODEL]
 
 
 def sql(store: Store, statement: str, **parameters: Any) -> int:

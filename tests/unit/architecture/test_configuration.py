@@ -1,5 +1,6 @@
 """The configuration file: unknown keys and names are refused with the near misses; printing it loses nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from tracegrad.tracestore.config import dump_config, load_config, parse_config
 from tracegrad.tracestore.errors import ConfigError
+from tracegrad.tracestore.records import ModelCalls
 from tracegrad.tracestore.rules import lease_rule
 
 GOOD = {
@@ -167,7 +169,7 @@ def test_which_runs_a_job_takes_is_checked_when_it_is_read(tmp_path: Path) -> No
     ):
         with pytest.raises(ConfigError, match=says):
             parse_config(runs(**which))
-    with pytest.raises(ConfigError, match="names 'writer', which `roles` does not map"):
+    with pytest.raises(ConfigError, match="names 'writer', which `roles` maps to no model that is trained"):
         parse_config({**runs(roles=["writer"]), "roles": {"planner": "small"}})
 
 
@@ -180,9 +182,15 @@ def test_the_lease_rule_takes_roles_from_the_map_and_from_the_job() -> None:
         "roles": {"*": "small", "judge": "big", "planner": "small"},
     }
     online, offline = lease_rule(parse_config(raw)), lease_rule(parse_config(raw), offline=True)
-    assert (online.roles, online.other_roles, online.models) == (None, ("judge",), ("small",))
-    assert offline.models == ("small", "old")
-    assert lease_rule(parse_config({**raw, **runs(roles=["planner"])})).roles == ("planner",)
+    small = ModelCalls(model="small", other_roles=("judge",))
+    assert (online.trained, online.recorded_models, offline.recorded_models) == ((small,), (), ("old",))
+    named = lease_rule(parse_config({**raw, "trainer": runs(roles=["planner"])["trainer"]}))
+    assert named.trained == (replace(small, roles=("planner",)),)
+    trainer = {"batch": {"runs": {"roles": ["planner", "judge"]}}}
+    both = lease_rule(parse_config({**raw, "trainer": trainer}))
+    assert both.models == ("small", "big"), "each with those of the roles that are its own"
+    big = ModelCalls(model="big", roles=("judge",), other_roles=("planner",))
+    assert both.of("big").trained == (big,)
 
 
 BASE = {"checkpoint": "w", "trained": False}

@@ -40,12 +40,12 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     store = open_store(where, clock=Clock())
     live_version(store)
     ready_group(store, "trained")
-    store.register_job(JOB, MODEL, {"algorithm": {"credit": {"advantage": "grpo"}}})
+    store.register_job(JOB, [MODEL], {"algorithm": {"credit": {"advantage": "grpo"}}})
     lease = take(store)
     commit = make_commit(account(store, lease, excluded={"call-trained-1": "greedy"}))
     metrics = {"reward": 0.5, "ratio_mean": 1.0, "clip_fraction": 0.0, "logprob_abs_diff": 0.25}
     store.commit_step(lease, replace(commit, metrics=metrics))
-    store.register_job(JOB, MODEL, {"algorithm": {"credit": {"advantage": "grpo"}}})
+    store.register_job(JOB, [MODEL], {"algorithm": {"credit": {"advantage": "grpo"}}})
     ready_group(store, "flat")
     for run_id in add_group(store, "bare"):
         finish_run(store, run_id, reward=None)

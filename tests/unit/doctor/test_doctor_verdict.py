@@ -34,7 +34,7 @@ HEALTHY = Report(
     groups=GroupCounts(),
     flat_groups=FlatGroups(),
 )
-GROUPED = JobFacts(job_id="main", model="small", config={"algorithm": {"credit": {"advantage": "grpo"}}}, rule=None)
+GROUPED = JobFacts(job_id="main", models=("small",), config={"algorithm": {"credit": {"advantage": "grpo"}}}, rule=None)
 
 
 def job(trained: int = 1_000, **more: Any) -> JobReport:
@@ -58,7 +58,7 @@ def publish(publish_id: int, state: PublishState, verdict: str | None = None, er
 
 
 def step(**metrics: Any) -> StepFacts:
-    return StepFacts(step=4, version_id=5, created_at=0.0, metrics=metrics)
+    return StepFacts(step=4, versions={"small": 5}, created_at=0.0, metrics=metrics)
 
 
 def flagged(flag: str, choices: int, *, evaluated: bool = False) -> ChoiceCount:
@@ -234,7 +234,7 @@ def test_a_healthy_store_gets_no_word() -> None:
             "problem",
             "too stale",
             "2 groups wait for job 'main' and are too stale for it (sampled more than 1 steps before the live one, 9)",
-            {"jobs": [job(waiting=WaitingGroups(live_step=9, max_staleness=1, by_lag={0: 1, 1: 1, 2: 2}))]},
+            {"jobs": [job(waiting=WaitingGroups(live={"small": 9}, max_staleness=1, by_lag={0: 1, 1: 1, 2: 2}))]},
         ),
         (
             "note",
@@ -310,7 +310,7 @@ def test_every_reason_is_explained_for_a_run(reason: str) -> None:
         "run failed": {"runs": [RunCount(purpose="train", status="failed", runs=1, unrewarded=1, empty=0)]},
         "failed call": {"calls": CallCounts(calls=4, failed=4)},
         "aborted": {"calls": CallCounts(calls=4, aborted=4)},
-        "too stale": {"jobs": [job(0, waiting=WaitingGroups(live_step=9, max_staleness=1, by_lag={5: 1}))]},
+        "too stale": {"jobs": [job(0, waiting=WaitingGroups(live={"small": 9}, max_staleness=1, by_lag={5: 1}))]},
     }
     if reason.startswith(QUARANTINED):
         changes: dict[str, Any] = {"quarantines": [Tally(what=quarantine, count=4)]}
@@ -326,7 +326,7 @@ def test_the_lines_of_a_report() -> None:
     report = replace(
         HEALTHY,
         run=run_of(group_id="g", member=2, status="failed", error="no oven\nat all"),
-        trainings=[Training(job_id="main", epoch=0, step=4, checkpoint_hash="h", version_id=5)],
+        trainings=[Training(job_id="main", epoch=0, step=4, checkpoint_hash="h", versions={"small": 5})],
         calls=CallCounts(calls=9, aborted=1, no_run=2, retries=1),
         quarantines=[Tally(what="no usage", count=3)],
         drift=[
@@ -348,7 +348,7 @@ def test_the_lines_of_a_report() -> None:
                 10,
                 excluded={"greedy": 5, "aborted": 2},
                 trained_lags={0: 8, 1: 2},
-                waiting=WaitingGroups(live_step=4, max_staleness=1, by_lag={0: 3, 2: 1}),
+                waiting=WaitingGroups(live={"small": 4}, max_staleness=1, by_lag={0: 3, 2: 1}),
                 leases=[HeldLease(lease_id=3, job_id="main", step=5, runs=8, expired_s=-20.0, expires_at=0.0)],
                 steps=[step(reward=0.25, ratio_mean=1.0, clip_fraction=0.015, kl=None, stale_tokens=12)],
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import recorded_runs as recorded
+from in_process import InProcess
 from offline_training import train
 
 from tracegrad.tracestore.config import Config
@@ -22,7 +23,6 @@ from tracegrad.trainer.checkpoints import list_checkpoints
 from tracegrad.trainer.controller import step_seed
 from tracegrad.trainer.errors import CheckpointError, JobBusy, NothingToTrain, StepRefused, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 
 Configure = Callable[..., Config]
@@ -43,7 +43,7 @@ class Dies(Exception):
     """Stands for the death of the process."""
 
 
-class Mortal(Learner):
+class Mortal(InProcess):
     """Dies at a named point of a step."""
 
     def __init__(self, config: Config, point: str, step: int) -> None:
@@ -115,7 +115,7 @@ def test_a_lost_lease_throws_the_step_away(configure: Configure, store: Store, u
     """The lease is reclaimed behind the trainer's back once; it restores, and its next lease trains."""
     config = configure(steps=2)
 
-    class Robbed(Learner):
+    class Robbed(InProcess):
         robbed: Lease | None = None
 
         def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
@@ -124,8 +124,8 @@ def test_a_lost_lease_throws_the_step_away(configure: Configure, store: Store, u
                 self.robbed = store.reclaim("test", 60.0)
             return result
 
-    learner = Robbed(config)
-    said = train(config, store, learner)
+    workers = Robbed(config)
+    said = train(config, store, workers)
     assert any(line.startswith("step 2 is thrown away") for line in said)
     assert hashes(store)[:2] == undisturbed[:2]
     assert store.last_checkpoint("test").step == 2  # type: ignore[union-attr]
@@ -133,7 +133,7 @@ def test_a_lost_lease_throws_the_step_away(configure: Configure, store: Store, u
 
 
 def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure, store: Store) -> None:
-    class Refuses(Learner):
+    class Refuses(InProcess):
         def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
             raise StepRefused(f"step {plan.step}: loss nan")
 
@@ -147,7 +147,7 @@ def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure,
 def test_a_stop_ends_after_the_step_at_hand(configure: Configure, store: Store) -> None:
     config, stop = configure(), Event()
 
-    class Interrupted(Learner):
+    class Interrupted(InProcess):
         def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
             stop.set()
             return super().step(plan, samples, **kwargs)
@@ -166,7 +166,7 @@ def test_an_abandoned_version_is_not_built_on(configure: Configure, store: Store
     assert (newest.step, newest.parent_id) == (3, versions[1].version_id)
     for version in store.list_versions(recorded.MODEL):
         store.abandon_version(version.version_id)
-    with pytest.raises(TrainerError, match="abandoned"):
+    with pytest.raises(TrainerError, match="abandoned version"):
         train(config, store)
 
 
@@ -193,7 +193,7 @@ def test_step_seeds_are_the_first_32_bits_of_a_hash() -> None:
 
 def test_the_lease_rule_follows_the_configuration(configure: Configure) -> None:
     rule = lease_rule(configure(batch={"max_staleness": 3, "min_group": 4}))
-    assert (rule.roles, rule.max_staleness, rule.min_group, rule.reward_names) == (recorded.ROLES, 3, 1, ())
+    assert (rule.trained[0].roles, rule.max_staleness, rule.min_group, rule.reward_names) == (recorded.ROLES, 3, 1, ())
     grouped = configure(
         algorithm={"credit": {"advantage": "grpo", "reward_weights": {"style": 0.5, "score": 1.0}}},
         batch={"min_group": 4},

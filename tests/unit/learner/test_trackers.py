@@ -3,7 +3,8 @@
 import json
 import sys
 import types
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 import recorded_runs as recorded
 from click.testing import CliRunner
+from in_process import InProcess
 
 from tracegrad.tracestore.config import Config, dump_config, parse_config
 from tracegrad.tracestore.store import open_store
@@ -212,17 +214,10 @@ def test_the_real_mlflow_in_a_file(tmp_path: Path) -> None:
     assert [(each.step, each.value) for each in history] == [(3, 0.25), (4, 0.25)]
 
 
-class InProcess:
-    """Stands for Ray: the learner itself."""
-
-    def __init__(self, config: Config, *, address: str | None = None) -> None:
-        self._learner = Learner(config)
-
-    def __enter__(self) -> Learner:
-        return self._learner
-
-    def __exit__(self, *_: object) -> None:
-        pass
+@contextmanager
+def in_process(config: Config, *, address: str | None = None) -> Iterator[tuple[InProcess, dict[str, Any]]]:
+    """Stand for Ray."""
+    yield InProcess(config), {}
 
 
 def test_the_command_tells_the_configured_tracker(
@@ -244,7 +239,7 @@ def test_the_command_tells_the_configured_tracker(
         )
         recorded.fill(store, recorded.recorded_groups(4, score=sampler.score, version_id=version.version_id))
     (tmp_path / "tracegrad.yaml").write_text(dump_config(config))
-    monkeypatch.setattr("tracegrad.trainer.workers.RayWorkers", InProcess)
+    monkeypatch.setattr("tracegrad.trainer.ray_groups.ray_groups", in_process)
     result = CliRunner().invoke(train, ["--config", str(tmp_path / "tracegrad.yaml"), "--offline"])
     assert result.exit_code == 0, result.output
     assert [step for step, _ in wandb.logged] == [1, 2]

@@ -47,7 +47,7 @@ def test_the_command_line_says_which_runs(tmp_path: Path) -> None:
     rule = lease_rule(parse_config(yaml.safe_load(result.output)), offline=True)
     assert rule.since is not None and rule.until is not None
     assert abs(time.time() - 7 * 86_400 - rule.since) < 60
-    assert (rule.models, rule.epoch) == (("main", "old"), 2)
+    assert (rule.models, rule.recorded_models, rule.epoch) == (("main",), ("old",), 2)
     wrong = CliRunner().invoke(train, ["--config", path, "--since", "last week"])
     assert (wrong.exit_code, "--since 'last week' is no age" in wrong.output) == (1, True)
 
@@ -65,9 +65,9 @@ def test_no_models_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_a_job_that_the_command_cannot_train_yet_is_refused(tmp_path: Path) -> None:
-    two = "models: {a: {checkpoint: x}, b: {checkpoint: y}}\n"
+    two = "models: {a: {checkpoint: x, trained: false}, b: {adapter: {of: a}}}\n"
     result = CliRunner().invoke(train, ["--config", write(tmp_path, two)])
-    assert (result.exit_code, "trains a, b" in result.output) == (2, True)
+    assert (result.exit_code, "trains adapters" in result.output) == (2, True)
 
 
 def test_crash_points_refuse_what_they_do_not_know() -> None:
@@ -79,5 +79,5 @@ def test_crash_points_refuse_what_they_do_not_know() -> None:
 
 
 def test_the_controllers_process_has_no_torch() -> None:
-    code = "import sys, tracegrad.trainer.controller, tracegrad.trainer.workers; sys.exit('torch' in sys.modules)"
+    code = "import sys, tracegrad.trainer.controller, tracegrad.trainer.ray_groups; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -225,6 +225,18 @@ def test_a_checkpoint_of_other_models_is_refused(config: Config, tmp_path: Path)
         groups_of_job(fewer).load(saved.checkpoint.path)
 
 
+def test_a_checkpoint_of_one_model_as_they_were_first_is_gone_on_from(config: Config, tmp_path: Path) -> None:
+    """It holds its model at its top."""
+    alone = msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, model="solo"))
+    learner = Learner(alone, "solo")
+    made = learner.create(str(tmp_path))
+    groups = groups_of(alone)
+    assert groups_of_job(alone, groups).load(made.path, made.hash) == 0
+    assert equal(weights(learner), weights(learners(groups)["solo"]))
+    with pytest.raises(CheckpointError, match="holds solo, the job trains p, w, solo"):
+        groups_of_job(config).load(made.path, made.hash)
+
+
 def poisoned(shares: Shares, model: str) -> Shares:
     samples = shares.by_model[model]
     first = samples.choices[0]

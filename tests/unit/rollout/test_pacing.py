@@ -7,7 +7,7 @@ import pytest
 
 from tracegrad.adapters.pacing import Pacer
 
-IDLE = {"ready_groups": 0, "leased_groups": 0, "publishing": False, "live_version": 1}
+IDLE = {"ready_groups": 0, "leased_groups": 0, "publishing": False, "live": {"main": {"version": 1, "step": 0}}}
 
 
 class Backlogs:
@@ -25,7 +25,7 @@ class Backlogs:
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ([{"live_version": None}, {}], ["no weights are live yet", None]),
+        ([{"live": {"main": None}}, {}], ["no weights are live yet", None]),
         ([{"publishing": True}, {}], ["new weights are being published", None]),
         ([{"ready_groups": 1, "leased_groups": 1}, {"ready_groups": 1}], ["the trainer has 1 groups waiting", None]),
         ([{"ready_groups": 1}], []),
@@ -43,7 +43,7 @@ def test_it_waits_for_a_version_for_publishing_and_for_the_trainer(
 
 
 def test_without_a_bound_it_waits_for_the_first_version_only() -> None:
-    control: Any = Backlogs({"live_version": None}, {"ready_groups": 99})
+    control: Any = Backlogs({"live": {"main": None}}, {"ready_groups": 99})
     pacer = Pacer(control, ahead=None, needs_version=True, say=lambda _: None, poll_s=0.0)
     asyncio.run(pacer.hold(lambda: 0))
     asyncio.run(pacer.hold(lambda: 0))
@@ -51,6 +51,6 @@ def test_without_a_bound_it_waits_for_the_first_version_only() -> None:
 
 
 def test_live_runs_without_a_bound_ask_nothing() -> None:
-    control: Any = Backlogs({"live_version": None})
+    control: Any = Backlogs({"live": {"main": None}})
     asyncio.run(Pacer(control, ahead=None, needs_version=False, say=lambda _: None).hold(lambda: 0))
     assert control.asked == 0

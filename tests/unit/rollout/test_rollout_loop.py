@@ -24,10 +24,11 @@ from tracegrad.adapters.rollout_errors import RolloutStopped
 from tracegrad.adapters.schedule import planned_groups
 from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.errors import NotFound
-from tracegrad.tracestore.records import Consumption, LeaseRule, Run, StepCommit
+from tracegrad.tracestore.records import Consumption, LeaseRule, ModelCalls, Run
+from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
 
-RULE = LeaseRule(model="main", max_staleness=1, min_group=2)
+RULE = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=2)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -173,7 +174,7 @@ def test_ctrl_c_ends_what_is_in_flight_as_failed(stack: Any, light_app: str, tas
 
 def train(store: Store, groups: int, step: int) -> int:
     """Be the trainer: lease, account for every choice, commit a step. Returns the new version."""
-    store.register_job("main", "main", {})
+    store.register_job("main", ["main"], {})
     lease = store.lease("main", RULE, groups=groups, lease_s=60.0, step=step, epoch=0, seed=0)
     assert lease is not None
     consumption = [
@@ -192,12 +193,11 @@ def train(store: Store, groups: int, step: int) -> int:
     commit = StepCommit(
         checkpoint_path=f"/step-{step}",
         checkpoint_hash=f"hash {step}",
-        model="main",
-        parent_version_id=None,
+        versions=(NewVersion(model="main", path=f"/step-{step}/main", parent_id=None),),
         consumption=consumption,
         metrics={},
     )
-    return store.commit_step(lease, commit).version_id
+    return store.commit_step(lease, commit)["main"].version_id
 
 
 def test_it_waits_for_the_trainer_and_for_publishing(stack: Any, light_app: str, tasks_file: Path) -> None:

@@ -127,7 +127,7 @@ def test_threads_append_at_once(store_url: str) -> None:
 def test_processes_never_lease_the_same_run(store_url: str) -> None:
     store = open_store(store_url)
     expected = [run_id for index in range(10) for run_id in ready_group(store, f"g{index}")]
-    store.register_job(JOB, MODEL, {})
+    store.register_job(JOB, [MODEL], {})
     leasers = [
         subprocess.Popen(
             [sys.executable, "-c", LEASER, store_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,5 +1,6 @@
 """Opening: from nothing, by many at once, a newer schema, and the migration against the metadata."""
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
 import tracegrad.tracestore.migrate
-from tracegrad.tracestore.errors import ConfigError, InvalidRecord, SchemaMismatch, StoreUnavailable
+from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, SchemaMismatch, StoreUnavailable
 from tracegrad.tracestore.gating import GateTerms, unjudged
 from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.chains import asked, stored_units
-from tracegrad.tracestore.testing.rows import make_call, ready_group, sql, train
+from tracegrad.tracestore.testing.rows import JOB, make_call, ready_group, sql, train
 
 
 def url_of(path: Path) -> str:
@@ -231,6 +232,31 @@ def test_the_copies_of_a_migration_leave_no_dangling_row(tmp_path: Path) -> None
     with pytest.raises(SchemaMismatch, match="call_payloads without their calls"):
         open_store(url_of(path))
     assert ddl(path) == before
+
+
+def test_a_job_of_one_model_goes_on_as_one_of_several(empty_url: str) -> None:
+    """Its model, its rule, its steps and their versions; going back keeps the first model of each."""
+    store = open_store(empty_url)
+    ready_group(store)
+    ready_group(store, "next")
+    version = train(store, roles=("answerer",))
+    before = [store.list_jobs(), store.last_checkpoint(JOB), store.version_origin(version.version_id), store.queue(JOB)]
+    store.close()
+    to_revision(empty_url, "0010")
+    engine = create_engine(empty_url)
+    with engine.connect() as connection:
+        model, rule = connection.exec_driver_sql("SELECT model, rule FROM jobs").one()
+        made = connection.exec_driver_sql("SELECT version_id FROM checkpoints").scalar()
+    engine.dispose()
+    assert (model, made) == ("main", version.version_id)
+    assert {"model": "main", "roles": ["answerer"]}.items() <= json.loads(rule).items()
+    store = open_store(empty_url)
+    origin = store.version_origin(version.version_id)
+    assert [store.list_jobs(), store.last_checkpoint(JOB), origin, store.queue(JOB)] == before
+    assert train(store, step=2).step == 2
+    with pytest.raises(Conflict):  # a version is made by one step
+        sql(store, "UPDATE step_versions SET version_id = :one", one=version.version_id)
+    store.close()
 
 
 def test_opening_again_changes_nothing(migrated: Path) -> None:

@@ -15,6 +15,7 @@ from tracegrad.tracestore.records import (
     CallTiming,
     Choice,
     LeaseRule,
+    ModelCalls,
     Reward,
     Run,
     RunTrace,
@@ -23,7 +24,7 @@ from tracegrad.tracestore.records import (
 from tracegrad.trainer.credit import assign
 from tracegrad.trainer.samples import build_batch
 
-RULE = LeaseRule(model="main", max_staleness=1, min_group=1)
+RULE = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=1)
 
 PLANS, WORDS, RIGHT, EASY = 4, 2, 2, 0
 STEPS, RUNS, RATE = 30, 16, 1.0

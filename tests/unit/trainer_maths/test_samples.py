@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tracegrad.tracestore.records import Attribution, Choice, Consumption, LeaseRule, Reward
+from tracegrad.tracestore.records import Attribution, Choice, Consumption, LeaseRule, ModelCalls, Reward
 from tracegrad.trainer.errors import SampleError
 from tracegrad.trainer.samples import Turn, build_batch, turn_of
 
 RULE = LeaseRule(
-    model="main", roles=("planner", "writer"), other_roles=("judge",), max_staleness=1, min_group=1
+    trained=(ModelCalls(model="main", roles=("planner", "writer"), other_roles=("judge",)),),
+    max_staleness=1,
+    min_group=1,
 )  # of the role map {planner: main, writer: main, judge: other}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import recorded_runs as recorded
+from in_process import InProcess
 from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
@@ -16,10 +17,10 @@ from tracegrad.tracestore.evaluations import Evaluator, Measured
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer import gate
+from tracegrad.trainer.checkpoints import step_folder
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.job_folder import JobFolder
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
 
 PUBLISH = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
@@ -74,8 +75,8 @@ def evaluator(store: Store, by_step: dict[int, float]) -> Iterator[None]:
     thread.join()
 
 
-class Generates(Learner):
-    """A learner beside which traffic goes on; `before` is called when it is asked for, and may say no."""
+class Generates(InProcess):
+    """Workers beside which traffic goes on; `before` is called when it is asked for, and may say no."""
 
     def __init__(self, config: Config, store: Store, before: Callable[[int], bool] = lambda n: True) -> None:
         super().__init__(config)
@@ -83,7 +84,7 @@ class Generates(Learner):
         self.loaded: list[str] = []
 
     def load(self, path: str, expected_hash: str | None = None) -> int:
-        self.loaded.append(Path(path).name[:11])
+        self.loaded.append(step_folder(path).name[:11])
         return super().load(path, expected_hash)
 
     def traffic(self) -> None:
@@ -109,7 +110,7 @@ def run(config: Config, store: Store, engine: LlamaEngine, workers: Generates) -
             workers=workers,
             folder=folder,
             console=Console(echo, steps=config.trainer.steps, as_json=False),
-            engines=[EngineClient(engine.url, recorded.MODEL)],
+            engines={recorded.MODEL: [EngineClient(engine.url, recorded.MODEL)]},
         )
         controller = Controller(config, around)
         controller.run()

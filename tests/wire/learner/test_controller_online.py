@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import recorded_runs as recorded
+from in_process import InProcess
 from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
@@ -16,7 +17,6 @@ from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.errors import EngineError, PublishError
 from tracegrad.trainer.job_folder import JobFolder
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
 
 PUBLISH = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
@@ -27,8 +27,8 @@ def config(configure: Callable[..., Config]) -> Config:
     return configure(steps=2, publish=PUBLISH, keep_checkpoints=1)
 
 
-class Generates(Learner):
-    """A learner beside which traffic goes on: before each step the live version samples four groups."""
+class Generates(InProcess):
+    """Workers beside which traffic goes on: before each step the live version samples four groups."""
 
     def __init__(self, config: Config, store: Store) -> None:
         super().__init__(config)
@@ -44,7 +44,7 @@ class Generates(Learner):
         )
 
 
-def run(config: Config, store: Store, engine: LlamaEngine, workers: Learner) -> list[str]:
+def run(config: Config, store: Store, engine: LlamaEngine, workers: InProcess) -> list[str]:
     said: list[str] = []
 
     def echo(text: str) -> None:
@@ -58,7 +58,7 @@ def run(config: Config, store: Store, engine: LlamaEngine, workers: Learner) -> 
             workers=workers,
             folder=folder,
             console=Console(echo, steps=config.trainer.steps, as_json=False),
-            engines=[EngineClient(engine.url, recorded.MODEL)],
+            engines={recorded.MODEL: [EngineClient(engine.url, recorded.MODEL)]},
         )
         Controller(config, around).run()
     return said

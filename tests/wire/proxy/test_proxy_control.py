@@ -84,8 +84,7 @@ def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace]
         "ready_groups": 1,
         "leased_groups": 0,
         "publishing": False,
-        "live_version": version.version_id,
-        "live_step": 0,
+        "live": {"main": {"version": version.version_id, "step": 0}},
     }
 
 

@@ -28,7 +28,7 @@ def crowd_trains_each_run_once(url: str, groups: int) -> None:
     seed = os.environ.get("TRACEGRAD_SEED", str(time.time_ns() % 1_000_000))
     print(f"seed {seed}: TRACEGRAD_SEED={seed} repeats its choices")
     store = open_store(url)
-    store.register_job(JOB, MODEL, {})
+    store.register_job(JOB, [MODEL], {})
     wanted = {run_id for number in range(groups) for run_id in ready_group(store, f"g{number}")}
     command = [sys.executable, str(PROGRAM), url, seed, str(PROCESSES), JOB]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)

@@ -1,0 +1,276 @@
+"""One job of several models on a real store: which tokens reach which, what commits, and what the next start does."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import recorded_roles as spoken
+import recorded_runs as recorded
+from in_process import InProcess
+from llama_engine import LlamaEngine
+from offline_training import train
+from sqlalchemy import func, select
+
+from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.schema import calls, consumption, step_versions
+from tracegrad.tracestore.store import Store
+from tracegrad.trainer.controller import Controller, Surroundings
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.errors import StepRefused, TrainerError
+from tracegrad.trainer.job_folder import JobFolder
+from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.metrics import Console
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def score(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> recorded.Score:
+    folder = tmp_path_factory.mktemp("scorer")
+    scorer = Learner(recorded.configuration(llama, folder))
+    scorer.create(str(folder))
+    return scorer.score
+
+
+@pytest.fixture
+def separate(configure: Configure, llama: Path, store: Store, score: recorded.Score) -> Config:
+    """A model for each role, and six groups in which all speak: three steps."""
+    config = spoken.mapped(configure(steps=3), "full separation", llama)
+    spoken.fill(store, config, 6, score=score)
+    return config
+
+
+def trained_tokens(store: Store) -> dict[tuple[str, str], int]:
+    """(Model of the version that was made, role) -> tokens that the steps of the job trained into it."""
+    with store._db.read() as connection:
+        model = func.coalesce(consumption.c.model, calls.c.model)
+        rows = connection.execute(
+            select(model, calls.c.role, func.sum(consumption.c.trained_tokens))
+            .join(calls, calls.c.call_id == consumption.c.call_id)
+            .where(consumption.c.trained_tokens > 0)
+            .group_by(model, calls.c.role)
+        )
+        return {(row[0], row[1]): int(row[2]) for row in rows}
+
+
+def sampled_tokens(store: Store) -> dict[str, int]:
+    runs = [summary.run.run_id for summary in store.list_runs(limit=1000)]
+    totals: dict[str, int] = {}
+    for trace in store.traces(runs):
+        for call in trace.calls:
+            role = str(call.attribution.role)
+            totals[role] = totals.get(role, 0) + len(call.choices[0].token_ids)
+    return totals
+
+
+def steps(store: Store) -> dict[str, list[tuple[int, str]]]:
+    """Model -> (step, hash) of what the job made of it."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for version in store.list_versions():
+        if version.job_id == "test":
+            found.setdefault(version.model, []).append((version.step, version.checkpoint_hash))
+    return found
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    text = (Path(config.trainer.output) / "test" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("mode", spoken.MODES)
+def test_exactly_the_tokens_of_its_roles_reach_each_model(
+    configure: Configure, llama: Path, store: Store, score: recorded.Score, mode: str
+) -> None:
+    """The same runs in each mode; of a role whose model is frozen the account says that nobody trains it."""
+    config = spoken.mapped(configure(steps=9), mode, llama)
+    spoken.fill(store, config, 4, score=score)
+    assert train(config, store)[-1] == "stopped after step 2: 0 ready groups are left, a step takes 2"
+    trained, sampled = set(config.trained_models()), sampled_tokens(store)
+    frozen = {role for role, model in config.roles.items() if model not in trained}
+    assert frozen == ({"critic"} if mode == "adapter per role" else set())
+    expected = {(config.roles[role], role): sampled[role] for role in spoken.ROLES if role not in frozen}
+    assert trained_tokens(store) == expected
+    report = store.consumption("test")
+    assert (report.conserved, report.trained) == (True, sum(expected.values()))
+    assert dict(report.excluded) == ({"other model": sampled["critic"]} if frozen else {})
+    made = steps(store)
+    assert {model: [step for step, _ in each] for model, each in made.items()} == {
+        model: [0, 1, 2] for model in trained
+    }
+    assert len({hashes[-1] for hashes in made.values()}) == 1, "one checkpoint holds them all"
+    last = metrics(config)[-1]
+    assert last["tokens_trained"] == sum(each["tokens_trained"] for each in last.get("models", {"": last}).values())
+    assert set(last.get("models", trained)) == trained
+    assert set(last["roles"]) == set(spoken.ROLES) - frozen
+
+
+class Dies(Exception):
+    """Stands for the death of the process."""
+
+
+class Mortal(InProcess):
+    """Dies once a step has been saved."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        super().__init__(config)
+        self.at = step
+
+    def save(self, root: str, step: int) -> Any:
+        saved = super().save(root, step)
+        if step == self.at:
+            raise Dies
+        return saved
+
+
+def test_a_job_that_dies_goes_on_to_the_same_bits(
+    separate: Config, store: Store, configure: Configure, llama: Path
+) -> None:
+    undisturbed = spoken.mapped(configure(steps=3, job="calm"), "full separation", llama)
+    train(undisturbed, store)
+    expected = [v.checkpoint_hash for v in store.list_versions("w") if v.job_id == "calm"]
+    for step in (2, 3):
+        with pytest.raises(Dies):
+            train(separate, store, Mortal(separate, step))
+    said = train(separate, store)
+    assert any("never committed" in line for line in said)
+    assert [digest for _, digest in steps(store)["w"]] == expected
+    assert steps(store)["p"] == steps(store)["w"] == steps(store)["c"]
+
+
+def test_a_beginning_that_was_cut_short_is_finished(separate: Config, store: Store, monkeypatch: Any) -> None:
+    """The versions of step 0 are written one by one."""
+    written, add = [], store.add_version
+
+    def once(**fields: Any) -> Any:
+        if written:
+            raise Dies
+        written.append(fields)
+        return add(**fields)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "add_version", once)
+        with pytest.raises(Dies):
+            train(separate, store)
+    train(separate, store)
+    made = steps(store)
+    assert {model: [step for step, _ in each] for model, each in made.items()} == {
+        model: [0, 1, 2, 3] for model in "pwc"
+    }
+    assert len({each[0] for each in made.values()}) == 1
+
+
+def test_one_model_that_refuses_stops_the_step_for_all(separate: Config, store: Store) -> None:
+    class Refuses(InProcess):
+        def step(self, plan: Any, shares: Any, **kwargs: Any) -> Any:
+            if plan.step == 2:
+
+                def refuse(*_: Any, **__: Any) -> Any:
+                    raise StepRefused("step 2: loss nan")
+
+                self.learners["w"].step = refuse  # type: ignore[method-assign]
+            return super().step(plan, shares, **kwargs)
+
+    with pytest.raises(StepRefused, match="loss nan"):
+        train(separate, store, Refuses(separate))
+    last = store.last_checkpoint("test")
+    assert last is not None and last.step == 1
+    assert store.reclaim("test", 60.0) is None, "the lease is returned"
+    train(separate, store)
+    assert [step for step, _ in steps(store)["w"]] == [0, 1, 2, 3]
+
+
+def test_a_model_that_had_nothing_to_train_keeps_its_version_and_its_weights(
+    configure: Configure, llama: Path, store: Store, score: recorded.Score
+) -> None:
+    config = spoken.mapped(configure(steps=3, keep_checkpoints=1), "full separation", llama)
+    spoken.fill(store, config, 2, score=score)
+    spoken.fill(store, config, 2, score=score, seed=1, roles=("planner",))
+    spoken.fill(store, config, 2, score=score, seed=2)
+    train(until(config, 2), store)
+    assert {model: [step for step, _ in each] for model, each in steps(store).items()} == {
+        "p": [0, 1, 2],
+        "w": [0, 1],
+        "c": [0, 1],
+    }
+    train(config, store)
+    newest = {model: store.list_versions(model)[-1] for model in "pwc"}
+    assert {model: version.step for model, version in newest.items()} == dict.fromkeys("pwc", 3)
+    parents = {model: store.get_version(version.parent_id or 0).step for model, version in newest.items()}
+    assert parents == {"p": 2, "w": 1, "c": 1}
+
+
+def until(config: Config, last: int) -> Config:
+    return msgspec.structs.replace(config, trainer=msgspec.structs.replace(config.trainer, steps=last))
+
+
+def test_models_go_back_together(separate: Config, store: Store) -> None:
+    """A rollback of one model's version takes the step back for all: one checkpoint holds them."""
+    train(until(separate, 2), store)
+    store.abandon_version(store.list_versions("w")[-1].version_id)
+    train(separate, store)
+    newest = {model: store.list_versions(model)[-1] for model in "pwc"}
+    parents = {model: store.get_version(version.parent_id or 0) for model, version in newest.items()}
+    assert {model: (newest[model].step, parents[model].step) for model in "pwc"} == dict.fromkeys("pwc", (3, 1))
+    assert [v.step for v in store.list_versions("p") if v.abandoned] == [2]
+    for version in store.list_versions("c"):
+        store.abandon_version(version.version_id)
+    with pytest.raises(TrainerError, match="abandoned"):
+        train(separate, store)
+
+
+def test_every_model_goes_live_proven_on_its_own_engine(
+    configure: Configure, llama: Path, store: Store, score: recorded.Score, tmp_path: Path
+) -> None:
+    """Canary, initial version and both steps, each with a probe; what is live of one model counts for its calls."""
+    settings = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
+    config = spoken.mapped(configure(steps=2, publish=settings, keep_checkpoints=1), "partial sharing", llama)
+    workers, said = InProcess(config), list[str]()
+
+    def echo(text: str) -> None:
+        said.append(text)
+        if " waits for runs" in text:
+            spoken.fill(store, config, 2, score=score, seed=len(said))
+
+    with contextlib.ExitStack() as running:
+        engines = {name: running.enter_context(LlamaEngine(llama, tmp_path / name, name)) for name in "ab"}
+        around = Surroundings(
+            store=store,
+            workers=workers,
+            folder=running.enter_context(JobFolder(config.trainer).held()),
+            console=Console(echo, steps=2, as_json=False),
+            engines={name: [EngineClient(engine.url, name)] for name, engine in engines.items()},
+        )
+        Controller(config, around).run()
+        for name, engine in engines.items():
+            live = store.live_version(name)
+            assert live is not None and (live.step, engine.version) == (2, str(live.version_id))
+            assert [folder.split("-")[1] for folder in engine.loaded] == ["000000", "000000", "000001", "000002"]
+    last = metrics(config)[-1]
+    assert {model: report["result"]["verdict"] for model, report in last["publish"].items()} == {"a": "new", "b": "new"}
+    assert last["version"] == {name: store.list_versions(name)[-1].version_id for name in "ab"}
+
+
+def test_runs_that_one_model_recorded_train_two(
+    configure: Configure, llama: Path, store: Store, score: recorded.Score, tmp_path: Path
+) -> None:
+    """Offline, under another role map: every token reaches the model of its role, and its version knows it."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    (base / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    shared = spoken.mapped(configure(), "full sharing", base)
+    spoken.fill(store, shared, 4, score=score)
+    recorded_too = configure(steps=9, batch={"runs": {"recorded_models": ["all"]}})
+    split = spoken.mapped(recorded_too, "partial sharing", base)
+    train(split, store)
+    sampled = sampled_tokens(store)
+    assert trained_tokens(store) == {(split.roles[role], role): sampled[role] for role in spoken.ROLES}
+    writers = store.version_calls(store.list_versions("b")[-1].version_id)
+    assert {call.role for call in writers} == {"writer"}
+    assert store.consumption("test").conserved
+    with store._db.read() as connection:
+        assert connection.execute(select(func.count()).select_from(step_versions)).scalar() == 4

@@ -25,7 +25,6 @@ from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.shares import Shares, share
 from tracegrad.trainer.worker_groups import WorkerGroups
-from tracegrad.trainer.workers import RayWorkers
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -95,15 +94,21 @@ def test_two_workers_of_one_model_go_on_where_one_was_killed(tmp_path: Path) -> 
     base = recorded.random_llama(tmp_path / "llama")
     config = recorded.configuration(base, tmp_path / "out", workers={"threads": 1, "per_group": 2})
     hashes: list[str] = []
-    with RayWorkers(config) as workers:
+    with ray_groups(config) as (workers, groups):
         workers.create(str(tmp_path / "made"))
-        samples = build_batch(recorded.traces_of(recorded.recorded_groups(2, score=workers.score)), lease_rule(config))
+
+        def score(sequences: Any, _temperature: float) -> Any:
+            return groups[recorded.MODEL].score(recorded.MODEL, tuple(sequences))
+
+        traces = recorded.traces_of(recorded.recorded_groups(2, score=score))
+        rule = lease_rule(config)
+        shares = share(traces, rule.models, lambda given, model: build_batch(given, rule.of(model)))
 
         def train(folder: str, plan: BatchPlan, killed: float | None = None) -> StepResult:
             if killed is not None:
-                pid = workers.processes()[1]
+                pid = groups[recorded.MODEL].processes()[1]
                 Timer(killed, os.kill, (pid, signal.SIGKILL)).start()
-            done = workers.step(plan, samples, version_id=1, probe_tokens=8)
+            done = workers.step(plan, shares, version_ids={recorded.MODEL: 1}, probe_tokens=8)[recorded.MODEL]
             hashes.append(workers.save(str(tmp_path / folder), plan.step).checkpoint.hash)
             return done
 

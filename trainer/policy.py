@@ -27,6 +27,8 @@ from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.kept_sets import KeptSets, renormalised
 from tracegrad.trainer.ranks import ALONE, Ranks
 from tracegrad.trainer.sharding import computed, let_go, place, shard_head, shard_model
+from tracegrad.trainer.tree_attention import NAME as TREE
+from tracegrad.trainer.tree_attention import adopt, mask_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -202,7 +204,12 @@ class Policy(nn.Module):
 
     @property
     def attention_cost(self) -> float:
-        """Multiply-adds of dense attention per token^2 over those of the weights per token: see `packing.pack`."""
+        """Multiply-adds of dense attention per token^2 over those of the weights per token: see `packing.pack`.
+
+        0 by blocks (`tree_attention`): pairs that do not see one another cost nothing, whatever row they lie in.
+        """
+        if self._by_blocks:
+            return 0.0
         config = self.lm.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
@@ -231,10 +238,15 @@ class Policy(nn.Module):
         values_S = self.value_head(hidden_SD.detach() if self.detach_value else hidden_SD)
         return logprobs_E, values_S[row.edge_slot_E], entropy_E
 
+    @property
+    def _by_blocks(self) -> bool:
+        """Whether attention is computed by `tree_attention`, which needs no mask of all pairs."""
+        return bool(self.device.type == "cpu" and self.lm.config._attn_implementation == TREE)
+
     def _hidden(self, row: PackedRow) -> Tensor:
         outputs = self.lm.base_model(
             input_ids=row.token_ids_T[None],
-            attention_mask=row.mask(),
+            attention_mask=mask_of(row.end_T) if self._by_blocks else row.mask(),
             position_ids=row.position_ids_T[None],
             use_cache=False,
         )
@@ -330,6 +342,7 @@ def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> Non
         UnsupportedModel: its attention or head is not what packed rows are evaluated with.
     """
     _check_supported(lm)
+    adopt(lm)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

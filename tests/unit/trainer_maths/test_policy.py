@@ -121,6 +121,15 @@ def test_packed_outputs_and_gradients_equal_unpacked_ones(choices, config, row_t
         torch.testing.assert_close(found[name], gradient, rtol=0.0, atol=1e-5 * max(scale, 1.0), msg=name)
 
 
+def test_a_dense_mask_gives_what_blocks_give(choices):
+    """As on a GPU, or with a model whose attention is its own."""
+    policy = build(TIED_LLAMA)
+    blocks = packed(policy, choices, 1000)
+    policy.lm.set_attn_implementation("sdpa")
+    for a, b in zip(blocks, packed(policy, choices, 1000), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @CONFIGS
 def test_the_mask_matters(choices, config):
     """The control: with a merely causal mask the same comparison must fail, so it does see the mask."""
@@ -299,4 +308,7 @@ def test_verify_accepts_full_attention_of_any_family(lm, precision):
 def test_the_cost_of_attention_is_that_of_the_shapes():
     # per pair 2 * 2 layers * 32 = 128 multiply-adds; weights without embedding and head, per layer: q, o 32*32 each,
     # k, v 16*32 each, MLP 3*32*48, two norms of 32 -> 3072 + 4608 + 64 = 7744; twice that plus the last norm 32.
-    assert build(TIED_LLAMA).attention_cost == pytest.approx(128 / (2 * 7744 + 32))
+    policy = build(TIED_LLAMA)
+    assert policy.attention_cost == 0.0  # by blocks
+    policy.lm.set_attn_implementation("sdpa")
+    assert policy.attention_cost == pytest.approx(128 / (2 * 7744 + 32))

@@ -45,11 +45,11 @@ COPIED = {
     "spans": ["run_id", "span_id"],
     "calls": ["call_id", "run_id", "span_id", "completion_id"],
     "call_payloads": ["seq"],
-    "choices": ["call_id"],
-    "choice_payloads": ["call_id"],
+    "choices": ["seq"],
+    "choice_payloads": ["seq"],
     "rewards": ["reward_id", "run_id"],
     "ledger": ["run_id"],
-    "consumption": ["call_id", "run_id"],
+    "consumption": ["seq", "run_id"],
 }
 """The tables that grow with what was served, parents first, and their columns that name something."""
 KEPT = {
@@ -119,16 +119,17 @@ def _columns(connection: Connection) -> dict[str, list[str]]:
 def _copy(connection: Connection, table: str, columns: Sequence[str]) -> None:
     keys = COPIED[table]
     rest = [column for column in columns if column not in (*keys, "seq")]
-    into = ", ".join([*keys, *rest])
-    renamed = ", ".join([*(f"{key} || '.' || n" for key in keys), *rest])
+    into = ", ".join([*sorted(keys, key="seq".__ne__), *rest])
+    names = [key for key in keys if key != "seq"]
+    renamed = [f"{table}_seed.{key} || '.' || n" for key in names] + [f"{table}_seed.{one}" for one in rest]
     connection.execute(text(f"CREATE TEMP TABLE {table}_seed AS SELECT * FROM {table}"))
     source = f"copies, {table}_seed"
-    if keys == ["seq"]:  # the number that the copied call was given
-        renamed = ", ".join(["copied.seq", *rest])
+    if "seq" in keys:  # the number that the copied call was given
+        renamed.insert(0, "copied.seq")
         source = f"copies CROSS JOIN {table}_seed JOIN calls ON calls.seq = {table}_seed.seq"
         source += " JOIN calls AS copied ON copied.call_id = calls.call_id || '.' || n"
     # Copy by copy, as they would have come: an index on a name must not find its values in order.
-    connection.execute(text(f"INSERT INTO {table} ({into}) SELECT {renamed} FROM {source} ORDER BY n"))
+    connection.execute(text(f"INSERT INTO {table} ({into}) SELECT {', '.join(renamed)} FROM {source} ORDER BY n"))
     connection.execute(text(f"DROP TABLE {table}_seed"))
 
 

@@ -1,54 +1,38 @@
-"""Prompts into blocks: what is stored already is found by its hash, what is new becomes as few blocks as it can.
+"""Prompts into blocks: what is stored already is found (`paths`), what is new becomes as few blocks as it can.
 
 A chain is looked up from its deepest known hash on; the rest of it becomes one block (at most UNITS_A_BLOCK units).
 Where a chain leaves another in the middle of a block, the part that both have becomes a block of its own, beside the
 longer one: blocks never change, so nobody waits for a reader and a head means the same for ever. That part lies twice
 then, once for each place at which chains part; what follows shares it.
 
-Two writers of one chain, and a block that was deleted since it was remembered, end in a constraint of the database:
-`KnownBlocks.write_with` then tries again from the start. PostgreSQL's sweeps and appends exclude each other by an
-advisory lock (`SWEEP_LOCK`). Called by `calls` and `interchange` through `drafts`.
+A block that was deleted since it was remembered ends in a constraint of the database: `KnownBlocks.write_with` then
+tries again from the start. Two writers of PostgreSQL may both store what neither found; that costs room and nothing
+else. Its sweeps and appends exclude each other by an advisory lock (`SWEEP_LOCK`). Called by `calls` and `interchange`
+through `drafts`.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select, text
+from sqlalchemy import Connection, bindparam, func, select
 
-from tracegrad.tracestore.chains import IDS_A_UNIT, Chain, content_of, first_word, hashes_after, units_of_block
+from tracegrad.tracestore.chains import IDS_A_UNIT, Chain, content_of, first_word
 from tracegrad.tracestore.database import Database
-from tracegrad.tracestore.errors import Conflict, InvalidRecord, TraceStoreError
-from tracegrad.tracestore.hot import HotLookup, HotStatement, look_up, run_hot
+from tracegrad.tracestore.errors import Conflict, InvalidRecord
+from tracegrad.tracestore.hot import HotInsert, HotStatement, run_hot, run_insert
+from tracegrad.tracestore.paths import Forks, forks_of, paths_of
 from tracegrad.tracestore.payload_schema import blocks
+from tracegrad.tracestore.serials import Serials
 
 UNITS_A_BLOCK = 64
 _REMEMBERED = 20_000
 _ATTEMPTS = 8
 SWEEP_LOCK = 0x7377656570  # "sweep"
-_B = blocks.c
-_BY_HASH = HotLookup(select(_B.hash, _B.block_id), _B.hash)
-_PLACE = (_B.block_id, _B.hash)
-_ROOTS = HotLookup(select(*_PLACE, _B.first).where(_B.parent_id.is_(None)), _B.first)
-_CHILDREN = HotLookup(select(*_PLACE, _B.parent_id, _B.first), _B.parent_id, _B.first)
-_CONTENTS = HotLookup(select(*_PLACE, _B.coding, _B.content), _B.block_id)
-_INSERT = HotStatement(blocks.insert())
+_INSERT = HotInsert(blocks, "block_id", "parent_id", "first", "n_items", "coding", "hash", "project", "content")
 _SHARED = HotStatement(select(func.pg_advisory_xact_lock_shared(bindparam("key"))))
-_NEXT = HotStatement(
-    text("SELECT nextval(CAST(pg_get_serial_sequence(:name, :key) AS regclass)) FROM generate_series(1, :count)")
-)
-_LAST = {
-    table: HotStatement(
-        text(
-            "SELECT max(COALESCE((SELECT seq FROM sqlite_sequence WHERE name = :name), 0),"
-            f" COALESCE((SELECT max({key}) FROM {table}), 0))"
-        )
-    )
-    for table, key in (("calls", "seq"), ("blocks", "block_id"))
-}
-"""As AUTOINCREMENT counts: on from the highest id that was ever given, or is there."""
 
 
 class KnownBlocks:
@@ -80,19 +64,25 @@ class KnownBlocks:
         with self._lock:
             self._ids.clear()
 
-    def write_with(self, database: Database, work: "Callable[[Connection, KnownBlocks], Mapping[bytes, int]]") -> None:
+    def write_with(
+        self, database: Database, work: "Callable[[Connection, KnownBlocks, bool], Mapping[bytes, int]]"
+    ) -> None:
         """Do `work` in one transaction, from the start again where a block is not what was remembered or found.
 
-        `work` is handed what it may believe, and returns the blocks it used. Raises what `Database.write` does.
+        `work` is handed what it may believe and whether this is another attempt, and returns the blocks it used.
+        Raises what `Database.write` does.
         """
         for attempt in range(_ATTEMPTS):
             try:
                 with database.write() as connection:
-                    used = work(connection, self if attempt == 0 else KnownBlocks())
+                    used = work(connection, self if attempt == 0 else KnownBlocks(), attempt > 0)
             except (InvalidRecord, Conflict) as error:
-                if not _is_stale(error, attempt):
+                if attempt + 1 == _ATTEMPTS:
                     raise
-                self.forget()
+                if "blocks" in str(error) or (attempt == 0 and "FOREIGN KEY" in str(error)):
+                    self.forget()
+                elif attempt or "call_id" not in str(error):
+                    raise
             else:
                 self.remember(used)
                 return
@@ -122,89 +112,33 @@ Head = int | _New
 
 @dataclass(slots=True)
 class _Plan:
-    """What one transaction stores: new blocks by the hash of their first unit, stored ones by that and by their own."""
+    """What one transaction stores: new blocks by the hash of their first unit; stored ones are known by their own."""
 
+    partly: Forks
     new: dict[bytes, _New] = field(default_factory=dict)
     stored: dict[bytes, int] = field(default_factory=dict)
-    partly: dict[bytes, list[list[bytes]]] = field(default_factory=dict)
-    """Hash of the first unit -> the hashes of all units, of stored blocks that begin so and go another way."""
 
 
 def store_chains(
-    connection: Connection, chains: Sequence[Chain], known: KnownBlocks
+    connection: Connection, chains: Sequence[Chain], known: KnownBlocks, serials: Serials
 ) -> tuple[list[int], dict[bytes, int]]:
     """Return the id of the last block of each chain, and what is worth remembering once this is committed."""
     if not chains:
         return [], {}
     if connection.dialect.name == "postgresql":
         run_hot(connection, _SHARED, [{"key": SWEEP_LOCK}])
-    plan = _Plan()
-    anchors = _look_for(connection, chains, known, plan)
-    heads = [_grow(plan, chain, at) for chain, at in zip(chains, anchors, strict=True)]
-    _insert(connection, plan.new.values())
+    paths = paths_of(connection, chains, known)
+    plan = _Plan(forks_of(connection, paths))
+    heads = []
+    for path in paths:
+        depth, block_id = path.deepest
+        if depth:
+            plan.stored[path.chain.hashes[depth - 1]] = block_id
+        heads.append(_grow(plan, path.chain, depth))
+    _insert(connection, plan.new.values(), serials)
     ids = [head if isinstance(head, int) else head.block_id for head in heads]
     used = {chain.hashes[-1]: block_id for chain, block_id in zip(chains, ids, strict=True)}
     return ids, {**plan.stored, **{one.hash: one.block_id for one in plan.new.values()}, **used}
-
-
-def _is_stale(error: TraceStoreError, attempt: int) -> bool:
-    """Whether a transaction may have failed for a block that somebody deleted or wrote meanwhile."""
-    told = str(error)
-    return attempt + 1 < _ATTEMPTS and ("blocks" in told or (attempt == 0 and "FOREIGN KEY" in told))
-
-
-def serials(connection: Connection, table: str, key: str, count: int) -> Iterable[int]:
-    """Return ids that no row of the table has or had, for explicit inserts of this transaction."""
-    if connection.dialect.name == "sqlite":  # the only writer
-        begin = run_hot(connection, _LAST[table], [{"name": table}])[0][0] + 1
-        return range(begin, begin + count)
-    return [row[0] for row in run_hot(connection, _NEXT, [{"name": table, "key": key, "count": count}])]
-
-
-def _look_for(connection: Connection, chains: Sequence[Chain], known: KnownBlocks, plan: _Plan) -> list[int]:
-    """Fill the plan with what is stored of the chains; return how many units of each are known at most."""
-    remembered = []
-    for chain in chains:
-        depth, block_id = known.deepest(chain.hashes)
-        remembered.append(depth)
-        if depth:
-            plan.stored[chain.hashes[depth - 1]] = block_id
-    firsts = {first_word(chain.hashes[0]) for chain, depth in zip(chains, remembered, strict=True) if not depth}
-    roots = look_up(connection, _ROOTS, sorted(firsts)) if firsts else []
-    begun = {row[2] for row in roots}
-    wanted = {
-        unit
-        for chain, depth in zip(chains, remembered, strict=True)
-        if depth or first_word(chain.hashes[0]) in begun
-        for unit in chain.hashes[depth:]
-    }
-    plan.stored.update(look_up(connection, _BY_HASH, sorted(wanted)) if wanted else ())
-    anchors = []
-    for chain, depth in zip(chains, remembered, strict=True):
-        deeper = (n for n in range(len(chain.hashes), depth, -1) if chain.hashes[n - 1] in plan.stored)
-        anchors.append(next(deeper, depth))
-    _look_for_forks(connection, chains, anchors, plan, roots)
-    return anchors
-
-
-def _look_for_forks(
-    connection: Connection, chains: Sequence[Chain], anchors: Sequence[int], plan: _Plan, roots: list[Any]
-) -> None:
-    """Note the stored blocks that begin as the unknown rest of a chain does, and then go another way."""
-    open_ends: dict[tuple[int | None, int], tuple[Chain, int]] = {}
-    for chain, at in zip(chains, anchors, strict=True):
-        if at < len(chain.hashes):
-            parent = plan.stored[chain.hashes[at - 1]] if at else None
-            open_ends[parent, first_word(chain.hashes[at])] = (chain, at)
-    found = [(row[0], row[1], None, row[2]) for row in roots]
-    children = sorted((parent, first) for parent, first in open_ends if parent is not None)
-    found += look_up(connection, _CHILDREN, children) if children else []
-    candidates = {row[0]: open_ends[row[2], row[3]] for row in found if (row[2], row[3]) in open_ends}
-    for block_id, its_hash, coding, content in look_up(connection, _CONTENTS, sorted(candidates)) if candidates else ():
-        chain, at = candidates[block_id]
-        hashes = hashes_after(chain.before(at), units_of_block(coding, bytes(content)))
-        if hashes[-1] == bytes(its_hash):
-            plan.partly.setdefault(hashes[0], []).append(hashes)
 
 
 def _grow(plan: _Plan, chain: Chain, at: int) -> Head:
@@ -243,27 +177,20 @@ def _parted(plan: _Plan, longer: _New, common: int) -> _New:
     return upper
 
 
-def _insert(connection: Connection, new: Iterable[_New]) -> None:
-    """Write parents before children, and what several writers write in the same order, so that none waits in a ring."""
-    ordered = sorted(new, key=lambda one: (one.begin, one.hash))
-    if not ordered:
+def _insert(connection: Connection, new: Collection[_New], serials: Serials) -> None:
+    """Write parents before children."""
+    if not new:
         return
-    for one, block_id in zip(ordered, serials(connection, "blocks", "block_id", len(ordered)), strict=True):
+    ordered = sorted(new, key=lambda one: one.begin)
+    for one, block_id in zip(ordered, serials.take(blocks.name, len(ordered)), strict=True):
         one.block_id = block_id
-    run_hot(connection, _INSERT, [_row(one) for one in ordered])
+    run_insert(connection, _INSERT, [_row(one) for one in ordered])
 
 
-def _row(one: _New) -> dict[str, Any]:
+def _row(one: _New) -> tuple[Any, ...]:
     chain = one.chain
+    n_items = (1 if chain.is_text else IDS_A_UNIT) * (one.end - one.begin)
+    parent_id = one.parent.block_id if isinstance(one.parent, _New) else one.parent
+    project = chain.project if one.parent is None else None
     coding, content = content_of(chain.units[one.begin : one.end], is_text=chain.is_text)
-    length = 1 if chain.is_text else IDS_A_UNIT
-    return {
-        "block_id": one.block_id,
-        "parent_id": one.parent.block_id if isinstance(one.parent, _New) else one.parent,
-        "first": first_word(one.first),
-        "n_items": length * (one.end - one.begin),
-        "coding": coding,
-        "hash": one.hash,
-        "project": chain.project if one.parent is None else None,
-        "content": content,
-    }
+    return one.block_id, parent_id, first_word(one.first), n_items, coding, one.hash, project, content

@@ -11,18 +11,18 @@ from typing import Any
 
 from sqlalchemy import Connection, Double, bindparam, case, select
 
-from tracegrad.tracestore.blocks import KnownBlocks, serials
+from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.codec import encode_json
 from tracegrad.tracestore.drafts import Draft, differences, draft_of, insert_drafts
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
-from tracegrad.tracestore.hot import HotStatement, run_hot
+from tracegrad.tracestore.hot import HotInsert, run_insert
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
 from tracegrad.tracestore.schema import calls
+from tracegrad.tracestore.serials import Serials
 from tracegrad.tracestore.spans import upsert_spans
 
-_KNOWN_ONE = HotStatement(select(calls.c.call_id).where(calls.c.call_id == bindparam("call_id")))
 _KNOWN = select(calls.c.call_id).where(calls.c.call_id.in_(bindparam("ids", expanding=True)))
 CHUNK = 400
 """Ids in one IN list."""
@@ -46,8 +46,8 @@ class Calls(Noun):
             _check(call)
         drafts = [draft_of(call) for call in batch.values()]
 
-        def append(connection: Connection, known_blocks: KnownBlocks) -> Mapping[bytes, int]:
-            known = _known(connection, list(batch))
+        def append(connection: Connection, known_blocks: KnownBlocks, again: bool) -> Mapping[bytes, int]:
+            known = _known(connection, list(batch)) if again else ()  # a call that came before is rare, and refused
             for draft in drafts:
                 if draft.call_id in known:
                     _refuse_other_content(connection, batch[draft.call_id], draft)
@@ -138,11 +138,7 @@ def _check(call: Call) -> None:
 def _known(connection: Connection, call_ids: list[str]) -> set[str]:
     known: set[str] = set()
     for start in range(0, len(call_ids), CHUNK):
-        some = call_ids[start : start + CHUNK]
-        if len(some) == 1:
-            known.update(row[0] for row in run_hot(connection, _KNOWN_ONE, [{"call_id": some[0]}]))
-        else:
-            known.update(connection.execute(_KNOWN, {"ids": some}).scalars())
+        known.update(connection.execute(_KNOWN, {"ids": call_ids[start : start + CHUNK]}).scalars())
     return known
 
 
@@ -156,51 +152,82 @@ def _insert(
         lock_runs(connection, active)
         open_or_touch(connection, active, now)
     upsert_spans(connection, [call.attribution.span for call in batch if call.attribution.span is not None])
-    seqs = list(serials(connection, calls.name, "seq", len(batch)))
-    rows = [{"seq": seq, **_call_row(call)} for seq, call in zip(seqs, batch, strict=True)]
-    run_hot(connection, _INSERT, rows)
-    return insert_drafts(connection, dict(zip(seqs, drafts, strict=True)), known_blocks)
+    serials = Serials(connection)
+    seqs = serials.take(calls.name, len(batch))
+    rows = [(seq, *_call_row(call)) for seq, call in zip(seqs, batch, strict=True)]
+    run_insert(connection, _INSERT, rows)
+    return insert_drafts(connection, dict(zip(seqs, drafts, strict=True)), known_blocks, serials)
 
 
-_INSERT = HotStatement(calls.insert())
+_NAMES = (
+    "call_id",
+    "completion_id",
+    "run_id",
+    "run_source",
+    "role",
+    "role_source",
+    "span_id",
+    "model",
+    "requested_model",
+    "version_dispatched",
+    "version_completed",
+    "status",
+    "received_at",
+    "dispatched_at",
+    "first_token_at",
+    "completed_at",
+    "stream",
+    "quarantine",
+    "error",
+    "endpoint",
+    "project",
+    "request_hash",
+    "retry_of",
+    "continues",
+    "continues_choice",
+    "drift",
+    "token_in",
+)
+_INSERT = HotInsert(calls, "seq", *_NAMES)
 
 
-def _call_row(call: Call) -> dict[str, Any]:
+def _call_row(call: Call) -> tuple[Any, ...]:
+    """Return the values of `_NAMES`."""
     who, when, origin = call.attribution, call.timing, call.continues
-    return {
-        "call_id": call.call_id,
-        "completion_id": call.completion_id,
-        "run_id": who.run_id,
-        "run_source": who.run_source,
-        "role": who.role,
-        "role_source": who.role_source,
-        "span_id": None if who.span is None else who.span.span_id,
-        "model": call.model,
-        "requested_model": call.requested_model,
-        "version_dispatched": call.version_dispatched,
-        "version_completed": call.version_completed,
-        "status": call.status,
-        "received_at": when.received_at,
-        "dispatched_at": when.dispatched_at,
-        "first_token_at": when.first_token_at,
-        "completed_at": when.completed_at,
-        "stream": call.stream,
-        "quarantine": call.quarantine,
-        "error": call.error,
-        "endpoint": call.endpoint,
-        "project": call.project,
-        "request_hash": call.request_hash,
-        "retry_of": call.retry_of,
-        "continues": None if origin is None else origin.call_id,
-        "continues_choice": None if origin is None else origin.choice,
-        "drift": None if origin is None else origin.drift,
-        "token_in": None if origin is None else origin.token_in,
-    }
+    return (
+        call.call_id,
+        call.completion_id,
+        who.run_id,
+        who.run_source,
+        who.role,
+        who.role_source,
+        None if who.span is None else who.span.span_id,
+        call.model,
+        call.requested_model,
+        call.version_dispatched,
+        call.version_completed,
+        call.status,
+        when.received_at,
+        when.dispatched_at,
+        when.first_token_at,
+        when.completed_at,
+        call.stream,
+        call.quarantine,
+        call.error,
+        call.endpoint,
+        call.project,
+        call.request_hash,
+        call.retry_of,
+        None if origin is None else origin.call_id,
+        None if origin is None else origin.choice,
+        None if origin is None else origin.drift,
+        None if origin is None else origin.token_in,
+    )
 
 
 def _refuse_other_content(connection: Connection, call: Call, draft: Draft) -> None:
     """Compare what is stored with `call`, bytes with bytes (so that NaN equals NaN)."""
-    wanted = _call_row(call)
+    wanted = dict(zip(_NAMES, _call_row(call), strict=True))
     columns = [_as_it_came(calls.c[name]) for name in wanted]
     stored = connection.execute(select(calls.c.seq, *columns).where(calls.c.call_id == call.call_id)).one()
     other = [what for _, what in differences(connection, {stored.seq: draft})]

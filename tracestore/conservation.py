@@ -49,7 +49,7 @@ def stored_within(extent: Extent) -> Select[Any]:
     total = select(func.coalesce(func.sum(choices.c.n_tokens), 0))
     if extent.whole:
         return total
-    return total.join(calls, calls.c.call_id == choices.c.call_id).where(calls_within(extent))
+    return total.join(calls, calls.c.seq == choices.c.seq).where(calls_within(extent))
 
 
 def _accounted(connection: Connection, job_id: str, epoch: int, extent: Extent) -> tuple[int, dict[str, int]]:
@@ -64,7 +64,7 @@ def _accounted(connection: Connection, job_id: str, epoch: int, extent: Extent) 
         .group_by(consumption.c.reason)
     )
     if not extent.whole:
-        chosen = chosen.join(calls, calls.c.call_id == consumption.c.call_id).where(calls_within(extent))
+        chosen = chosen.join(calls, calls.c.seq == consumption.c.seq).where(calls_within(extent))
     rows = connection.execute(chosen).all()
     trained = sum(int(row.trained) for row in rows)
     return trained, {row.reason: int(row.excluded) for row in rows if row.reason is not None}

@@ -43,9 +43,10 @@ class Continued(Noun):
             for start in range(0, len(wanted), CHUNK):
                 some = wanted[start : start + CHUNK]
                 for row in connection.execute(
-                    select(choices.c.finish_reason, choices.c.flags, choice_payloads)
-                    .join_from(choices, choice_payloads)
-                    .where(choices.c.call_id.in_(some))
+                    select(calls.c.call_id, choices.c.finish_reason, choices.c.flags, choice_payloads)
+                    .join_from(calls, choices)
+                    .join(choice_payloads)
+                    .where(calls.c.call_id.in_(some))
                     .order_by(choices.c.choice_index)
                 ):
                     answers[row.call_id].append(

@@ -74,7 +74,7 @@ class Diagnosis(Noun):
         by = (choices.c.flags, choices.c.finish_reason, evaluated)
         chosen = (
             select(*by, func.count().label("n"), func.sum(choices.c.n_tokens).label("tokens"))
-            .join_from(choices, calls, calls.c.call_id == choices.c.call_id)
+            .join_from(choices, calls, calls.c.seq == choices.c.seq)
             .outerjoin(runs, runs.c.run_id == calls.c.run_id)
             .where(calls_within(extent))
             .group_by(*by)

@@ -84,7 +84,7 @@ class JobDiagnosis(Noun):
                 & (ledger.c.run_id == consumption.c.run_id)
                 & (ledger.c.epoch == consumption.c.epoch),
             )
-            .join(calls, calls.c.call_id == consumption.c.call_id)
+            .join(calls, calls.c.seq == consumption.c.seq)
             .outerjoin(
                 step_versions,
                 (step_versions.c.job_id == ledger.c.job_id)

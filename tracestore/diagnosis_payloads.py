@@ -58,29 +58,29 @@ def _check(connection: Connection, call_ids: dict[int, str], flaws: Tallier) -> 
     """Judge the choices of some calls, and their prompts; return how many choices there are."""
     sampled = (
         select(
-            choices.c.call_id,
+            choices.c.seq,
             choices.c.n_tokens,
             choices.c.flags,
             choice_payloads.c.token_ids,
             choice_payloads.c.logprobs,
         )
         .join_from(choices, choice_payloads)
-        .where(choices.c.call_id.in_(call_ids.values()))
+        .where(choices.c.seq.in_(call_ids))
     )
-    ours: set[str] = set()
+    ours: set[int] = set()
     n_choices = 0
     for row in connection.execute(sampled):
         n_choices += 1
         if "external" in row.flags:
             continue
-        ours.add(row.call_id)
+        ours.add(row.seq)
         if row.n_tokens and row.logprobs is None:
-            flaws.add(NO_LOGPROBS, row.call_id)
+            flaws.add(NO_LOGPROBS, call_ids[row.seq])
         elif not _are_ids(row.token_ids, row.n_tokens) or len(row.logprobs or ()) != row.n_tokens:
-            flaws.add(LENGTH_MISMATCH, row.call_id)
+            flaws.add(LENGTH_MISMATCH, call_ids[row.seq])
         elif not all(map(math.isfinite, row.logprobs or ())):
-            flaws.add(NAN_LOGPROB, row.call_id)
-    asked = {seq: call_id for seq, call_id in call_ids.items() if call_id in ours}
+            flaws.add(NAN_LOGPROB, call_ids[row.seq])
+    asked = {seq: call_id for seq, call_id in call_ids.items() if seq in ours}
     payloads, broken = sound_payloads_of(connection, list(asked))
     for seq, call_id in asked.items():
         payload = payloads.get(seq)

@@ -19,16 +19,20 @@ from tracegrad.tracestore.codec import (
     narrow_int32,
     widened,
 )
-from tracegrad.tracestore.hot import HotStatement, run_hot
-from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type, raw_table
+from tracegrad.tracestore.hot import HotInsert, run_insert
+from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.records import Call
-from tracegrad.tracestore.schema import calls, choices
+from tracegrad.tracestore.schema import choices
+from tracegrad.tracestore.serials import Serials
 
-Row = dict[str, Any]
-_INSERT_PAYLOADS = HotStatement(raw_table(call_payloads).insert())
-_INSERT_CHOICES = HotStatement(raw_table(choices).insert())
-_INSERT_TOKENS = HotStatement(raw_table(choice_payloads).insert())
+Row = tuple[Any, ...]
+_CHOICES = HotInsert(choices, "seq", "choice_index", "n_tokens", "finish_reason", "flags")
+_TOKENS = HotInsert(choice_payloads, "seq", "choice_index", "n_tokens", "token_ids", "logprobs", "message")
+_PAYLOADS = HotInsert(
+    call_payloads,
+    *("seq", "ids_head", "text_head", "n_prompt", "n_chained", "tail", "places", "request", "requested", "effective"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +125,28 @@ def _drafted(call_id: str, project: str, asked: _Asked, answers: Sequence[Answer
     )
 
 
-def insert_drafts(connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks) -> Mapping[bytes, int]:
+def insert_drafts(
+    connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks, serials: Serials
+) -> Mapping[bytes, int]:
     """Write the content of calls, by the number of each; return the blocks to remember once this is committed."""
-    rows = [_choice_row(draft.call_id, answer) for draft in drafts.values() for answer in draft.answers]
-    if rows:
-        run_hot(connection, _INSERT_CHOICES, rows)
-    return insert_payloads(connection, drafts, known)
+    answers = [(seq, answer) for seq, draft in drafts.items() for answer in draft.answers]
+    run_insert(connection, _CHOICES, [_choice_row(seq, answer) for seq, answer in answers])
+    run_insert(connection, _TOKENS, [_token_row(seq, answer) for seq, answer in answers])
+    return insert_payloads(connection, drafts, known, serials)
 
 
-def insert_payloads(connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks) -> Mapping[bytes, int]:
-    """As `insert_drafts`, of calls whose choices are there but for their tokens."""
+def insert_payloads(
+    connection: Connection, drafts: Mapping[int, Draft], known: KnownBlocks, serials: Serials
+) -> Mapping[bytes, int]:
+    """As `insert_drafts`, of calls whose choices are there."""
     chains = [chain for draft in drafts.values() for chain in (draft.ids, draft.text) if chain is not None]
-    ids, used = store_chains(connection, chains, known)
+    ids, used = store_chains(connection, chains, known, serials)
     head = iter(ids)
-    payloads = []
+    rows = []
     for seq, draft in drafts.items():
         heads = [None if chain is None else next(head) for chain in (draft.ids, draft.text)]
-        payloads.append(_payload_row(seq, draft, *heads))
-    tokens = [_token_row(draft.call_id, answer) for draft in drafts.values() for answer in draft.answers]
-    for statement, rows in ((_INSERT_PAYLOADS, payloads), (_INSERT_TOKENS, tokens)):
-        if rows:
-            run_hot(connection, statement, rows)
+        rows.append(_payload_row(seq, draft, *heads))
+    run_insert(connection, _PAYLOADS, rows)
     return used
 
 
@@ -172,17 +177,15 @@ def _differ(left: Any, right: Any, name: str) -> bool:
 
 def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[Answer]]:
     """Return the choices of calls as they lie, by the number of the call and in order."""
-    both = (choices.c.call_id == choice_payloads.c.call_id) & (choices.c.choice_index == choice_payloads.c.choice_index)
     columns = [choices.c.choice_index, choices.c.n_tokens, choice_payloads.c.token_ids, choice_payloads.c.logprobs]
     columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message]
     raw = [type_coerce(one, plain_type(one)).label(one.name) for one in columns]
     found: dict[int, list[Answer]] = {}
     for row in connection.execute(
-        select(calls.c.seq, *raw)
-        .join_from(calls, choices, choices.c.call_id == calls.c.call_id)
-        .join(choice_payloads, both)
-        .where(calls.c.seq.in_(seqs))
-        .order_by(calls.c.seq, choices.c.choice_index)
+        select(choices.c.seq, *raw)
+        .join_from(choices, choice_payloads)
+        .where(choices.c.seq.in_(seqs))
+        .order_by(choices.c.seq, choices.c.choice_index)
     ):
         tokens = widened(row.token_ids, row.n_tokens)
         answer = Answer(row.choice_index, row.n_tokens, tokens, row.logprobs, row.finish_reason, row.flags, row.message)
@@ -191,36 +194,16 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
 
 
 def _payload_row(seq: int, draft: Draft, ids_head: int | None, text_head: int | None) -> Row:
-    return {
-        "seq": seq,
-        "ids_head": ids_head,
-        "text_head": text_head,
-        "n_prompt": draft.n_prompt,
-        "n_chained": 0 if draft.ids is None else IDS_A_UNIT * len(draft.ids.units),
-        "tail": None if draft.tail is None else narrow_int32(draft.tail)[1],
-        "places": draft.cut.places,
-        "request": draft.cut.rest.decode(),
-        "requested": draft.requested,
-        "effective": draft.effective,
-    }
+    n_chained = 0 if draft.ids is None else IDS_A_UNIT * len(draft.ids.units)
+    tail = None if draft.tail is None else narrow_int32(draft.tail)[1]
+    asked = draft.cut.places, draft.cut.rest.decode(), draft.requested, draft.effective
+    return (seq, ids_head, text_head, draft.n_prompt, n_chained, tail, *asked)
 
 
-def _choice_row(call_id: str, answer: Answer) -> Row:
-    return {
-        "call_id": call_id,
-        "choice_index": answer.choice_index,
-        "n_tokens": answer.n_tokens,
-        "finish_reason": answer.finish_reason,
-        "flags": answer.flags,
-    }
+def _choice_row(seq: int, answer: Answer) -> Row:
+    return seq, answer.choice_index, answer.n_tokens, answer.finish_reason, answer.flags
 
 
-def _token_row(call_id: str, answer: Answer) -> Row:
-    return {
-        "call_id": call_id,
-        "choice_index": answer.choice_index,
-        "n_tokens": answer.n_tokens,
-        "token_ids": narrow_int32(answer.token_ids)[1],
-        "logprobs": answer.logprobs,
-        "message": answer.message,
-    }
+def _token_row(seq: int, answer: Answer) -> Row:
+    ids = narrow_int32(answer.token_ids)[1]
+    return seq, answer.choice_index, answer.n_tokens, ids, answer.logprobs, answer.message

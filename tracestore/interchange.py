@@ -34,6 +34,7 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import plain_type, raw_table
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.runs import lock_runs
+from tracegrad.tracestore.serials import Serials
 
 Row = dict[str, Any]
 _ANSWER = [one.name for one in fields(Answer)]
@@ -129,7 +130,7 @@ class Interchange(Noun):
         drafts = {row["call_id"]: _draft(row) for row in rows if row["request"] is not None}  # a stub has no content
         fresh: list[str] = []
 
-        def write(connection: Connection, known: KnownBlocks) -> Mapping[bytes, int]:
+        def write(connection: Connection, known: KnownBlocks, _again: bool) -> Mapping[bytes, int]:
             fresh.clear()
             used: dict[bytes, int] = {}
             lock_runs(connection, [row["run_id"] for row in rows if row["run_id"] is not None])
@@ -144,7 +145,7 @@ class Interchange(Noun):
                         f"call {call_id} is here already with another {what}: import into a store of its own"
                     )
                 mine = {seq: drafts[call_id] for seq, call_id in numbered.items() if call_id in new}
-                used.update(insert_drafts(connection, mine, known))
+                used.update(insert_drafts(connection, mine, known, Serials(connection)))
             return used
 
         self._blocks.write_with(self._db, write)

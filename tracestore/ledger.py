@@ -51,7 +51,7 @@ class Ledger(Noun):
                 return done
             row = claimed(connection, lease)
             _check_models(lease.job_id, models_of(connection, lease.job_id), commit)
-            _check_accounted(connection, row, commit.consumption)
+            numbers = _check_accounted(connection, row, commit.consumption)
             _check_new(connection, row)
             made = {
                 new.model: add(
@@ -68,6 +68,7 @@ class Ledger(Noun):
                 for new in commit.versions
             }
             _enter(connection, row, commit, made, self._db.now())
+            _consume(connection, row, commit.consumption, numbers)
             connection.execute(update(leases).where(leases.c.lease_id == row.lease_id).values(state="acknowledged"))
             drop_holds(connection, row.lease_id)
             return made
@@ -154,8 +155,11 @@ def _check_models(job_id: str, trained: Sequence[str], commit: StepCommit) -> No
         )
 
 
-def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
-    """Every choice that stood when the lease was made is accounted for, and only choices of the plan's runs are."""
+def _check_accounted(connection: Connection, lease: Any, entries: Any) -> dict[str, int]:
+    """Every choice that stood when the lease was made is accounted for, and only choices of the plan's runs are.
+
+    Return the numbers of their calls.
+    """
     planned = set(lease.run_ids)
     given: set[tuple[str, int]] = set()
     for entry in entries:
@@ -167,8 +171,8 @@ def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
         given.add(key)
     stood = case((stood_when_leased(lease.calls_through, lease.attributions_through), 1), else_=0).label("stood")
     stored = connection.execute(
-        select(calls.c.run_id, choices.c.call_id, choices.c.choice_index, choices.c.n_tokens, stood)
-        .join(calls, calls.c.call_id == choices.c.call_id)
+        select(calls.c.run_id, calls.c.seq, calls.c.call_id, choices.c.choice_index, choices.c.n_tokens, stood)
+        .join(calls, calls.c.seq == choices.c.seq)
         .join(holds, holds.c.run_id == calls.c.run_id)
         .where(holds.c.lease_id == lease.lease_id)
     ).all()
@@ -181,6 +185,7 @@ def _check_accounted(connection: Connection, lease: Any, entries: Any) -> None:
     sizes = {(row.call_id, row.choice_index): (row.run_id, row.n_tokens) for row in stored}
     for entry in entries:
         _check_entry(entry, sizes.get((entry.call_id, entry.choice_index)))
+    return {row.call_id: row.seq for row in stored}
 
 
 def _check_entry(entry: Consumption, stored: tuple[str, int] | None) -> None:
@@ -248,14 +253,17 @@ def _enter(
     connection.execute(
         ledger.insert(), [{**common, **entered, "run_id": row.run_id, "purpose": row.purpose} for row in held]
     )
-    rows = [{**common, **_consumption_row(entry)} for entry in commit.consumption]
+
+
+def _consume(connection: Connection, lease: Any, entries: Sequence[Consumption], numbers: Mapping[str, int]) -> None:
+    common = {"job_id": lease.job_id, "epoch": lease.epoch}
+    rows = [{**common, "seq": numbers[entry.call_id], **_consumption_row(entry)} for entry in entries]
     if rows:
         connection.execute(consumption.insert(), rows)
 
 
 def _consumption_row(entry: Consumption) -> dict[str, Any]:
     return {
-        "call_id": entry.call_id,
         "choice_index": entry.choice_index,
         "run_id": entry.run_id,
         "trained_tokens": entry.trained_tokens,

@@ -16,12 +16,12 @@ from tracegrad.tracestore.chains import IDS_A_UNIT, chain_of, cut, units_of_ids
 from tracegrad.tracestore.codec import widened
 from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.payload_schema import blocks, call_payloads
+from tracegrad.tracestore.paths import paths_of
+from tracegrad.tracestore.payload_schema import call_payloads
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.schema import calls
 
 SAME_HEAD = 400
-_AT_ONCE = 400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Parents(Noun):
 def _by_ids(connection: Connection, call: Any, payload: Payload) -> ChainParent | None:
     prompt = payload.prompt or b""
     units, _ = units_of_ids(prompt)
-    for depth, head in _known(connection, chain_of(call.project, units, is_text=False).hashes):
+    for depth, head in _stored(connection, call.project, units, is_text=False):
         rest = prompt[4 * IDS_A_UNIT * depth :]
         found = []
         for other in _with_head(connection, call_payloads.c.ids_head, head, call):
@@ -71,20 +71,16 @@ def _by_ids(connection: Connection, call: Any, payload: Payload) -> ChainParent 
 
 def _by_text(connection: Connection, call: Any, payload: Payload) -> ChainParent | None:
     units = cut(payload.request).units
-    for depth, head in _known(connection, chain_of(call.project, units, is_text=True).hashes):
+    for depth, head in _stored(connection, call.project, units, is_text=True):
         for other in _with_head(connection, call_payloads.c.text_head, head, call):
             return ChainParent(call_id=other.call_id, by="text", shared=depth)
     return None
 
 
-def _known(connection: Connection, hashes: Sequence[bytes]) -> list[tuple[int, int]]:
+def _stored(connection: Connection, project: str, units: Sequence[bytes], *, is_text: bool) -> list[tuple[int, int]]:
     """Return the stored blocks that end where a unit of the prompt does, deepest first: how many units, and its id."""
-    depth = {its_hash: number for number, its_hash in enumerate(hashes, 1)}
-    found = []
-    for start in range(0, len(hashes), _AT_ONCE):
-        named = select(blocks.c.hash, blocks.c.block_id).where(blocks.c.hash.in_(hashes[start : start + _AT_ONCE]))
-        found += [(depth[bytes(row.hash)], row.block_id) for row in connection.execute(named)]
-    return sorted(found, reverse=True)
+    chains = [chain_of(project, units, is_text=is_text)] if units else []
+    return sorted((at for path in paths_of(connection, chains) for at in path.blocks), reverse=True)
 
 
 def _with_head(connection: Connection, column: Any, head: int, call: Any) -> Sequence[Any]:

@@ -43,7 +43,7 @@ blocks = Table(
     Column("first", Integer, nullable=False),
     Column("n_items", Integer, nullable=False),
     Column("coding", SmallInteger, nullable=False),
-    Column("hash", LargeBinary, nullable=False, unique=True),
+    Column("hash", LargeBinary, nullable=False),
     Column("project", String),
     Column("content", LargeBinary, nullable=False),
     CheckConstraint("length(hash) = 16", name="hash"),
@@ -90,17 +90,18 @@ for _head in (call_payloads.c.ids_head, call_payloads.c.text_head):
 choice_payloads = Table(
     "choice_payloads",
     metadata,
-    Column("call_id", String, primary_key=True),
-    Column("choice_index", Integer, primary_key=True),
+    Column("seq", SERIAL, primary_key=True, autoincrement=False),
+    Column("choice_index", Integer, primary_key=True, autoincrement=False),
     Column("n_tokens", Integer, nullable=False),
     Column("token_ids", LargeBinary, nullable=False),
     Column("logprobs", Float32s),
     Column("message", JsonText, nullable=False),
     ForeignKeyConstraint(
-        ["call_id", "choice_index", "n_tokens"], ["choices.call_id", "choices.choice_index", "choices.n_tokens"]
+        ["seq", "choice_index", "n_tokens"], ["choices.seq", "choices.choice_index", "choices.n_tokens"]
     ),
     CheckConstraint(f"length(token_ids) IN {_in_bytes('n_tokens')}", name="token_length"),
     CheckConstraint("length(logprobs) = 4 * n_tokens", name="logprob_length"),
+    sqlite_with_rowid=False,
 )
 
 

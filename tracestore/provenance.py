@@ -180,11 +180,11 @@ def _is_own() -> Any:
 def _is_consumed() -> Any:
     """Whether the step of the row accounted for the call of the row as one of its model: it may have come later."""
     return (
-        select(consumption.c.call_id)
+        select(consumption.c.seq)
         .where(
             consumption.c.job_id == ledger.c.job_id,
             consumption.c.epoch == ledger.c.epoch,
-            consumption.c.call_id == calls.c.call_id,
+            consumption.c.seq == calls.c.seq,
             _is_own(),
         )
         .exists()
@@ -216,7 +216,7 @@ def _made_from(connection: Connection, versions: Select[Any]) -> MadeFrom:
         select(
             func.coalesce(func.sum(consumption.c.trained_tokens), 0),
             func.coalesce(func.sum(consumption.c.excluded_tokens), 0),
-            func.count(consumption.c.call_id),
+            func.count(consumption.c.seq),
         )
         .join_from(step_versions, ledger, _of_step())
         .join(calls, calls.c.run_id == ledger.c.run_id)
@@ -225,7 +225,7 @@ def _made_from(connection: Connection, versions: Select[Any]) -> MadeFrom:
             and_(
                 consumption.c.job_id == ledger.c.job_id,
                 consumption.c.epoch == ledger.c.epoch,
-                consumption.c.call_id == calls.c.call_id,
+                consumption.c.seq == calls.c.seq,
                 _is_own(),
             ),
         )
@@ -245,8 +245,8 @@ def _uses(
 ) -> list[tuple[str, tuple[int, CallUse]]]:
     """Return (call, (number of its answers, what a step did with it)); of one version's step, or of all."""
     chosen = (
-        select(consumption, ledger.c.step, step_versions.c.version_id)
-        .join(calls, calls.c.call_id == consumption.c.call_id)
+        select(consumption, calls.c.call_id, ledger.c.step, step_versions.c.version_id)
+        .join(calls, calls.c.seq == consumption.c.seq)
         .join(
             ledger,
             and_(
@@ -256,8 +256,8 @@ def _uses(
             ),
         )
         .outerjoin(step_versions, and_(_of_step(), _is_own()))
-        .where(consumption.c.call_id.in_(call_ids))
-        .order_by(consumption.c.job_id, consumption.c.epoch, consumption.c.call_id, consumption.c.choice_index)
+        .where(calls.c.call_id.in_(call_ids))
+        .order_by(consumption.c.job_id, consumption.c.epoch, calls.c.call_id, consumption.c.choice_index)
     )
     if version_id is not None:
         chosen = chosen.where(step_versions.c.version_id == version_id)

@@ -114,9 +114,8 @@ class Removal(Noun):
                 about = _call_names(connection, calls.c.call_id.in_(mine))
                 asked = call_payloads.c.seq.in_([one.seq for one in about])
                 heads |= heads_of(connection, asked)
-                connection.execute(delete(call_payloads).where(asked))
-                for table in (choice_payloads, choices):
-                    connection.execute(delete(table).where(table.c.call_id.in_(mine)))
+                for table in (call_payloads, choice_payloads, choices):
+                    connection.execute(delete(table).where(table.c.seq.in_([one.seq for one in about])))
                 _delete_facts_of(connection, about)
                 connection.execute(update(calls).where(calls.c.retry_of.in_(mine)).values(retry_of=null()))
                 connection.execute(delete(calls).where(calls.c.call_id.in_(mine)))
@@ -203,19 +202,18 @@ def _delete(connection: Connection, some: Sequence[str], now: float) -> tuple[se
             rows[table.name] = rows.get(table.name, 0) + done
 
     mine = select(calls.c.call_id).where(calls.c.run_id.in_(some))
-    gone(call_payloads, call_payloads.c.seq.in_(select(calls.c.seq).where(calls.c.run_id.in_(some))))
-    gone(choice_payloads, choice_payloads.c.call_id.in_(mine))
+    numbers = select(calls.c.seq).where(calls.c.run_id.in_(some))
+    for table in (call_payloads, choice_payloads):
+        gone(table, table.c.seq.in_(numbers))
     for table in (rewards, refusals):
         gone(table, table.c.run_id.in_(some))
     rows["attributions"] = _delete_facts_of(connection, _call_names(connection, calls.c.run_id.in_(some)))
     gone(attributions, attributions.c.run_id.in_(some))
     gone(langsmith_runs, langsmith_runs.c.run_id.in_(some))
     connection.execute(update(calls).where(calls.c.retry_of.in_(mine)).values(retry_of=null()))
-    consumed = exists().where(
-        consumption.c.call_id == choices.c.call_id, consumption.c.choice_index == choices.c.choice_index
-    )
-    gone(choices, and_(choices.c.call_id.in_(mine), not_(consumed)))
-    answered = exists().where(choices.c.call_id == calls.c.call_id)
+    consumed = exists().where(consumption.c.seq == choices.c.seq, consumption.c.choice_index == choices.c.choice_index)
+    gone(choices, and_(choices.c.seq.in_(numbers), not_(consumed)))
+    answered = exists().where(choices.c.seq == calls.c.seq)
     gone(calls, and_(calls.c.run_id.in_(some), not_(answered)))
     _empty(connection, trained)
     gone(spans, spans.c.run_id.in_(some))
@@ -324,10 +322,8 @@ def _remains(connection: Connection, run_ids: Sequence[str], named: Sequence[_Na
         count(table, table.c.run_id.in_(run_ids))
     for start in range(0, len(named), CHUNK):
         some = named[start : start + CHUNK]
-        call_ids = [one.call_id for one in some]
-        count(call_payloads, call_payloads.c.seq.in_([one.seq for one in some]))
-        for table in (choices, choice_payloads, consumption):
-            count(table, table.c.call_id.in_(call_ids))
+        for table in (call_payloads, choices, choice_payloads, consumption):
+            count(table, table.c.seq.in_([one.seq for one in some]))
         for project in {one.project for one in some}:
             for which in _facts_of(project, [one for one in some if one.project == project]):
                 count(attributions, which)

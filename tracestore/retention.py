@@ -129,7 +129,7 @@ def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
     n_calls = dict.fromkeys(run_ids, 0) | {run_id: int(count) for run_id, count, _ in counted}
     weights = dict.fromkeys(run_ids, 0) | {run_id: int(weight) for run_id, _, weight in counted}
     sampled = select(calls.c.run_id, _bytes(connection, answered))
-    sampled = sampled.join(choice_payloads, choice_payloads.c.call_id == calls.c.call_id).where(within)
+    sampled = sampled.join(choice_payloads, choice_payloads.c.seq == calls.c.seq).where(within)
     told = select(spans.c.run_id, _bytes(connection, [spans.c.input, spans.c.output]))
     told = told.where(spans.c.run_id.in_(run_ids))
     for statement in (sampled.group_by(calls.c.run_id), told.group_by(spans.c.run_id)):

@@ -108,8 +108,9 @@ def older_than(connection: Connection, run_id: str) -> ColumnElement[bool]:
 
 
 def _sampled_tokens(connection: Connection, call_ids: Sequence[str]) -> dict[str, int]:
-    chosen = select(choices.c.call_id, func.sum(choices.c.n_tokens)).where(choices.c.call_id.in_(call_ids))
-    return {call_id: int(tokens) for call_id, tokens in connection.execute(chosen.group_by(choices.c.call_id))}
+    chosen = select(calls.c.call_id, func.sum(choices.c.n_tokens)).join_from(calls, choices)
+    chosen = chosen.where(calls.c.call_id.in_(call_ids)).group_by(calls.c.call_id)
+    return {call_id: int(tokens) for call_id, tokens in connection.execute(chosen)}
 
 
 def _summaries(connection: Connection, listed: Sequence[Any]) -> list[RunSummary]:
@@ -117,7 +118,7 @@ def _summaries(connection: Connection, listed: Sequence[Any]) -> list[RunSummary
     within = calls.c.run_id.in_(run_ids)
     sums = (
         select(calls.c.run_id, func.sum(choices.c.n_tokens).label("n"))
-        .join(choices, choices.c.call_id == calls.c.call_id)
+        .join(choices, choices.c.seq == calls.c.seq)
         .where(within)
         .group_by(calls.c.run_id)
     )

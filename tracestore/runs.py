@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, select, update
+from sqlalchemy import Connection, Executable, literal_column, select, update
 
 from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
@@ -18,6 +18,9 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import EndedBy, Run, RunStatus
 from tracegrad.tracestore.schema import runs
 from tracegrad.tracestore.tasks import find_group, find_task
+
+ACTIVE_WITHIN_S = 1.0
+"""How much later than `active_at` the last call of a run may have come."""
 
 
 class Runs(Noun):
@@ -88,7 +91,7 @@ class Runs(Noun):
             runs.c.project == project,
             runs.c.purpose == "live",
             runs.c.status == "open",
-            runs.c.active_at < now - idle_s,
+            runs.c.active_at < now - idle_s - ACTIVE_WITHIN_S,
         )
         with self._db.read() as connection:
             if connection.execute(select(runs.c.run_id).where(*idle).limit(1)).first() is None:
@@ -143,7 +146,10 @@ def open_unknown(connection: Connection, run_ids: Iterable[str], project: str, n
 
 
 def open_or_touch(connection: Connection, projects: Mapping[str, str], now: float) -> None:
-    """As `open_unknown`, from run id -> project; the known ones are marked active at `now`, never earlier."""
+    """As `open_unknown`, from run id -> project; the known ones are marked active at `now`, never earlier.
+
+    What was marked less than ACTIVE_WITHIN_S ago stays as it is: a run of many calls is not written with each.
+    """
     rows = [_row(Run(run_id=run_id, project=project), now) for run_id, project in sorted(projects.items())]
     run_hot(connection, _open_or_touch_for(connection.dialect.name), rows)
 
@@ -154,7 +160,9 @@ def _open_or_touch_for(dialect: str) -> HotStatement:
     newer = statement.excluded.active_at
     return HotStatement(
         statement.on_conflict_do_update(
-            index_elements=["run_id"], set_={"active_at": newer}, where=runs.c.active_at < newer
+            index_elements=["run_id"],
+            set_={"active_at": newer},
+            where=runs.c.active_at < newer - literal_column(str(ACTIVE_WITHIN_S)),
         )
     )
 

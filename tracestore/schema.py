@@ -36,7 +36,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0011"
+HEAD = "0012"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -284,16 +284,17 @@ Index(None, langsmith_runs.c.run_id, sqlite_where=_became_one, postgresql_where=
 choices = Table(
     "choices",
     metadata,
-    Column("call_id", String, ForeignKey("calls.call_id"), primary_key=True),
-    Column("choice_index", Integer, primary_key=True),
-    _number("n_tokens"),
+    Column("seq", SERIAL, ForeignKey("calls.seq"), primary_key=True, autoincrement=False),
+    Column("choice_index", Integer, primary_key=True, autoincrement=False),
+    Column("n_tokens", Integer, primary_key=True, autoincrement=False),
     _word("finish_reason", null=True),
     Column("flags", JsonText, nullable=False),
-    UniqueConstraint("call_id", "choice_index", "n_tokens"),
     CheckConstraint("choice_index >= 0", name="choice_index"),
     CheckConstraint("n_tokens >= 0", name="n_tokens"),
     sqlite_with_rowid=False,
 )
+"""`n_tokens` is in the key so that rows elsewhere name it with the choice. That an index stands once in a call, the key
+of `choice_payloads` says, which is written beside each."""
 
 rewards = Table(
     "rewards",
@@ -415,7 +416,7 @@ consumption = Table(
     metadata,
     _word("job_id"),
     _number("epoch"),
-    _word("call_id"),
+    Column("seq", BigInteger, nullable=False),
     _number("choice_index"),
     _word("run_id"),
     _number("trained_tokens"),
@@ -423,15 +424,15 @@ consumption = Table(
     _number("n_tokens"),
     Column("reason", Text),
     _word("model", null=True),
-    PrimaryKeyConstraint("job_id", "epoch", "call_id", "choice_index"),
+    PrimaryKeyConstraint("job_id", "epoch", "seq", "choice_index"),
     ForeignKeyConstraint(["job_id", "run_id", "epoch"], ["ledger.job_id", "ledger.run_id", "ledger.epoch"]),
     ForeignKeyConstraint(
-        ["call_id", "choice_index", "n_tokens"], ["choices.call_id", "choices.choice_index", "choices.n_tokens"]
+        ["seq", "choice_index", "n_tokens"], ["choices.seq", "choices.choice_index", "choices.n_tokens"]
     ),
     CheckConstraint("trained_tokens >= 0 AND excluded_tokens >= 0", name="counts"),
     CheckConstraint("trained_tokens + excluded_tokens = n_tokens", name="conserved"),
     CheckConstraint("excluded_tokens = 0 OR reason IS NOT NULL", name="reason"),
-    Index(None, "call_id"),
+    Index(None, "seq"),
 )
 
 PUBLISH_STATES: tuple[PublishState, ...] = get_args(PublishState)

@@ -125,9 +125,9 @@ def job_view(connection: Connection, job_id: str, epoch: int | None, now: float)
 def unaccounted(job: JobView, extent: Extent) -> Select[Any]:
     """Select (reason, n_tokens, run_id, call_id, choice_index) of the choices without a consumption row of the job."""
     told = and_(
-        _consumed(job), consumption.c.call_id == choices.c.call_id, consumption.c.choice_index == choices.c.choice_index
+        _consumed(job), consumption.c.seq == choices.c.seq, consumption.c.choice_index == choices.c.choice_index
     )
-    joined = choices.join(calls, calls.c.call_id == choices.c.call_id).outerjoin(runs, runs.c.run_id == calls.c.run_id)
+    joined = choices.join(calls, calls.c.seq == choices.c.seq).outerjoin(runs, runs.c.run_id == calls.c.run_id)
     whens = [*_of_the_job(job), *_of_run_and_call(job.rule, job.now)]
     if job.rule is not None:
         unit = units_of(job, extent)
@@ -138,11 +138,11 @@ def unaccounted(job: JobView, extent: Extent) -> Select[Any]:
             case(*whens, else_=literal(NOT_LEASED)).label("reason"),
             choices.c.n_tokens,
             calls.c.run_id,
-            choices.c.call_id,
+            calls.c.call_id,
             choices.c.choice_index,
         )
         .select_from(joined.outerjoin(consumption, told))
-        .where(consumption.c.call_id.is_(None), calls_within(extent))
+        .where(consumption.c.seq.is_(None), calls_within(extent))
     )
 
 
@@ -158,11 +158,11 @@ def everything(job: JobView, extent: Extent) -> CompoundSelect[Any]:
             reason.label("reason"),
             tokens.label("n_tokens"),
             consumption.c.run_id,
-            consumption.c.call_id,
+            calls.c.call_id,
             consumption.c.choice_index,
             literal(1).label("accounted"),
         )
-        .join_from(consumption, calls, calls.c.call_id == consumption.c.call_id)
+        .join_from(consumption, calls, calls.c.seq == consumption.c.seq)
         .where(_consumed(job), within, which)
         for reason, tokens, which in (
             (literal(TRAINED), consumption.c.trained_tokens, consumption.c.trained_tokens > 0),
@@ -184,7 +184,7 @@ def _consumed(job: JobView) -> ColumnElement[bool]:
 
 def _silent_runs(job: JobView, extent: Extent) -> Select[Any]:
     """The runs that the job would take and in which nothing was sampled."""
-    sampled = exists().where(calls.c.run_id == runs.c.run_id, choices.c.call_id == calls.c.call_id).correlate(runs)
+    sampled = exists().where(calls.c.run_id == runs.c.run_id, choices.c.seq == calls.c.seq).correlate(runs)
     reason = case(
         (runs.c.error == CONTENT_DELETED, literal(QUARANTINED) + literal(DELETED)),
         (runs.c.status == "open", literal(OPEN)),

@@ -134,7 +134,7 @@ def _calls(
     known: Mapping[tuple[str, str], Span],
 ) -> Iterator[Call]:
     """The calls that `within` selects; `known` holds their spans by run and id."""
-    sampled = _choices(connection, select(choices.c.call_id, choices.c.finish_reason, choices.c.flags), within)
+    sampled = _choices(connection, select(choices.c.seq, choices.c.finish_reason, choices.c.flags), within)
     rows = connection.execute(select(calls).where(within).order_by(calls.c.dispatched_at, calls.c.seq))
     found = list(rows.mappings())
     payloads = payloads_of(connection, [row[calls.c.seq] for row in found])
@@ -145,10 +145,10 @@ def _calls(
         span = known[row[calls.c.run_id], row[calls.c.span_id]] if row[calls.c.span_id] is not None else None
         role_by = row[calls.c.role_by]
         knows_role = until is None or role_by is None or role_by <= until.attributions
-        yield _call(row, payload, span, tuple(sampled[row[calls.c.call_id]]), knows_role=knows_role)
+        yield _call(row, payload, span, tuple(sampled[row[calls.c.seq]]), knows_role=knows_role)
 
 
-def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[str, list[Choice]]:
+def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[int, list[Choice]]:
     statement = (
         columns.add_columns(
             choices.c.choice_index,
@@ -159,16 +159,15 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
         )
         .join(
             choice_payloads,
-            (choice_payloads.c.call_id == choices.c.call_id)
-            & (choice_payloads.c.choice_index == choices.c.choice_index),
+            (choice_payloads.c.seq == choices.c.seq) & (choice_payloads.c.choice_index == choices.c.choice_index),
         )
-        .join(calls, calls.c.call_id == choices.c.call_id)
+        .join(calls, calls.c.seq == choices.c.seq)
         .where(within)
-        .order_by(choices.c.call_id, choices.c.choice_index)
+        .order_by(choices.c.seq, choices.c.choice_index)
     )
-    by_call: dict[str, list[Choice]] = defaultdict(list)
+    by_call: dict[int, list[Choice]] = defaultdict(list)
     for row in connection.execute(statement):
-        by_call[row.call_id].append(
+        by_call[row.seq].append(
             Choice(
                 index=row.choice_index,
                 token_ids=decode_int32(widened(row.token_ids, row.n_tokens)),

@@ -26,20 +26,23 @@ _OF_A_STUB = f"EXISTS (SELECT 1 FROM runs r WHERE r.run_id = c.run_id AND r.erro
 _ROWS = {
     "calls without their payload": "SELECT c.call_id FROM calls c LEFT JOIN call_payloads p ON p.seq = c.seq"
     f" WHERE p.seq IS NULL AND NOT {_OF_A_STUB}",
-    "choices without their tokens": "SELECT o.call_id FROM choices o JOIN calls c ON c.call_id = o.call_id"
-    " LEFT JOIN choice_payloads p ON p.call_id = o.call_id AND p.choice_index = o.choice_index"
-    f" WHERE p.call_id IS NULL AND NOT {_OF_A_STUB}",
+    "choices without their tokens": "SELECT c.call_id FROM choices o JOIN calls c ON c.seq = o.seq"
+    " LEFT JOIN choice_payloads p ON p.seq = o.seq AND p.choice_index = o.choice_index"
+    f" WHERE p.seq IS NULL AND NOT {_OF_A_STUB}",
     "prompts that nothing names": "SELECT b.block_id FROM blocks b"
     " WHERE NOT EXISTS (SELECT 1 FROM blocks k WHERE k.parent_id = b.block_id)"
     " AND NOT EXISTS (SELECT 1 FROM call_payloads p WHERE p.ids_head = b.block_id)"
     " AND NOT EXISTS (SELECT 1 FROM call_payloads p WHERE p.text_head = b.block_id)",
-    "choices whose tokens or logprobs are not as many as counted": "SELECT o.call_id FROM choices o"
-    " JOIN choice_payloads p ON p.call_id = o.call_id AND p.choice_index = o.choice_index"
+    "choices whose tokens or logprobs are not as many as counted": "SELECT c.call_id FROM choices o"
+    " JOIN choice_payloads p ON p.seq = o.seq AND p.choice_index = o.choice_index JOIN calls c ON c.seq = o.seq"
     " WHERE length(p.token_ids) NOT IN (2 * o.n_tokens, 3 * o.n_tokens, 4 * o.n_tokens)"
     " OR length(p.logprobs) <> 4 * o.n_tokens",
     "payloads of no call": "SELECT p.seq FROM call_payloads p LEFT JOIN calls c ON c.seq = p.seq WHERE c.seq IS NULL",
-    "tokens of no choice": "SELECT p.call_id FROM choice_payloads p LEFT JOIN choices o"
-    " ON o.call_id = p.call_id AND o.choice_index = p.choice_index WHERE o.call_id IS NULL",
+    "tokens of no choice": "SELECT p.seq FROM choice_payloads p LEFT JOIN choices o"
+    " ON o.seq = p.seq AND o.choice_index = p.choice_index WHERE o.seq IS NULL",
+    "choices of no call": "SELECT o.seq FROM choices o LEFT JOIN calls c ON c.seq = o.seq WHERE c.seq IS NULL",
+    "choices of one index twice": "SELECT c.call_id FROM choices o JOIN calls c ON c.seq = o.seq"
+    " GROUP BY c.call_id, o.choice_index HAVING count(*) > 1",
     "calls of unknown runs": "SELECT c.call_id FROM calls c LEFT JOIN runs r ON r.run_id = c.run_id"
     " WHERE c.run_id IS NOT NULL AND r.run_id IS NULL",
     "rewards of unknown runs": "SELECT w.reward_id FROM rewards w LEFT JOIN runs r ON r.run_id = w.run_id"
@@ -52,9 +55,9 @@ _ROWS = {
     " WHERE l.state <> 'held'",
     "ledger rows of no checkpoint": "SELECT l.run_id FROM ledger l LEFT JOIN checkpoints k ON k.job_id = l.job_id"
     " AND k.step = l.step AND k.hash = l.checkpoint_hash WHERE k.job_id IS NULL",
-    "consumption that does not add up to the choice": "SELECT u.call_id FROM consumption u LEFT JOIN choices o"
-    " ON o.call_id = u.call_id AND o.choice_index = u.choice_index"
-    " WHERE o.call_id IS NULL OR u.trained_tokens + u.excluded_tokens <> o.n_tokens",
+    "consumption that does not add up to the choice": "SELECT u.seq FROM consumption u LEFT JOIN choices o"
+    " ON o.seq = u.seq AND o.choice_index = u.choice_index"
+    " WHERE o.seq IS NULL OR u.trained_tokens + u.excluded_tokens <> o.n_tokens",
 }
 
 

@@ -270,7 +270,7 @@ class UpkeepContract:
         """Rows that no constraint forbids to be missing."""
         full_run(store, "a")
         sql(store, "DELETE FROM call_payloads WHERE seq = (SELECT seq FROM calls WHERE call_id = 'c1-a')")
-        sql(store, "DELETE FROM choice_payloads WHERE call_id = 'c2-a'")
+        sql(store, "DELETE FROM choice_payloads WHERE seq = (SELECT seq FROM calls WHERE call_id = 'c2-a')")
         heard: list[str] = []
         found = {fault.what: (fault.count, fault.examples) for fault in store.check(heard.append)}
         assert found == {

@@ -13,6 +13,7 @@ from tracegrad.tracestore.parents import ChainParent
 from tracegrad.tracestore.payload_schema import blocks
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.schema import metadata
+from tracegrad.tracestore.serials import Serials
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import (
     add_group,
@@ -61,6 +62,37 @@ def mentions(store: Store, word: str) -> int:
     return count
 
 
+def twice(store: Store) -> None:
+    """Store every block once more, as a writer does who did not see it: the last calls name the later ones."""
+    columns = "first, n_items, coding, hash, project, content"
+    with store._db.write() as connection:
+        rows = connection.execute(text("SELECT block_id, parent_id FROM blocks ORDER BY block_id")).all()
+        again: dict[int | None, int | None] = {None: None}
+        for block_id, parent_id in rows:
+            (again[block_id],) = Serials(connection).take("blocks", 1)
+            connection.execute(
+                text(
+                    f"INSERT INTO blocks (block_id, parent_id, {columns})"
+                    f" SELECT :new, :parent, {columns} FROM blocks WHERE block_id = :old"
+                ),
+                {"new": again[block_id], "parent": again[parent_id], "old": block_id},
+            )
+        last = connection.execute(text("SELECT * FROM call_payloads ORDER BY seq DESC LIMIT 1")).one()
+        heads = {"ids": again[last.ids_head], "text": again[last.text_head], "seq": last.seq}
+        connection.execute(text("UPDATE call_payloads SET ids_head = :ids, text_head = :text WHERE seq = :seq"), heads)
+        for block_id in sorted(
+            (one for pair in again.items() for one in pair if one is not None), reverse=True
+        ):  # that nothing names
+            connection.execute(
+                text(
+                    "DELETE FROM blocks WHERE block_id = :id"
+                    " AND NOT EXISTS (SELECT 1 FROM call_payloads p WHERE :id IN (p.ids_head, p.text_head))"
+                    " AND NOT EXISTS (SELECT 1 FROM blocks k WHERE k.parent_id = :id)"
+                ),
+                {"id": block_id},
+            )
+
+
 class ChainContract:
     """Prompts as chains over shared blocks."""
 
@@ -97,6 +129,21 @@ class ChainContract:
         assert stored_units(store) == (2, 2)
         assert other.get_call("a").request == store.get_call("c").request
         other.close()
+
+    def test_a_block_that_lies_twice_is_a_block(self, store: Store) -> None:
+        """Two writers may not see one another: whoever comes later goes on from either."""
+        store.append_calls([asked("a", "r", ["x", "y"]), asked("b", "r", ["x", "y", "z"], tail=0)])
+        units = stored_units(store)
+        twice(store)
+        assert stored_units(store) > units
+        other = open_store(store.url)  # it remembers nothing
+        other.append_calls([asked("c", "r", ["x", "y", "z", "w"]), asked("d", "s", ["x", "q"])])
+        other.close()
+        assert store.parent_call("c") == ChainParent(call_id="b", by="ids", shared=3 * UNIT)
+        assert store.get_call("d").request["messages"] == [said("x"), said("q")]
+        assert store.check() == []
+        store.delete_runs(["r", "s"], busy="force")
+        assert stored_units(store) == (0, 0)
 
     def test_projects_share_nothing(self, store: Store) -> None:
         """Not even what is equal."""

@@ -397,7 +397,10 @@ class PayloadDiagnosisContract:
         store.append_calls([make_call("a", "r"), make_call("b", "r")])
         with store._db.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=ON")
-            connection.exec_driver_sql("UPDATE choice_payloads SET logprobs = x'00000000' WHERE call_id = 'a'")
+            connection.exec_driver_sql(
+                "UPDATE choice_payloads SET logprobs = x'00000000'"
+                " WHERE seq = (SELECT seq FROM calls WHERE call_id = 'a')"
+            )
             connection.exec_driver_sql("UPDATE call_payloads SET tail = x'0000' WHERE seq = 2")
             connection.commit()
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=OFF")

@@ -228,8 +228,9 @@ def test_the_keeper_renews_and_reports_a_loss(configure: Configure, store: Store
 
 def only_context(store: Store, *groups: int) -> None:
     """Flag every answer of these groups, so that nothing in them may train."""
+    flag = "UPDATE choices SET flags = '[\"greedy\"]' WHERE seq IN (SELECT seq FROM calls WHERE call_id LIKE :call)"
     for group in groups:
-        sql(store, "UPDATE choices SET flags = '[\"greedy\"]' WHERE call_id LIKE :call", call=f"call-s0-g{group:03d}-%")
+        sql(store, flag, call=f"call-s0-g{group:03d}-%")
 
 
 def test_a_batch_with_nothing_to_train_is_put_aside_once(configure: Configure, store: Store) -> None:

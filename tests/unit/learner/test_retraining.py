@@ -62,7 +62,7 @@ def trained_calls(store: Store, job: str) -> dict[str, set[str]]:
     with store._db.read() as connection:
         rows = connection.execute(
             select(calls.c.role, calls.c.call_id)
-            .join(consumption, consumption.c.call_id == calls.c.call_id)
+            .join(consumption, consumption.c.seq == calls.c.seq)
             .where(consumption.c.job_id == job, consumption.c.trained_tokens == consumption.c.n_tokens)
         ).all()
     found: dict[str, set[str]] = {}

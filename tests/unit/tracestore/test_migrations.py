@@ -20,7 +20,7 @@ from tracegrad.tracestore.gating import GateTerms, unjudged
 from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.tracestore.testing.chains import asked, stored_units
+from tracegrad.tracestore.testing.chains import asked, stored_units, twice
 from tracegrad.tracestore.testing.rows import JOB, make_call, ready_group, sql, train
 
 
@@ -204,6 +204,30 @@ def test_prompts_become_chains_and_back_without_a_change(empty_url: str) -> None
     assert store.get_run(runs[0]).error == "content deleted"
     store.append_calls([asked("new", "r1", [*talk, "more"], project="q")])
     store.delete_runs([f"r{number}" for number in range(30)], busy="force")
+    assert chained(store) == 0
+    store.close()
+
+
+def test_blocks_that_lie_twice_become_one_on_the_way_back(empty_url: str) -> None:
+    """Two writers of PostgreSQL may store one block at the same moment; the revision before had no room for that."""
+    store = open_store(empty_url)
+    store.append_calls([asked("a", "r", ["x", "y"]), asked("b", "r", ["x", "y", "z"])])
+    before = store.trace("r")
+    twice(store)
+    store.append_calls([asked("c", "r", ["x", "y", "z", "w"])])
+    kept = store.get_call("c")
+    assert store.check() == []
+    store.close()
+    to_revision(empty_url, "0011")
+    engine = create_engine(empty_url)
+    with engine.connect() as connection:
+        counted = "SELECT count(*), count(DISTINCT hash) FROM blocks"
+        assert len(set(connection.exec_driver_sql(counted).one())) == 1
+    engine.dispose()
+    store = open_store(empty_url)
+    assert store.check() == []
+    assert [*store.trace("r").calls[:2]] == [*before.calls] and store.get_call("c") == kept
+    store.delete_runs(["r"], busy="force")
     assert chained(store) == 0
     store.close()
 

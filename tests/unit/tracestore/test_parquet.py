@@ -132,7 +132,8 @@ def test_what_is_there_and_says_otherwise_is_refused(store: Store, tmp_path: Pat
     import_from(changed, tmp_path / "out")
     with changed._db.write() as connection:
         connection.exec_driver_sql(
-            "UPDATE choice_payloads SET logprobs = zeroblob(24) WHERE call_id = 'odd' AND logprobs IS NOT NULL"
+            "UPDATE choice_payloads SET logprobs = zeroblob(24) WHERE logprobs IS NOT NULL"
+            " AND seq = (SELECT seq FROM calls WHERE call_id = 'odd')"
         )
     with pytest.raises(Conflict, match="call odd is here already with another logprobs"):
         import_from(changed, tmp_path / "out")

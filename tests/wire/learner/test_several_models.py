@@ -51,7 +51,7 @@ def trained_tokens(store: Store) -> dict[tuple[str, str], int]:
         model = func.coalesce(consumption.c.model, calls.c.model)
         rows = connection.execute(
             select(model, calls.c.role, func.sum(consumption.c.trained_tokens))
-            .join(calls, calls.c.call_id == consumption.c.call_id)
+            .join(calls, calls.c.seq == consumption.c.seq)
             .where(consumption.c.trained_tokens > 0)
             .group_by(model, calls.c.role)
         )

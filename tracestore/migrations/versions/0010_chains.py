@@ -1,7 +1,7 @@
 """Prompts become hash chains over blocks that calls share; token ids take as few bytes as they need.
 
 Rows are converted page by page, in the order of their calls, so that memory is bounded. The store's own code (`drafts`,
-`blocks`, `payloads`) writes the new tables: whoever changes those later gives this revision its own copy of it.
+`blocks`, `payloads`) writes prompts and blocks: whoever changes those tables later gives this revision its own copy.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +11,11 @@ import sqlalchemy as sa
 from alembic import op
 
 from tracegrad.tracestore.blocks import KnownBlocks
-from tracegrad.tracestore.drafts import Answer, answers_of, drafted, insert_payloads
+from tracegrad.tracestore.codec import narrow_int32, widened
+from tracegrad.tracestore.drafts import drafted, insert_payloads
 from tracegrad.tracestore.errors import SchemaMismatch
 from tracegrad.tracestore.payloads import Payload, payloads_of
+from tracegrad.tracestore.serials import Serials
 
 revision = "0010"
 down_revision = "0009"
@@ -46,6 +48,7 @@ _ANSWERED = (
     "SELECT c.seq, c.call_id, p.choice_index, p.n_tokens, p.token_ids, p.logprobs, p.message"
     " FROM calls c JOIN old_choice_payloads p ON p.call_id = c.call_id WHERE c.seq > :last AND c.seq <= :through"
 )
+_NARROW = f"SELECT {', '.join(_OLD['choice_payloads'])} FROM choice_payloads WHERE call_id IN :ids"
 
 
 def upgrade() -> None:
@@ -60,16 +63,14 @@ def upgrade() -> None:
 
     def convert(rows: Sequence[Any], last: int) -> None:
         asked = {row.seq: row for row in rows}
-        answers: dict[int, list[Answer]] = {seq: [] for seq in asked}
-        for row in connection.execute(sa.text(_ANSWERED), {"last": last, "through": rows[-1].seq}):
-            some = (row.choice_index, row.n_tokens, bytes(row.token_ids), _blob(row.logprobs), None, "")
-            answers.setdefault(row.seq, []).append(Answer(*some, row.message))
+        answered = connection.execute(sa.text(_ANSWERED), {"last": last, "through": rows[-1].seq}).mappings()
+        _write_answers(connection, "choice_payloads", answered, lambda ids, _: narrow_int32(ids)[1])
         payloads = {
             seq: Payload(row.n_prompt, _blob(row.prompt_ids), row.request.encode(), row.requested, row.effective)
             for seq, row in asked.items()
         }
-        drafts = {seq: drafted(row.call_id, row.project, payloads[seq], answers[seq]) for seq, row in asked.items()}
-        known.remember(insert_payloads(connection, drafts, known))
+        drafts = {seq: drafted(row.call_id, row.project, payloads[seq], ()) for seq, row in asked.items()}
+        known.remember(insert_payloads(connection, drafts, known, Serials(connection)))
 
     _paged(connection, _ASKED, convert)
     _drop_aside(connection)
@@ -87,14 +88,11 @@ def downgrade() -> None:
             {**_fields(payload, _OLD["call_payloads"]), "call_id": call_ids[seq], "prompt_ids": payload.prompt}
             for seq, payload in payloads_of(connection, list(call_ids)).items()
         ]
-        answered = [
-            {"call_id": call_ids[seq], **_fields(answer, _OLD["choice_payloads"])}
-            for seq, answers in answers_of(connection, list(call_ids)).items()
-            for answer in answers
-        ]
-        for table, some in (("call_payloads", asked), ("choice_payloads", answered)):
-            if some:
-                connection.execute(sa.table(f"old_{table}", *map(sa.column, _OLD[table])).insert(), some)
+        if asked:
+            connection.execute(sa.table("old_call_payloads", *map(sa.column, _OLD["call_payloads"])).insert(), asked)
+        named = sa.text(_NARROW).bindparams(sa.bindparam("ids", expanding=True))
+        answered = connection.execute(named, {"ids": list(call_ids.values())}).mappings()
+        _write_answers(connection, "old_choice_payloads", answered, widened)
 
     _paged(connection, f"SELECT seq, call_id FROM calls WHERE seq > :last ORDER BY seq LIMIT {_PAGE}", convert)
     for table in (*_OLD, "blocks"):
@@ -131,7 +129,23 @@ def _index_calls(*, known_only: bool) -> None:
             op.create_index(op.f(f"ix_calls_{column}"), "calls", [column])
 
 
-def _fields(content: Payload | Answer, wanted: Iterable[str]) -> dict[str, Any]:
+def _write_answers(
+    connection: sa.Connection, table: str, rows: Iterable[sa.RowMapping], coded: Callable[[bytes, int], bytes]
+) -> None:
+    names = list(_OLD["choice_payloads"])
+    some = [
+        {
+            **{name: row[name] for name in names},
+            "token_ids": coded(bytes(row["token_ids"]), row["n_tokens"]),
+            "logprobs": _blob(row["logprobs"]),
+        }
+        for row in rows
+    ]
+    if some:
+        connection.execute(sa.table(table, *map(sa.column, names)).insert(), some)
+
+
+def _fields(content: Payload, wanted: Iterable[str]) -> dict[str, Any]:
     found = {name: getattr(content, name) for name in wanted if hasattr(content, name)}
     return {name: found[name].decode() if name == "request" else found[name] for name in found}
 

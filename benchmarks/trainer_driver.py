@@ -21,19 +21,18 @@ from trainer_shapes import SHAPES, TracedCall, unique_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import (
     Attribution,
     BatchPlan,
     Call,
     CallTiming,
     Choice,
-    LeaseRule,
-    ModelCalls,
     Reward,
     Run,
     RunTrace,
 )
+from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.samples import Samples, build_batch
 
@@ -77,8 +76,8 @@ def _call(call: TracedCall, number: int) -> Call:
     )
 
 
-def learner_of(system: str, asked: dict[str, Any], folder: Path) -> Learner:
-    config = parse_config(
+def configuration(system: str, asked: dict[str, Any], folder: Path) -> Config:
+    return parse_config(
         {
             "store": f"sqlite:///{folder / 'unused.db'}",
             "models": {MODEL: {"checkpoint": asked["model"]}},
@@ -92,17 +91,15 @@ def learner_of(system: str, asked: dict[str, Any], folder: Path) -> Learner:
             },
         }
     )
-    learner = Learner(config)
-    learner.start()
-    return learner
 
 
 def updates(system: str, asked: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Play]:
     """Return what the system is, and what plays a round of it. One update has warmed it up."""
     calls = SHAPES[asked["kind"]]()
-    rule = LeaseRule(trained=(ModelCalls(model=MODEL),), max_staleness=1, min_group=2)
-    samples: Samples = build_batch(traces_of(calls), rule)
-    learner = learner_of(system, asked, folder)
+    config = configuration(system, asked, folder)
+    samples: Samples = build_batch(traces_of(calls), lease_rule(config, offline=True))
+    learner = Learner(config)
+    learner.start()
     steps = 0
 
     def step() -> dict[str, Any]:

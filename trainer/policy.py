@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from tracegrad.trainer.batches import PackedRow, probe_row
+from tracegrad.trainer.edge_logprobs import edge_logprobs
 from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.kept_sets import KeptSets, renormalised
 from tracegrad.trainer.ranks import ALONE, Ranks
@@ -295,14 +296,13 @@ class Policy(nn.Module):
         *,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        head = self.lm.get_output_embeddings()
-        logits_SV = head(hidden_SD).float() / temperature_S[:, None]
-        logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+        logits_SV = self.lm.get_output_embeddings()(hidden_SD)
+        if kept is None or not kept.token_K.numel():
+            return edge_logprobs(logits_SV, temperature_S, slot_E, token_E, with_entropy=with_entropy)
+        logprobs_SV = torch.log_softmax(logits_SV.float() / temperature_S[:, None], dim=-1)
         logprobs_E = logprobs_SV[slot_E, token_E]
         entropy_E = -(logprobs_SV.exp() * logprobs_SV).sum(-1)[slot_E] if with_entropy else None
-        if kept is not None and kept.token_K.numel():
-            return renormalised(logprobs_SV, slot_E, logprobs_E, entropy_E, kept)
-        return logprobs_E, entropy_E
+        return renormalised(logprobs_SV, slot_E, logprobs_E, entropy_E, kept)
 
     @torch.no_grad()
     def verify(self) -> None:

@@ -19,9 +19,7 @@ def edge_logprobs(
 
     `slot_E`, `token_E`: int64, the slot and the token of each edge.
     """
-    logprobs_E, entropy_E = _EdgeLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits_SV, temperature_S, (slot_E, token_E), with_entropy
-    )
+    logprobs_E, entropy_E = _EdgeLogprobs.apply(logits_SV, temperature_S, (slot_E, token_E), with_entropy)
     return logprobs_E, entropy_E if with_entropy else None
 
 
@@ -43,9 +41,7 @@ class _EdgeLogprobs(torch.autograd.Function):
         return logprobs_SV[slot_E, token_E], entropy_S[slot_E]
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, d_logprobs_E: Tensor | None, d_entropy_E: Tensor | None
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, d_logprobs_E: Tensor | None, d_entropy_E: Tensor | None) -> tuple[Tensor, None, None, None]:
         logprobs_SV, temperature_S, slot_E, token_E, entropy_S = ctx.saved_tensors
         zero_S = torch.zeros_like(entropy_S)
         grad_SV = logprobs_SV.exp()

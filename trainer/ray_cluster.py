@@ -8,6 +8,7 @@ processes or none. Refuses a cluster without room for them (WorkerFailed). Calle
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,11 +32,16 @@ learner grew by 80 MB a step (SmolLM2) for kernels it never used again; 128 hold
 deterministic only with a workspace of fixed size."""
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 _ROOM_TIMEOUT_S = 60.0
+_REACH_TIMEOUT_S = 10.0
 
 
 @contextmanager
 def ray_running(address: str | None, n_cpus: int) -> Iterator[None]:
-    """Start a local Ray with room for `n_cpus`, or join the cluster at `address`; leave it afterwards."""
+    """Start a local Ray with room for `n_cpus`, or join the cluster at `address`; leave it afterwards.
+
+    Raises:
+        WorkerFailed: there is no cluster at the address, or it does not take us.
+    """
     os.environ.update({name: value for name, value in (_QUIET | _OF_WORKERS).items() if name not in os.environ})
     import ray
 
@@ -49,11 +55,28 @@ def ray_running(address: str | None, n_cpus: int) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
         )
     else:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    """Join, where something listens: Ray itself tries for longer than anybody waits, deaf to signals."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():
+            socket.create_connection((host, int(port)), _REACH_TIMEOUT_S).close()
+        import ray
+
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WorkerFailed(
+            f"cannot join a Ray cluster at {address!r}: {error}. Start one (`ray start --head`) and name HOST:PORT, or "
+            "leave the address out for a Ray of the job's own. A cluster that asks for a token (it does where "
+            "~/.ray/auth_token lies) wants RAY_AUTH_MODE=token here too"
+        ) from error
 
 
 def places(

@@ -1,5 +1,6 @@
 """The command line: what it refuses before anything heavy starts, and what its process does not import."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.command import train
 from tracegrad.trainer.crash_points import CrashPoints
+from tracegrad.trainer.errors import WorkerFailed
+from tracegrad.trainer.ray_cluster import ray_running
 
 FILE = "models: {main: {checkpoint: base}}\nroles: {'*': main}\ntrainer: {steps: 7}\n"
 
@@ -76,6 +79,15 @@ def test_crash_points_refuse_what_they_do_not_know() -> None:
             CrashPoints.from_environment({"TRACEGRAD_KILL_AT": text})
     CrashPoints.from_environment({}).reached("after-step", 1)
     CrashPoints.from_environment({"TRACEGRAD_KILL_AT": "after-step:2"}).reached("after-step", 1)
+
+
+def test_a_cluster_that_is_not_there_is_said_plainly() -> None:
+    """Ray itself would try for many minutes."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(WorkerFailed, match=f"cannot join a Ray cluster at '{address}'.*ray start --head"):
+            ray_running(address, 1).__enter__()
 
 
 def test_the_controllers_process_has_no_torch() -> None:

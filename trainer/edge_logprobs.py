@@ -29,7 +29,7 @@ class _EdgeLogprobs(torch.autograd.Function):
         ctx: Any, logits_SV: Tensor, temperature_S: Tensor, edges: tuple[Tensor, Tensor], with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         slot_E, token_E = edges
-        if bool((temperature_S == 1.0).all()):
+        if logits_SV.device.type == "cpu" and bool((temperature_S == 1.0).all()):
             scaled_SV = logits_SV.float()
         else:
             scaled_SV = torch.div(logits_SV, temperature_S[:, None])

@@ -41,10 +41,14 @@ class Trainers:
     def run(self, config: Path, *, point: str = "-", after_s: float | None = None) -> int:
         """Let one trainer live until its end, a point or a moment; return its exit status, negative for a signal."""
         assert self._warm.stdin is not None
-        self._is_warm = self._is_warm or self._line() == "warm"  # it imports while the test makes its runs
+        self.get_warm()
         self._warm.stdin.write(f"{config} {point} {'-' if after_s is None else after_s}\n")
         self._warm.stdin.flush()
         return int(self._line())
+
+    def get_warm(self) -> None:
+        """Wait until it has imported what it needs, which it does while the test makes its runs."""
+        self._is_warm = self._is_warm or self._line() == "warm"
 
     def _line(self) -> str:
         assert self._warm.stdout is not None
@@ -81,9 +85,10 @@ def _train(path: str, point: str) -> int:
 def _serve() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    import tracegrad.trainer.lora
     import tracegrad.trainer.model_group
 
-    LlamaConfig, LlamaForCausalLM, tracegrad.trainer.model_group  # noqa: B018 - imported lazily: now, and not in each child
+    LlamaConfig, LlamaForCausalLM, tracegrad.trainer  # noqa: B018 - imported lazily: now, and not in each child
     print("warm", flush=True)
     for line in sys.stdin:
         path, point, after_s = line.split()

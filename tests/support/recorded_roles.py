@@ -21,6 +21,10 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "full sharing": ({"all": FULL}, dict.fromkeys(ROLES, "all")),
     "partial sharing": ({"a": FULL, "b": FULL}, {"planner": "a", "writer": "b", "critic": "a"}),
     "full separation": ({"p": FULL, "w": FULL, "c": FULL}, {"planner": "p", "writer": "w", "critic": "c"}),
+    "adapter and full model": (
+        {"base": FROZEN, "p": {"adapter": {"of": "base", "rank": 4}}, "w": FULL},
+        {"planner": "p", "writer": "w", "critic": "base"},
+    ),
     "adapter per role": (
         {"base": FROZEN, "p": {"adapter": {"of": "base", "rank": 4}}, "w": {"adapter": {"of": "base", "rank": 2}}},
         {"planner": "p", "writer": "w", "critic": "base"},

@@ -16,7 +16,7 @@ HELPS = {
     "up": "Run store, engine, proxy and trainer together, supervised, until Ctrl-C.",
     "proxy": "Serve an OpenAI-compatible endpoint that records every call.",
     "engine": "Start the engines (vLLM) of the configuration and keep them up, on the newest live weights.",
-    "train": "Train a model from recorded, rewarded runs and publish each step's weights.",
+    "train": "Train models from recorded, rewarded runs and publish each step's weights.",
     "run": "Run a program with its model calls going through the proxy.",
     "rollout": "Drive a graph over a task file, in groups, for training.",
     "eval": "Score a graph over a task file, as its users get it: no sampling override, never trained on.",

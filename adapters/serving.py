@@ -1,15 +1,16 @@
 """An engine and a proxy of one's own for a checkpoint: started on free ports, gone afterwards.
 
-The store is temporary and nothing trains or publishes. Without a configuration every role is served by the one
-model; with one, its roles, models and engine settings hold and the trained model's weights are the checkpoint's.
-Refuses a folder that holds no Hugging Face checkpoint. Called by `tracegrad eval --checkpoint`.
+The store is temporary and nothing trains. Without a configuration every role is served by the one model; with one, its
+roles, models and engine settings hold and the trained models' weights are the checkpoint's: the folder of a step has
+one for each of them. Adapters are live in the temporary store, so that the engine starts with them. Refuses a folder
+that holds no Hugging Face checkpoint, or not those of all trained models. Called by `tracegrad eval --checkpoint`.
 """
 
 import contextlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,24 +20,27 @@ from tracegrad.adapters.rollout_errors import ServingError
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor
 from tracegrad.adapters.up import child_specs
 from tracegrad.tracestore.config import Config, EngineConfig, ModelConfig, ProxyConfig, dump_config
+from tracegrad.tracestore.records import PublishState
+from tracegrad.tracestore.store import open_store
 
 _LOG_TAIL = 15
+_TO_LIVE: tuple[PublishState, ...] = ("draining", "swapping", "live")
 
 
 def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Config:
     """Return a configuration that serves `checkpoint` on free ports, with its store and logs under `folder`.
 
     Raises:
-        ServingError: the checkpoint has no config.json.
+        ServingError: as `weights_in`.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise ServingError(f"{checkpoint} is not a checkpoint in Hugging Face format: it has no config.json")
     given = config or Config(models={"main": ModelConfig(checkpoint=str(checkpoint))}, roles={"*": "main"})
-    trained = given.trainer.model
+    weights = weights_in(checkpoint, given)
     models = {
-        name: msgspec.structs.replace(
+        name: model
+        if model.adapter is not None
+        else msgspec.structs.replace(
             model,
-            checkpoint=str(checkpoint.resolve()) if name == trained else model.checkpoint,
+            checkpoint=str(weights[name]) if name in weights else model.checkpoint,
             engine=_engine_of_our_own(model.engine) if model.api is None else model.engine,
             replicas=(),
         )
@@ -47,6 +51,48 @@ def serving_config(checkpoint: Path, config: Config | None, folder: Path) -> Con
     trainer = msgspec.structs.replace(given.trainer, output=str(folder), publish=publish)
     store = f"sqlite:///{folder}/eval.db"
     return msgspec.structs.replace(given, models=models, proxy=proxy, trainer=trainer, store=store)
+
+
+def weights_in(checkpoint: Path, config: Config) -> dict[str, Path]:
+    """Return the folder of each trained model: its subfolder of a step, or the folder itself where it is the only one.
+
+    Raises:
+        ServingError: a model's weights are not there.
+    """
+    trained, checkpoint = config.trained_models(), checkpoint.resolve()
+    found = {name: checkpoint / name for name in trained}
+    if all(map(_has_weights, found.values())) and found:
+        return found
+    if not _has_weights(checkpoint):
+        raise ServingError(f"{checkpoint} is not a checkpoint in Hugging Face format: it has no config.json")
+    if len(trained) > 1:
+        raise ServingError(
+            f"{checkpoint} holds one model, and the configuration trains {', '.join(trained)}: name the folder of the "
+            "step, which has one for each"
+        )
+    return dict.fromkeys(trained, checkpoint)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
+def _bring_live(config: Config, adapters: Mapping[str, Path]) -> None:
+    """Write down that these adapters are live: the engine loads what is, when it starts."""
+    with contextlib.closing(open_store(config.store)) as store:
+        for name, folder in adapters.items():
+            version = store.add_version(
+                model=name,
+                kind="initial",
+                parent_id=None,
+                checkpoint_path=str(folder),
+                checkpoint_hash=folder.parent.name,
+                step=0,
+                job_id=None,
+            )
+            publish_id = store.request_publish(version.version_id).publish_id
+            for state in _TO_LIVE:
+                store.advance_publish(publish_id, state)
 
 
 @contextmanager
@@ -66,6 +112,10 @@ def serving(
     own = serving_config(checkpoint, config, folder)
     path = folder / "tracegrad.yaml"
     path.write_text(dump_config(own))
+    of_adapters = {name: model for name, model in own.models.items() if model.adapter is not None and model.trained}
+    if config is not None and of_adapters:
+        weights = weights_in(checkpoint, config)
+        _bring_live(own, {name: weights[name] for name in of_adapters if name in weights})
     tail: list[str] = []
 
     def hear(event: Event) -> None:

@@ -27,12 +27,16 @@ _HOW_TO_START = "`tracegrad up` starts it again and says so; where it does not r
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineState:
-    """One engine. `version` is what it says it serves: a policy version's id, or vLLM's word "default"."""
+    """One engine. `version` is what it says it serves: a policy version's id, or vLLM's word "default".
+
+    `adapters`: those of the configuration that it serves beside, name -> folder; None where there are none to ask for.
+    """
 
     model: str
     url: str
     health: str
     version: str | None
+    adapters: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,7 @@ class ModelState:
     model: str
     live_version: int | None
     live_step: int | None
+    live_folder: str | None
     publish: Publish | None
     publish_age_s: float | None
 
@@ -92,6 +97,7 @@ def examine(config: Config, *, timeout_s: float = 3.0) -> Report:
         store.close()
     _ask_proxy(report, config, timeout_s)
     _compare_versions(report)
+    _compare_adapters(report, config)
     _look_at_trainer(report, config)
     return report
 
@@ -124,6 +130,7 @@ def _model(store: Store, model: str) -> ModelState:
         model=model,
         live_version=None if live is None else live.version_id,
         live_step=None if live is None else live.step,
+        live_folder=None if live is None else live.checkpoint_path,
         publish=last,
         publish_age_s=None if last is None else max(time.time() - last.entered[last.state], 0.0),
     )
@@ -176,7 +183,8 @@ def _ask_engines(report: Report, config: Config, timeout_s: float) -> None:
     engines = [(name, each.engine) for name, model in config.models.items() for each in model.each_engine()]
     for name, engine in engines:
         health, version = engine_state(engine.url, timeout_s)
-        report.engines.append(EngineState(model=name, url=engine.url, health=health, version=version))
+        beside = _adapters_of(engine.url, timeout_s) if health == "ok" and config.adapters_on(name) else None
+        report.engines.append(EngineState(model=name, url=engine.url, health=health, version=version, adapters=beside))
         if health != "ok":
             whose = "start it (it is external)" if engine.external else _HOW_TO_START
             report.problems.append(f"engine of {name} at {engine.url}: {health}; {whose}")
@@ -196,6 +204,34 @@ def engine_state(url: str, timeout_s: float) -> tuple[str, str | None]:
         return "ok", None
     known = answer.get("weight_version") if status == 200 and isinstance(answer, dict) else None
     return "ok", None if known is None else str(known)
+
+
+def _adapters_of(url: str, timeout_s: float) -> dict[str, str] | None:
+    """What an engine lists beside its base; None where it does not tell."""
+    try:
+        status, answer = fetch(url, "/v1/models", timeout_s)
+    except (OSError, http.client.HTTPException):
+        return None
+    cards = answer.get("data") or () if status == 200 and isinstance(answer, dict) else ()
+    return {card["id"]: card.get("root") or "" for card in cards if card.get("parent")}
+
+
+def _compare_adapters(report: Report, config: Config) -> None:
+    """As `_compare_versions`: an adapter is its folder."""
+    for state in report.models:
+        publishing = state.publish is not None and state.publish.state in UNFINISHED
+        if config.held_by(state.model) == state.model or state.live_folder is None or publishing:
+            continue
+        for engine in report.engines:
+            served = engine.adapters
+            if engine.model != config.held_by(state.model) or served is None:
+                continue
+            if served.get(state.model) != state.live_folder:
+                report.problems.append(
+                    f"engine of {engine.model} at {engine.url} serves the adapter {state.model} from "
+                    f"{served.get(state.model, 'nowhere')}, live is version {state.live_version} "
+                    f"({state.live_folder}); restart `tracegrad engine`, which loads the live one"
+                )
 
 
 def _compare_versions(report: Report) -> None:

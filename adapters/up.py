@@ -73,7 +73,7 @@ def _refuse(config: Config) -> None:
     from tracegrad.adapters.proxy.outside import outside_apis
 
     for name, model in config.models.items():
-        if model.api is None and not model.engine.external:
+        if model.api is None and model.adapter is None and not model.engine.external:
             check_checkpoint(name, model)
     outside_apis(config, os.environ)
     check_address(config.proxy)

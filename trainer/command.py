@@ -50,7 +50,7 @@ def train(
     as_json: bool,
     ray_address: str | None,
 ) -> None:
-    """Train the models of a job from recorded, rewarded runs and publish each step's weights.
+    """Train models from recorded, rewarded runs and publish each step's weights.
 
     \b
     tracegrad train --offline --job again --since 7d            stored runs once more, by a job of its own
@@ -71,8 +71,6 @@ def train(
             raise click.UsageError(f"{path} names no models: there is nothing to train")
         if not any(model.trained for model in config.models.values()):
             raise click.UsageError(f"{path} says `trained: false` of every model: there is nothing to train")
-        if not offline and any(config.models[name].adapter is not None for name in config.trained_models()):
-            raise click.UsageError(f"{path} trains adapters: `tracegrad train` takes those with --offline so far")
         code = _train(config, offline=offline, as_json=as_json, ray_address=ray_address)
     except TraceStoreError as error:
         click.echo(f"tracegrad train: {error}", err=True)
@@ -110,8 +108,8 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     import msgspec
 
     from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.adapter_client import engine_clients
     from tracegrad.trainer.crash_points import CrashPoints
-    from tracegrad.trainer.engine_client import engine_clients
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console

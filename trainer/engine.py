@@ -14,14 +14,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from tracegrad.tracestore.config import ModelConfig
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.trainer import engine_guard, engine_launch
+from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineStartFailed
 from tracegrad.trainer.errors import EngineError
@@ -39,9 +42,9 @@ def _silent(_message: str) -> None:
 class EngineProcess:
     """The engine of the model `name`.
 
-    `live` returns the version whose checkpoint is to be served (None: the model's own checkpoint); it is asked at each
-    start, so that an engine that died comes back with the last committed weights. `say` gets progress lines. May be
-    used as a context manager: started on entry, stopped on exit.
+    `live` returns the version whose checkpoint is to be served (None: the model's own checkpoint), `adapters` those of
+    the adapters on it, by name; both are asked at each start, so that an engine that died comes back with the last
+    committed weights. `say` gets progress lines. May be used as a context manager: started on entry, stopped on exit.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class EngineProcess:
         model: ModelConfig,
         *,
         live: Callable[[], PolicyVersion | None] | None = None,
+        adapters: Callable[[], Mapping[str, PolicyVersion]] = dict,
         say: Callable[[str], None] = _silent,
         max_failed_starts: int = 5,
         label: str | None = None,
@@ -63,6 +67,7 @@ class EngineProcess:
         self.start_s = 0.0
         """Seconds the last start took, from spawning to the first healthy answer."""
         self._live = live or (lambda: None)
+        self._adapters = adapters
         self._say = say
         self._max_failed_starts = max_failed_starts
         self._guard: subprocess.Popen[str] | None = None
@@ -146,25 +151,33 @@ class EngineProcess:
         started = time.monotonic()
         with self._lock:
             self._clear()
-            version = self._live()
+            version, adapters = self._live(), self._adapters()
             checkpoint = version.checkpoint_path if version else self.model.checkpoint
-            if version is not None and not Path(checkpoint).is_dir():
-                raise EngineStartFailed(
-                    f"engine {self.label}: the folder of the live version {version.version_id}, {checkpoint}, is gone: "
-                    "put it back, or `tracegrad rollback` to a version whose folder is there"
-                )
+            for each in (*(() if version is None else (version,)), *adapters.values()):
+                self._refuse_gone(each)
             with contextlib.ExitStack() as undo:
                 undo.callback(self._clear)
-                self._spawn(checkpoint)
+                self._spawn(checkpoint, {name: each.checkpoint_path for name, each in adapters.items()})
                 self._wait_healthy(started)
                 self._catch_up(version)
                 undo.pop_all()
             self.start_s = time.monotonic() - started
-        self._say(f"engine {self.label}: up after {self.start_s:.0f} s at {self.client.url}, serving {checkpoint}")
+        beside = "".join(f", {name} from {each.checkpoint_path}" for name, each in adapters.items())
+        self._say(
+            f"engine {self.label}: up after {self.start_s:.0f} s at {self.client.url}, serving {checkpoint}{beside}"
+        )
 
-    def _spawn(self, checkpoint: str) -> None:
+    def _refuse_gone(self, version: PolicyVersion) -> None:
+        if not Path(version.checkpoint_path).is_dir():
+            raise EngineStartFailed(
+                f"engine {self.label}: the folder of the live version {version.version_id}, {version.checkpoint_path}, "
+                "is gone: put it back, or `tracegrad rollback` to a version whose folder is there"
+            )
+
+    def _spawn(self, checkpoint: str, adapters: Mapping[str, str]) -> None:
         """Start the guard and, through it, the engine. The log is appended to, never truncated."""
         config = self.model.engine
+        config = msgspec.structs.replace(config, args=(*engine_launch.lora_modules(adapters), *config.args))
         host, port = engine_launch.address(config)
         _refuse_taken_port(self.label, self.name, host, port)
         self._scratch = tempfile.TemporaryDirectory(prefix="tracegrad-engine-")
@@ -228,7 +241,11 @@ class EngineProcess:
                 continue
             if serving is not None:
                 self.client.set_version(str(serving.version_id))
-            return
+            break
+        for name, each in self._adapters().items():
+            adapter = AdapterClient(self.client.url, name, self.name)
+            if not adapter.serves(each.checkpoint_path, str(each.version_id)):
+                adapter.swap(each.checkpoint_path, str(each.version_id))
 
     def _clear(self) -> None:
         """End the process, if there is one, and wait until it and its children are gone."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from tracegrad.tracestore.config import Config
 from tracegrad.trainer.engine_errors import EngineRefused, EngineUnreachable
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
@@ -136,6 +135,36 @@ class EngineClient:
         """Tell the engine the version it serves; `/inference/v1/generate` marks each token with it."""
         self._request("POST", "/update_weight_version", {"new_version": version})
 
+    # -- as a publisher sees it; `adapter_client` does the same for an adapter
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output head is among the weights that are published."""
+        return True
+
+    def swap(self, path: str, mark: str, *, timeout_s: float = 120.0) -> str:
+        """Load the weights at `path`, forget every cached prefix, mark them; return the mark that is read back."""
+        self.reload(path, timeout_s=timeout_s)
+        self.reset_prefix_cache()
+        self.set_version(mark)
+        return self.version()
+
+    def serves(self, _path: str, mark: str) -> bool:
+        """Return whether the engine says that it serves what was marked so."""
+        return self.version() == mark
+
+    def disown(self, mark: str) -> None:
+        """Say that nobody knows its weights."""
+        self.set_version(mark)
+
+    def prove_idle(self) -> None:
+        """Reset the prefix cache, which is refused while anything runs. Raises as `reset_prefix_cache`."""
+        self.reset_prefix_cache()
+
+    def max_model_len(self) -> int | None:
+        """Return how many tokens it takes; None where it does not say."""
+        return next((model.max_model_len for model in self.models() if model.name == self.name), None)
+
     # -- what it computes
 
     def score(self, ids: Sequence[int], n_prompt: int) -> tuple[float, ...]:
@@ -210,6 +239,14 @@ class EngineClient:
 
     def _request(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> Any:
         """Send one request; return the decoded JSON answer (None where it is empty)."""
+        raw = self._send(method, path, body, timeout_s=timeout_s)
+        try:
+            return json.loads(raw) if raw.strip() else None
+        except ValueError as error:
+            raise EngineRefused(f"the engine at {self.url} answered {path} with something that is not JSON") from error
+
+    def _send(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> bytes:
+        """Send one request; return what is answered with 200."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s or self.timeout_s)
         try:
             data = None if body is None else json.dumps(body)
@@ -223,10 +260,7 @@ class EngineClient:
             connection.close()
         if response.status != 200:
             raise EngineRefused(self._refusal(path, response.status, raw), status=response.status)
-        try:
-            return json.loads(raw) if raw.strip() else None
-        except ValueError as error:
-            raise EngineRefused(f"the engine at {self.url} answered {path} with something that is not JSON") from error
+        return raw
 
     def _refusal(self, path: str, status: int, raw: bytes) -> str:
         text = raw.decode(errors="replace").strip()
@@ -237,8 +271,3 @@ class EngineClient:
             text = text[:500]
         hint = f"; {DEV_MODE_HINT}" if status == 404 and not path.startswith("/v1/") else ""
         return f"the engine at {self.url} answered {path} with {status}: {text}{hint}"
-
-
-def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
-    """Return a client for each engine that serves a model: what is published goes to all of them."""
-    return tuple(EngineClient(each.engine.url, name) for each in config.engines_of(name))

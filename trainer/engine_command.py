@@ -20,8 +20,10 @@ import msgspec
 
 from tracegrad.tracestore.config import Config, ModelConfig, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer import engine_launch
+from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineNotReady
@@ -44,9 +46,10 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
         models = _chosen(config, model_name, startable=not only_check)
         if only_check:
             for name, model in models.items():
-                for each in model.each_engine():
-                    check(EngineClient(each.engine.url, name), each)
-                    click.echo(f"engine {name} at {each.engine.url} is ready for training")
+                adapters = [other for other in config.models if config.held_by(other) == name != other]
+                for client in (each for trained in (adapters or [name]) for each in engine_clients(config, trained)):
+                    check(client, model)
+                    click.echo(f"engine {name} at {client.url} is ready for training" + _of(client, name))
             return
         _serve(config, models)
     except EngineNotReady as error:
@@ -55,6 +58,10 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
         _fail(error, START_FAILED)
     except TraceStoreError as error:
         _fail(error, USAGE)
+
+
+def _of(client: EngineClient, name: str) -> str:
+    return "" if client.name == name else f" of the adapter {client.name}"
 
 
 def _chosen(config: Config, name: str | None, *, startable: bool) -> Mapping[str, ModelConfig]:
@@ -112,7 +119,14 @@ def _processes(config: Config, models: Mapping[str, ModelConfig], store: Store) 
             engine = msgspec.structs.replace(own.engine, args=(*flags, *own.engine.args))
             each = msgspec.structs.replace(own, engine=engine)
             label = f"{name}-{i}" if model.replicas else name
-            yield EngineProcess(name, each, live=partial(store.live_version, name), say=_say, label=label)
+            live, beside = partial(store.live_version, name), partial(_live_adapters, config, store, name)
+            yield EngineProcess(name, each, live=live, adapters=beside, say=_say, label=label)
+
+
+def _live_adapters(config: Config, store: Store, base: str) -> dict[str, PolicyVersion]:
+    """The live versions of the adapters on a base; before a first one is published the base alone is served."""
+    found = {name: store.live_version(name) for name in config.models if config.held_by(name) == base != name}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def _watch(process: EngineProcess, stop: threading.Event, failures: list[EngineError]) -> None:

@@ -91,6 +91,11 @@ def adapter_flags(adapters: Sequence[AdapterConfig]) -> tuple[str, ...]:
     return ("--enable-lora", *sizes, "--lora-target-modules", *layers)
 
 
+def lora_modules(folders: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what has an engine serve adapters from its start on: name -> folder."""
+    return ("--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())) if folders else ()
+
+
 def environment(config: EngineConfig, extension_home: Path) -> dict[str, str]:
     """Return the engine's whole environment. `extension_home` goes first on its PYTHONPATH."""
     env = {**os.environ, **ENVIRONMENT, **config.env}

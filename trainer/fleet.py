@@ -45,10 +45,10 @@ class Fleet:
     def forget_prefixes(self) -> None:
         """Reset every prefix cache: it is refused where anything still runs, so this proves that nothing does."""
         for engine in self:
-            engine.reset_prefix_cache()
+            engine.prove_idle()
 
     def swap(self, path: str, mark: str) -> None:
-        """Load `path` into every engine (at once), reset its prefix cache, tell it the version, and read that back."""
+        """Load `path` into every engine (at once), tell it the version, and read that back."""
         with ThreadPoolExecutor(len(self)) as pool:
             list(pool.map(lambda engine: self._swap_one(engine, path, mark), self))
 
@@ -58,7 +58,7 @@ class Fleet:
 
     def serves(self, version: PolicyVersion) -> bool:
         """Return whether every engine says that it serves the version."""
-        return all(engine.version() == str(version.version_id) for engine in self)
+        return all(engine.serves(version.checkpoint_path, str(version.version_id)) for engine in self)
 
     def put_back(self, version: PolicyVersion | None) -> None:
         """Load `version` (or mark the weights unverified); waits up to `swap_timeout_s` for an engine that restarts.
@@ -73,7 +73,7 @@ class Fleet:
                     self.serve(version)
                 else:
                     for engine in self:
-                        engine.set_version(UNVERIFIED)
+                        engine.disown(UNVERIFIED)
             except EngineUnreachable:
                 if time.monotonic() > deadline:
                     raise
@@ -93,24 +93,20 @@ class Fleet:
         """Without a probe nobody would see a stale head: then every engine must have the extension that mends it."""
         if tied_head(version.checkpoint_path):
             for engine in self:
-                if engine.extension_info() is None:
+                if engine.has_head and engine.extension_info() is None:
                     raise PublishFailed(
                         f"version {version.version_id} has a tied head, {engine.url} lacks our worker extension "
                         "and no probe was given: start the engine with `tracegrad engine`"
                     )
 
     def _swap_one(self, engine: EngineClient, path: str, mark: str) -> None:
-        engine.reload(path, timeout_s=self.settings.swap_timeout_s)
-        engine.reset_prefix_cache()
-        engine.set_version(mark)
-        if (said := engine.version()) != mark:
+        if (said := engine.swap(path, mark, timeout_s=self.settings.swap_timeout_s)) != mark:
             raise PublishFailed(f"{engine.url} was told version {mark} and says {said}: is somebody else publishing?")
 
     def _probe_one(
         self, engine: EngineClient, probe: ProbeSet, bound: float | None, noise: float | None
     ) -> ProbeResult:
-        limit = next((m.max_model_len for m in engine.models() if m.name == engine.name), None)
-        probe = probe.fitting(limit)
+        probe = probe.fitting(engine.max_model_len())
         scores = engine.score_many([(s.ids, s.n_prompt) for s in probe.sequences])
         flat = chain.from_iterable
         return judge(

@@ -17,7 +17,7 @@ import click
 from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.trainer.engine_client import engine_clients
+from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.errors import JobBusy, TrainerError
 from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.job_folder import JobFolder

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracegrad.tracestore.config import ModelConfig
+from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine_client import EngineClient, Sampled
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused
 from tracegrad.trainer.engine_launch import EXTENSION
@@ -38,7 +39,10 @@ class Finding:
 
 
 def preflight(client: EngineClient, model: ModelConfig) -> list[Finding]:
-    """Return everything that the engine behind `client` lacks for training `model`; empty when it is ready."""
+    """Return everything that the engine behind `client` lacks for training `model`; empty when it is ready.
+
+    `model` is what the engine was started with: for an adapter its base.
+    """
     if not client.healthy(timeout_s=30):
         return [
             Finding(
@@ -47,10 +51,11 @@ def preflight(client: EngineClient, model: ModelConfig) -> list[Finding]:
                 add=f"an engine there: `tracegrad engine --config FILE --model {client.name}`",
             )
         ]
-    findings = _served(client, model)
+    asked = client.base if isinstance(client, AdapterClient) else client
+    findings = _served(asked, model)
     if any(f.code == "model" for f in findings):
         return findings
-    return findings + _control(client, model) + _sampling(client)
+    return findings + _control(asked, model) + _adapters(client) + _sampling(asked)
 
 
 def check(client: EngineClient, model: ModelConfig) -> None:
@@ -106,6 +111,13 @@ def _control(client: EngineClient, model: ModelConfig) -> list[Finding]:
     if extension is None and tied_head(model.checkpoint):
         return _no_extension("a reload would leave it stale on a CPU")
     return []
+
+
+def _adapters(client: EngineClient) -> list[Finding]:
+    if not isinstance(client, AdapterClient) or client.takes_adapters():
+        return []
+    what = f"loads no adapters at run time, and {client.name!r} is one"
+    return [Finding(code="adapters", what=what, add="--enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")]
 
 
 def _no_extension(why: str) -> list[Finding]:

@@ -70,8 +70,8 @@ class ProxyApp:
         self._metrics_page = MetricsPage(self.metrics, store, config.project, sockets)
         self._outside = outside_apis(config, environ)
         self._engines = {
-            name: [each.engine.url for each in model.each_engine()]
-            for name, model in config.models.items()
+            name: [each.engine.url for each in config.engines_of(name)]
+            for name in config.models
             if name not in self._outside
         }
         self.hold = Hold(
@@ -119,6 +119,8 @@ class ProxyApp:
             timeout_s=proxy.upstream_timeout_s,
             wanted=lambda model, engine: gates[model].version_on(frozenset((engine,))),
             changed=self._engine_is_back,
+            adapters=[name for name, model in self.config.models.items() if model.adapter is not None],
+            folder_of=lambda version: self.store.get_version(version).checkpoint_path,
         )
         for name, pool in self.upstream.pools.items():
             gates[name].ready = pool.is_up

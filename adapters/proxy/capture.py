@@ -124,6 +124,14 @@ def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT) -> Injection:
     )
 
 
+def renamed(body: bytes, model: str | None) -> bytes:
+    """Return a request of ours for another model; as it is for None."""
+    if model is None:
+        return body
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return _encode({**fields, "model": msgspec.Raw(_encode(model))})
+
+
 def upstream_body(
     ask: Ask,
     injection: Injection,

@@ -138,6 +138,7 @@ class ModelEndpoint:
             flaw=ask.flaw,
             outside=None if api is None else api.model,
             purpose=purpose,
+            before=None if (held_by := self.config.held_by(model)) == model else held_by,
         )
 
     def _model_of(self, ask: Ask, role: str | None) -> str:

@@ -24,7 +24,7 @@ EngineState = Literal["up", "down", "behind"]
 CONTACT_S = 2.0
 """No engine restarts in less: who answered so recently still serves what it served."""
 PROBE_FIRST_S, PROBE_LONGEST_S = 0.05, 1.0
-_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 
 
 class Engine:
@@ -155,7 +155,7 @@ class Pool:
     async def _probe(self, engine: Engine) -> tuple[EngineState, str]:
         """Ask for the health, then for the version."""
         try:
-            async with self._session.get(engine.url / "health", timeout=_PROBE_TIMEOUT) as answer:
+            async with self._session.get(engine.url / "health", timeout=PROBE_TIMEOUT) as answer:
                 if answer.status != 200:
                     return "down", f"answers its health check with HTTP {answer.status}"
         except (aiohttp.ClientError, OSError) as error:
@@ -167,7 +167,7 @@ class Pool:
         if wanted is None:
             return "up", ""
         try:
-            async with self._session.get(engine.url / "weight_info", timeout=_PROBE_TIMEOUT) as answer:
+            async with self._session.get(engine.url / "weight_info", timeout=PROBE_TIMEOUT) as answer:
                 if answer.status != 200:
                     return "up", ""  # not in development mode: it does not tell
                 said = _version_in(await answer.read())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tracegrad.adapters.proxy.attribution import without_ours
-from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, upstream_body
+from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, renamed, upstream_body
 from tracegrad.adapters.proxy.continuing import Continuing
 from tracegrad.adapters.proxy.courses import caller_of
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
@@ -80,7 +80,7 @@ class Exchange:
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
         ours, served = draft.outside is None, draft.outside or draft.model
         injection = plan_injection(ask.body, ask.shape) if ours else NOTHING
-        alias = ask.model if ask.model is not None and ask.model != served else None
+        alias = ask.model if ask.model != served or (draft.before and shared.hold.is_new(draft.model)) else None
         who = draft.attribution
         # Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only.
         unknown = who.run_id is None or who.role is None
@@ -220,9 +220,10 @@ class Exchange:
         return await self._post(plain)
 
     async def _post(self, body: bytes) -> EngineAnswer:
-        headers = without_ours(self._request.raw_headers)
-        model, run_id, upstream = self._draft.model, self._draft.attribution.run_id, self._shared.upstream
-        return await upstream.post(model, self._shape.path, body, headers, run_id=run_id, among=self._engines)
+        headers, draft = without_ours(self._request.raw_headers), self._draft
+        body = renamed(body, draft.before if self._progress.version_dispatched is None else None)
+        run_id, post = draft.attribution.run_id, self._shared.upstream.post
+        return await post(draft.model, self._shape.path, body, headers, run_id=run_id, among=self._engines)
 
     async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
         """The engine has said everything: commit, then let the client have the end."""

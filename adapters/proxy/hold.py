@@ -184,6 +184,10 @@ class Hold:
         self.arrivals += 1
         return self.arrivals
 
+    def is_new(self, model: str) -> bool:
+        """Whether no version of a model is live yet."""
+        return self.gates[model].live_version is None
+
     def pass_through(self, model: str, caller: Caller) -> Ticket | None:
         """Count a call in where it need not wait at all; None where it has to `enter`."""
         gate = self.gates[model]

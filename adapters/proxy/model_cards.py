@@ -62,8 +62,11 @@ class ModelCards:
             await reply.whole(200, JSON_HEADERS, bytes(_pick(wanted, found)))
 
     def _to_ask(self, wanted: str | None) -> list[str]:
-        """One engine where the id names its model, so that another one's outage does not matter; else all."""
-        return [wanted] if wanted is not None and wanted in self._config.models else list(self._config.models)
+        """One engine where the id names its model, so that another one's outage does not matter; else each once."""
+        models = self._config.models
+        if wanted is not None and wanted in models:
+            return [wanted]
+        return [name for name in models if self._config.held_by(name) == name]
 
 
 def _cards(model: str, body: bytes) -> list[msgspec.Raw]:

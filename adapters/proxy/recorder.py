@@ -239,6 +239,8 @@ class Draft:
     """The name by which somebody else's API knows the model; None where the engine is ours."""
     purpose: Purpose = "live"
     """Its run's."""
+    before: str | None = None
+    """The model that answers for this one before it has a version: an adapter's base, which computes the same."""
 
 
 @dataclass(slots=True)

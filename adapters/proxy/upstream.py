@@ -8,13 +8,14 @@ nothing: what goes up is decided in `exchange` and `capture`. Called by `app` (m
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 
+from tracegrad.adapters.proxy.adapter_pool import AdapterPool
 from tracegrad.adapters.proxy.engines import Engine, Pool, said_by
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable
 from tracegrad.adapters.proxy.outside import OutsideApi, OutsidePool
@@ -100,6 +101,7 @@ class Upstream:
     """The engines by model name. Make it inside the event loop that uses it.
 
     `wanted` returns the version that an engine of a model is to serve; `changed` is told the model of one that is back.
+    `adapters` are the models that lie on another's engines; `folder_of` returns the folder of a version.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class Upstream:
         timeout_s: float,
         wanted: Callable[[str, str], int | None] = lambda model, engine: None,
         changed: Callable[[str], None] = lambda model: None,
+        adapters: Collection[str] = (),
+        folder_of: Callable[[int], str] = str,
     ) -> None:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
@@ -118,8 +122,9 @@ class Upstream:
             auto_decompress=False,
             skip_auto_headers=("User-Agent", "Accept", "Content-Type", "Accept-Encoding"),
         )
+        kinds = dict.fromkeys(adapters, partial(AdapterPool, folder_of=folder_of))
         self.pools: dict[str, Pool] = {
-            model: Pool(
+            model: kinds.get(model, Pool)(
                 model, map(Engine, urls), self._session, wanted=partial(wanted, model), changed=partial(changed, model)
             )
             for model, urls in engines.items()

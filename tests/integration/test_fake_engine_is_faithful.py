@@ -185,6 +185,24 @@ def test_unknown_paths_have_the_real_answer(real: httpx.Client, fake: SimpleName
     assert (ours.status_code, ours.json()) == (truth.status_code, truth.json())
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}),
+        ("/v1/load_lora_adapter", {"lora_name": "NAME", "lora_path": "/somewhere"}),
+        ("/v1/unload_lora_adapter", {"lora_name": ""}),
+        ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
+    ],
+)
+def test_adapters_are_refused_as_by_the_real_one(
+    real: httpx.Client, fake: SimpleNamespace, name: str, path: str, body: dict[str, Any]
+) -> None:
+    """That they are taken, and listed with their folder, the real one shows in test_adapters_loop.py."""
+    named = {key: name if value == "NAME" else value for key, value in body.items()}
+    truth, ours = real.post(path, json=named), fake.client.post(path, json=named)
+    assert (ours.status_code, ours.json()) == (truth.status_code, truth.json())
+
+
 @pytest.mark.parametrize("what", ERRORS)
 def test_errors_have_the_real_status_and_shape(real: httpx.Client, fake: SimpleNamespace, name: str, what: str) -> None:
     fake.app.max_model_len = 512

@@ -6,26 +6,19 @@ group-relative advantages.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
+from whole_loop import run_loop
 
 from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.store import Store, open_store
 
 pytestmark = pytest.mark.engine
 
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
 STEPS = 18
 GROUPS = 16
 GROUP = 8
@@ -75,20 +68,6 @@ def _configuration(folder: Path, model: Path, advantage: str) -> dict[str, Any]:
     }
 
 
-def _tasks(path: Path) -> Path:
-    lines = [
-        {"id": f"max-{a}-{b}", "input": {"question": f"max {a} {b}"}, "reference": {"answer": str(max(a, b))}}
-        for a in range(10)
-        for b in range(10)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def _command(*parts: str) -> list[str]:
-    return [sys.executable, "-m", "tracegrad.adapters.cli", *parts]
-
-
 @pytest.fixture(scope="module", params=["gae", "grpo"])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
@@ -96,78 +75,13 @@ def trained(
     """Run the loop to its last step."""
     advantage: Literal["gae", "grpo"] = request.param
     folder = tmp_path_factory.mktemp(f"loop-{advantage}")
-    config = folder / "tracegrad.yaml"
-    config.write_text(yaml.safe_dump(_configuration(folder, tiny_model, advantage)))
-    tasks = _tasks(folder / "tasks.jsonl")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = (folder / "up.log").open("wb")
-    up = subprocess.Popen(
-        _command("up", "--config", str(config), "--exit-with-train"),
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    rollout = run_loop(
+        folder, _configuration(folder, tiny_model, advantage), group=GROUP, groups=GROUPS * STEPS, ahead=GROUPS * 3 // 2
     )
-    try:
-        _wait_for_proxy(up, yaml.safe_load(config.read_text())["proxy"]["port"], folder / "up.log")
-        rollout = subprocess.run(
-            _command(
-                "rollout",
-                "--app",
-                f"{SUPPORT / 'digits_app.py'}:graph",
-                "--tasks",
-                str(tasks),
-                "--reward",
-                f"{SUPPORT / 'digits_reward.py'}:reward",
-                "--config",
-                str(config),
-                "--name",
-                "loop",
-                "--group",
-                str(GROUP),
-                "--groups",
-                str(GROUPS * STEPS),
-                "--concurrency",
-                "32",
-                "--ahead",
-                str(GROUPS + GROUPS // 2),
-                "--json",
-                "--quiet",
-            ),
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        assert rollout.returncode == 0, rollout.stderr[-3000:] + _tail(folder / "up.log")
-        assert up.wait(timeout=60) == 0, _tail(folder / "up.log")
-    finally:
-        if up.poll() is None:
-            os.killpg(up.pid, signal.SIGINT)
-            up.wait(timeout=60)
-        log.close()
     store = open_store(f"sqlite:///{folder / 'trace.db'}")
     metrics = [json.loads(line) for line in (folder / "main" / "metrics.jsonl").read_text().splitlines()]
-    yield Trained(advantage, store, metrics, json.loads(rollout.stdout))
+    yield Trained(advantage, store, metrics, rollout)
     store.close()
-
-
-def _wait_for_proxy(up: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """`up` starts the proxy once the engine answers."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert up.poll() is None, _tail(log)
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"no proxy after 240 s: {_tail(log)}")
-
-
-def _tail(path: Path) -> str:
-    return path.read_text(errors="replace")[-4000:]
 
 
 @pytest.mark.timeout(420)

@@ -65,6 +65,10 @@ class FakeEngine:
         self.die_on_reload = False
         self.alive = True
         self.loaded: list[str] = []
+        self.adapters: dict[str, str] = {}
+        """Name -> folder; None of them can be loaded without `takes_adapters`."""
+        self.takes_adapters = True
+        self.adapter_weights: dict[str, float] = {}
         self.events: list[str] = []
         handler = type("Handler", (_Handler,), {"engine": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -92,10 +96,17 @@ class FakeEngine:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         self.events.append(path.removeprefix("/"))
-        served = {"id": self.name, "root": self.root, "max_model_len": self.max_model_len}
+        served = [{"id": self.name, "root": self.root, "max_model_len": self.max_model_len}]
+        beside = {"parent": self.name, "max_model_len": None}
+        served += [{"id": name, "root": root, **beside} for name, root in self.adapters.items()]
+        run_time = {
+            "/v1/load_lora_adapter": lambda: self._load_adapter(body),
+            "/v1/unload_lora_adapter": lambda: self._unload_adapter(body),
+        }
         open_to_all = {
+            **(run_time if self.takes_adapters else {}),
             "/health": lambda: (200, None),
-            "/v1/models": lambda: (200, {"data": [served]}),
+            "/v1/models": lambda: (200, {"data": served}),
             "/v1/completions": lambda: self._completions(body),
         }
         development = {
@@ -106,6 +117,32 @@ class FakeEngine:
         }
         known = {**open_to_all, **(development if self.dev_mode else {})}
         return known[path]() if path in known else (404, {"detail": "Not Found"})
+
+    def _load_adapter(self, body: dict[str, Any]) -> tuple[int, Any]:
+        name, path = body["lora_name"], body["lora_path"]
+        if not name or not path:
+            return 400, _error("Both 'lora_name' and 'lora_path' must be provided.")
+        if name in self.adapters and not body.get("load_inplace"):
+            return 400, _error(f"The lora adapter '{name}' has already been loaded.")
+        if self.fail_reloads:
+            self.fail_reloads -= 1
+            return 500, _error("out of memory")
+        self.loaded.append(path)
+        if not self.ignore_reload:
+            self.load_adapter(name, Path(path))
+        self.adapters[name] = path
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Take an adapter's weights: of the toy, the number of a whole model."""
+        self.adapter_weights[name] = float(json.loads((folder / "weight.json").read_text()))
+
+    def _unload_adapter(self, body: dict[str, Any]) -> tuple[int, Any]:
+        name = body["lora_name"]
+        if name not in self.adapters:
+            return 404, _error(f"The lora adapter '{name}' cannot be found.")
+        del self.adapters[name]
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     def _set_version(self, version: str) -> tuple[int, Any]:
         self.version = version
@@ -131,7 +168,7 @@ class FakeEngine:
         return 200, {"results": [{"tied": True, "repacked": True} if method.startswith("tracegrad") else None]}
 
     def _completions(self, body: dict[str, Any]) -> tuple[int, Any]:
-        if body["model"] != self.name:
+        if body["model"] not in (self.name, *self.adapters):
             return 404, _error(f"The model `{body['model']}` does not exist.")
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
         if any(len(p) + body["max_tokens"] > self.max_model_len for p in prompts):
@@ -144,9 +181,9 @@ class FakeEngine:
         top_k = body.get("top_k", self.default_top_k)
         ids, values, tops = list(prompt), [], []
         for _ in range(body["max_tokens"]):
-            sampled = _mask(self._logprobs(ids[-1], temperature), top_k)
+            sampled = _mask(self._logprobs(body, ids[-1], temperature), top_k)
             token = rng.choices(range(VOCABULARY), [math.exp(x) for x in sampled])[0]
-            reported = sampled if self.processed else self._logprobs(ids[-1], 1.0)
+            reported = sampled if self.processed else self._logprobs(body, ids[-1], 1.0)
             values.append(reported[token])
             best = sorted(range(VOCABULARY), key=lambda t: -reported[t])[: body.get("logprobs", 0)]
             tops.append({f"token_id:{t}": max(reported[t], -9999.0) for t in {*best, token}})
@@ -159,16 +196,18 @@ class FakeEngine:
         if "prompt_logprobs" in body:
             choice["prompt_logprobs"] = [
                 None,
-                *(self._scored(prompt, i, body["prompt_logprobs"]) for i in range(1, len(prompt))),
+                *(self._scored(body, prompt, i) for i in range(1, len(prompt))),
             ]
         return choice
 
-    def _scored(self, prompt: list[int], i: int, top: int) -> dict[str, Any]:
-        row = self._logprobs(prompt[i - 1], 1.0)
-        best = sorted(range(VOCABULARY), key=lambda t: -row[t])[:top]
+    def _scored(self, body: dict[str, Any], prompt: list[int], i: int) -> dict[str, Any]:
+        row = self._logprobs(body, prompt[i - 1], 1.0)
+        best = sorted(range(VOCABULARY), key=lambda t: -row[t])[: body["prompt_logprobs"]]
         return {str(t): {"logprob": row[t]} for t in {*best, prompt[i]}}
 
-    def _logprobs(self, after: int, temperature: float) -> list[float]:
+    def _logprobs(self, body: dict[str, Any], after: int, temperature: float) -> list[float]:
+        if body["model"] in self.adapters:
+            return _row(self.adapter_weights[body["model"]], after % VOCABULARY, temperature)
         return _row(self.weight, after % VOCABULARY, temperature, self.head_weight)
 
 
@@ -200,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionAbortedError:
             self.close_connection = True
             return
-        raw = b"" if answer is None else json.dumps(answer).encode()
+        raw = b"" if answer is None else answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
@@ -226,7 +265,15 @@ def main(argv: Sequence[str]) -> None:
         os._exit(0)
     (checkpoint / "child.pid").write_text(str(child))
     time.sleep(float(given.get("--slow", 0)))
-    FakeEngine(checkpoint, name=given["--served-model-name"], port=int(given["--port"])).serve()
+    engine = FakeEngine(checkpoint, name=given["--served-model-name"], port=int(given["--port"]))
+    modules = argv[argv.index("--lora-modules") + 1 :] if "--lora-modules" in argv else []
+    for module in modules:
+        if "=" not in module or module.startswith("--"):
+            break
+        name, _, folder = module.partition("=")
+        engine.load_adapter(name, Path(folder))
+        engine.adapters[name] = folder
+    engine.serve()
 
 
 if __name__ == "__main__":

@@ -82,9 +82,13 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         if where == ("GET", "/health"):
             await reply(send, 200, b"", b"text/plain")
         elif where == ("GET", "/v1/models"):
-            await reply(send, 200, dumps({"object": "list", "data": [self._card()]}))
+            await reply(
+                send, 200, dumps({"object": "list", "data": [self._card(), *self._adapter_cards(self._card())]})
+            )
         elif where[0] == "POST" and where[1] in self._paths():
             await self._answer(scope, receive, send)
+        elif where[0] == "POST" and where[1] in self.ADAPTER_PATHS:
+            await self._exchange_adapter(where[1], receive, send)
         elif where == ("GET", "/weight_info") and self.version is not None:
             await reply(send, 200, dumps({"weight_version": self.version}))
         elif where[0] == "POST" and where[1] in self.PATHS and self.version is not None:
@@ -157,7 +161,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
     def _refusal(self, body: dict[str, Any], prefix: str) -> tuple[int, str, str, str | None] | None:
         bad = "BadRequestError"
         refusal: tuple[int, str, str, str | None] | None = None
-        if body.get("model") not in (None, self.name) or not (self.loaded or prefix != "tools"):
+        if body.get("model") not in (None, self.name, *self.adapters) or not (self.loaded or prefix != "tools"):
             refusal = 404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model"
         elif body.get("tools") == []:
             refusal = 400, "`tools` must not be an empty array.", bad, "tools"
@@ -183,7 +187,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         return refusal
 
     def _sample(self, body: dict[str, Any], text: str) -> Sampled:
-        return self._as_sampled(sample(text if self.answer_text is None else self.answer_text, body))
+        return self._as_sampled(sample(text if (own := self._answer_of(body.get("model"))) is None else own, body))
 
     def _uses_tools(self, body: dict[str, Any]) -> bool:
         return bool(self.tools_parser and body.get("tools") and body.get("tool_choice") != "none")
@@ -236,7 +240,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
                 "token_ids": sampled.ids if self._gives_ids(body) and not hidden else None, "routed_experts": None,
             })  # fmt: skip
         answer = {
-            "id": body["_id"], "object": "chat.completion", "created": int(time.time()), "model": self.name,
+            "id": body["_id"], "object": "chat.completion", "created": int(time.time()),
+            "model": body.get("model") or self.name,
             "choices": choices, "service_tier": None, "system_fingerprint": FINGERPRINT,
             "usage": self._usage(len(prompt), total), "prompt_logprobs": None,
             "prompt_token_ids": prompt if self._gives_ids(body) else None, "prompt_text": None,
@@ -268,7 +273,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         with_usage = bool(options.get("include_usage"))
         continuous = with_usage and bool(options.get("continuous_usage_stats"))
         head = {
-            "id": body["_id"], "object": "chat.completion.chunk", "created": int(time.time()), "model": self.name,
+            "id": body["_id"], "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": body.get("model") or self.name,
         }  # fmt: skip
 
         async def say(choices: list[Any], **extra: Any) -> None:

@@ -16,6 +16,7 @@ class LlamaEngine(FakeEngine):
     def __init__(self, base: Path, scratch: Path, name: str) -> None:
         super().__init__(save_weight(scratch, 1.0), name)
         self.max_model_len = 2048
+        self._base, self._adapted = base, dict[str, Any]()
         self.load(base)
 
     def load(self, folder: Path) -> None:
@@ -35,11 +36,19 @@ class LlamaEngine(FakeEngine):
             self.load(Path(kwargs["path"]))
         return 200, {"results": [{"tied": False, "repacked": False}]}
 
-    def _rows(self, ids: list[int], temperature: float) -> list[list[float]]:
+    def load_adapter(self, name: str, folder: Path) -> None:
+        import torch
+        from peft import PeftModel
+        from transformers import LlamaForCausalLM
+
+        base = LlamaForCausalLM.from_pretrained(self._base, dtype=torch.float32)
+        self._adapted[name] = PeftModel.from_pretrained(base, folder)
+
+    def _rows(self, model: str, ids: list[int], temperature: float) -> list[list[float]]:
         import torch
 
         with torch.no_grad():
-            logits = self._lm(torch.tensor([ids])).logits[0]
+            logits = self._adapted.get(model, self._lm)(torch.tensor([ids])).logits[0]
         rows: list[list[float]] = torch.log_softmax(logits / temperature, -1).tolist()
         return rows
 
@@ -48,7 +57,7 @@ class LlamaEngine(FakeEngine):
         temperature = body.get("temperature", 1.0) or 1.0
         ids, values, tops = list(prompt), [], []
         for _ in range(body["max_tokens"]):
-            row = self._rows(ids, temperature)[-1]
+            row = self._rows(body["model"], ids, temperature)[-1]
             token = rng.choices(range(len(row)), [math.exp(x) for x in row])[0]
             values.append(row[token])
             tops.append({f"token_id:{t}": row[t] for t in {*_best(row, body.get("logprobs", 0)), token}})
@@ -57,7 +66,7 @@ class LlamaEngine(FakeEngine):
         choice["token_ids"] = ids[len(prompt) :]
         choice["logprobs"] = {"token_logprobs": values, "top_logprobs": tops}
         if "prompt_logprobs" in body:
-            scored = zip(self._rows(prompt, 1.0), prompt[1:], strict=False)
+            scored = zip(self._rows(body["model"], prompt, 1.0), prompt[1:], strict=False)
             entries = [
                 {str(t): {"logprob": row[t]} for t in {*_best(row, body["prompt_logprobs"]), token}}
                 for row, token in scored

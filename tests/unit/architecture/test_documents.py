@@ -27,7 +27,7 @@ ENTRIES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
     "tracegrad.commands"
 ]
 OF_OTHERS = {
-    "--enable-scale-out",  # vLLM's
+    *("--enable-scale-out", "--enable-lora", "--max-loras", "--lora-target-modules", "--lora-modules"),  # vLLM's
     "--lora-target-modules",  # vLLM's
     "--return-sampling-mask",  # vLLM's
     "--trust-request-chat-template",

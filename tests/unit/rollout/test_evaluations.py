@@ -1,5 +1,6 @@
 """`tracegrad eval`: purpose, means, failures apart, paired comparison; an engine of its own for a checkpoint."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tracegrad.adapters.rollout_errors import EvalFileError, ServingError
 from tracegrad.adapters.serving import serving, serving_config
 from tracegrad.adapters.supervisor import ChildSpec
 from tracegrad.tracestore.config import Config, dump_config, parse_config
+from tracegrad.tracestore.store import open_store
 
 CHILD = """
 import http.server, sys
@@ -131,6 +133,39 @@ def test_a_checkpoint_is_served_in_place_of_the_trained_model(tmp_path: Path) ->
     assert not any(model.engine.external for model in own.models.values())
     with pytest.raises(ServingError, match=r"no config\.json"):
         serving_config(tmp_path, None, tmp_path)
+
+
+def test_the_folder_of_a_step_serves_all_its_models(tmp_path: Path) -> None:
+    """Each full model from its subfolder; adapters are live in the store that the engine reads when it starts."""
+    step = tmp_path / "step-000003-abcdef01"
+    for model, file in (("a", "config.json"), ("p", "adapter_config.json")):
+        (step / model).mkdir(parents=True)
+        (step / model / file).write_text("{}")
+    models = {
+        "a": {"checkpoint": "/a"},
+        "base": {"checkpoint": "/b", "trained": False},
+        "p": {"adapter": {"of": "base"}},
+    }
+    config = parse_config({"models": models, "roles": {"x": "a", "y": "p"}})
+    own = serving_config(step, config, tmp_path)
+    assert {name: model.checkpoint for name, model in own.models.items()} == {
+        "a": str(step / "a"),
+        "base": "/b",
+        "p": "",
+    }
+    live: list[str] = []
+
+    def specs(config: Config, path: Path, *, train: bool) -> tuple[ChildSpec, ...]:
+        with contextlib.closing(open_store(config.store)) as store:
+            live.extend(version.checkpoint_path for name in ("a", "p") if (version := store.live_version(name)))
+        script = "exit 1"
+        return (ChildSpec(name="engine", command=("/bin/sh", "-c", script), ready_urls=("http://127.0.0.1:9/",)),)
+
+    with pytest.raises(ServingError), serving(step, config, specs=specs):
+        pytest.fail("it was never ready")
+    assert live == [str(step / "p")]
+    with pytest.raises(ServingError, match="holds one model, and the configuration trains a, p"):
+        serving_config(step / "a", config, tmp_path)
 
 
 def test_a_gate_is_no_business_of_an_evaluation_of_its_own(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     code, found, text = ask()
     assert (code, found["ok"], found["problems"]) == (0, True, [])
     assert found["engines"] == [
-        {"model": "main", "url": engine.url, "health": "ok", "version": str(version.version_id)}
+        {"model": "main", "url": engine.url, "health": "ok", "version": str(version.version_id), "adapters": None}
     ]
     assert (found["models"][0]["live_version"], found["models"][0]["live_step"]) == (version.version_id, 3)
     assert found["open_runs"]["count"] == 1
@@ -70,6 +70,27 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     assert "everything is up" in text and "version 1 is live (step 3)" in text and "1 open" in text
     assert "job main: no step yet; 0 groups ready" in text
     assert found["drift"] == [] and "go on from" not in text
+
+
+def test_each_trained_model_is_shown_and_an_adapter_that_is_not_served_is_a_problem(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any
+) -> None:
+    store.register_proxy("proxy_1", engine.url)
+    versions = {name: live_version(store, 2, name) for name in ("p", "w")}
+    engine.name = "base"
+    engine.adapters = {name: version.checkpoint_path for name, version in versions.items()}
+    models = {
+        "base": {"checkpoint": "none", "trained": False, "engine": {"url": engine.url}},
+        **{name: {"adapter": {"of": "base"}} for name in versions},
+    }
+    mapped = {"models": models, "roles": {"planner": "p", "writer": "w"}}
+    code, found, text = ask(**mapped)
+    assert (code, found["problems"]) == (0, [])
+    assert [(one["model"], one["live_step"]) for one in found["models"]] == [("base", None), ("p", 2), ("w", 2)]
+    assert found["trainer"]["models"] == ["p", "w"] and "job main of p, w: no step yet" in text
+    engine.adapters["p"] = "/checkpoints/old"
+    (problem,) = ask(**mapped)[1]["problems"]
+    assert "serves the adapter p from /checkpoints/old, live is version 1 (/checkpoints/2)" in problem
 
 
 def test_drift_is_told_by_its_cause(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:

@@ -19,7 +19,7 @@ from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.trainer.engine_client import engine_clients
+from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.engine_command import engine
 from tracegrad.trainer.versions_command import rollback, versions
 

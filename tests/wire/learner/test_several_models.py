@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from sqlalchemy import func, select
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.schema import calls, consumption, step_versions
 from tracegrad.tracestore.store import Store
+from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.errors import StepRefused, TrainerError
+from tracegrad.trainer.errors import EngineError, PublishError, StepRefused, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
@@ -223,36 +224,120 @@ def test_models_go_back_together(separate: Config, store: Store) -> None:
         train(separate, store)
 
 
-def test_every_model_goes_live_proven_on_its_own_engine(
-    configure: Configure, llama: Path, store: Store, score: recorded.Score, tmp_path: Path
-) -> None:
-    """Canary, initial version and both steps, each with a probe; what is live of one model counts for its calls."""
-    settings = {"probe_tokens": 16, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
-    config = spoken.mapped(configure(steps=2, publish=settings, keep_checkpoints=1), "partial sharing", llama)
-    workers, said = InProcess(config), list[str]()
+PUBLISH = {"probe_tokens": 8, "probe_bound": 0.001, "drain_timeout_s": 5.0, "swap_timeout_s": 5.0}
 
-    def echo(text: str) -> None:
-        said.append(text)
-        if " waits for runs" in text:
-            spoken.fill(store, config, 2, score=score, seed=len(said))
 
-    with contextlib.ExitStack() as running:
-        engines = {name: running.enter_context(LlamaEngine(llama, tmp_path / name, name)) for name in "ab"}
-        around = Surroundings(
-            store=store,
-            workers=workers,
-            folder=running.enter_context(JobFolder(config.trainer).held()),
-            console=Console(echo, steps=2, as_json=False),
-            engines={name: [EngineClient(engine.url, name)] for name, engine in engines.items()},
-        )
-        Controller(config, around).run()
-        for name, engine in engines.items():
-            live = store.live_version(name)
-            assert live is not None and (live.step, engine.version) == (2, str(live.version_id))
-            assert [folder.split("-")[1] for folder in engine.loaded] == ["000000", "000000", "000001", "000002"]
-    last = metrics(config)[-1]
-    assert {model: report["result"]["verdict"] for model, report in last["publish"].items()} == {"a": "new", "b": "new"}
-    assert last["version"] == {name: store.list_versions(name)[-1].version_id for name in "ab"}
+class House:
+    """A job online: an engine for each model that holds weights, and traffic whenever the trainer waits for runs."""
+
+    def __init__(self, config: Config, store: Store, score: recorded.Score, base: Path, scratch: Path) -> None:
+        self.config, self.store, self.score, self.base, self.scratch = config, store, score, base, scratch
+        self.said: list[str] = []
+        self.seed = 100
+        self._running = contextlib.ExitStack()
+        self.engines: dict[str, LlamaEngine] = {}
+
+    def __enter__(self) -> "House":
+        for name in {self.config.held_by(each): None for each in self.config.trained_models()}:
+            self.engines[name] = self._running.enter_context(LlamaEngine(self.base, self.scratch / name, name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def clients(self) -> dict[str, list[EngineClient]]:
+        of = {name: (self.engines[self.config.held_by(name)].url, name) for name in self.config.trained_models()}
+        return {
+            name: [EngineClient(*at) if name in self.engines else AdapterClient(*at, self.config.held_by(name))]
+            for name, at in of.items()
+        }
+
+    def train(self, workers: InProcess | None = None) -> None:
+        def echo(text: str) -> None:
+            self.said.append(text)
+            if " waits for runs" in text:
+                self.seed += 1
+                spoken.fill(self.store, self.config, 2, score=self.score, seed=self.seed)
+
+        with JobFolder(self.config.trainer).held() as folder:
+            around = Surroundings(
+                store=self.store,
+                workers=workers or InProcess(self.config),
+                folder=folder,
+                console=Console(echo, steps=self.config.trainer.steps, as_json=False),
+                engines=self.clients(),
+            )
+            Controller(self.config, around).run()
+
+
+@pytest.fixture(params=["partial sharing", "adapter per role"])
+def house(
+    request: pytest.FixtureRequest, configure: Configure, store: Store, score: recorded.Score, tmp_path: Path
+) -> Iterator[House]:
+    llama = request.getfixturevalue("llama")
+    config = spoken.mapped(configure(steps=2, publish=PUBLISH, keep_checkpoints=1), request.param, llama)
+    with House(config, store, score, llama, tmp_path) as running:
+        yield running
+
+
+def served(house: House) -> dict[str, int]:
+    """Model -> the step of what is live of it, after a look at what its engine says that it serves."""
+    steps = {}
+    for name, (client,) in house.clients().items():
+        live = house.store.live_version(name)
+        assert live is not None
+        assert client.serves(live.checkpoint_path, str(live.version_id))
+        steps[name] = live.step
+    return steps
+
+
+def test_every_model_goes_live_proven_on_its_engine(house: House) -> None:
+    """Canary, initial version and both steps, each with a probe, whether the engine has other models beside it."""
+    house.train()
+    trained = house.config.trained_models()
+    assert served(house) == dict.fromkeys(trained, 2)
+    for engine in house.engines.values():
+        of_each = 4 * (len(trained) if engine.adapters else 1)
+        assert len(engine.loaded) == of_each, "canary, initial, two steps"
+    last = metrics(house.config)[-1]
+    assert {model: report["result"]["verdict"] for model, report in last["publish"].items()} == dict.fromkeys(
+        trained, "new"
+    )
+    assert last["version"] == {name: house.store.list_versions(name)[-1].version_id for name in trained}
+    kinds = {name: [v.kind for v in house.store.list_versions(name)][:2] for name in trained}
+    assert kinds == {name: ["initial", "canary"] for name in trained}
+
+
+def test_a_model_that_fails_to_publish_stops_all_and_the_last_good_ones_serve_on(house: House) -> None:
+    """The step is committed; what comes after the failed one is not published; the next start publishes both."""
+
+    class Breaks(InProcess):
+        def save(self, root: str, step: int) -> Any:
+            if step == 2:
+                next(iter(house.engines.values())).fail_reloads = 1
+            return super().save(root, step)
+
+    with pytest.raises((PublishError, EngineError), match="out of memory"):
+        house.train(Breaks(house.config))
+    assert served(house) == dict.fromkeys(house.config.trained_models(), 1)
+    last = house.store.last_checkpoint("test")
+    assert last is not None and last.step == 2
+    house.train()
+    assert served(house) == dict.fromkeys(house.config.trained_models(), 2)
+
+
+def test_a_pin_holds_one_model_and_not_the_others(house: House) -> None:
+    house.config = until(house.config, 1)
+    house.train()
+    first, second = house.config.trained_models()
+    held = house.store.live_version(first)
+    assert held is not None
+    house.store.pin_version(held.version_id, "by hand")
+    house.config = until(house.config, 2)
+    house.train()
+    assert served(house) == {first: 1, second: 2}
+    house.train()
+    assert served(house) == {first: 1, second: 2}, "the next start serves what is pinned, too"
 
 
 def test_runs_that_one_model_recorded_train_two(

@@ -1,0 +1,71 @@
+"""HTTP to one LoRA adapter on an engine: loaded beside its base, exchanged at run time, scored by its name.
+
+An adapter is known to the engine by its model's name, and what it is by the folder that it was loaded from: each
+version has a folder of its own, and the engine's list of models names it. So nothing has to be marked, and no cached
+prefix goes stale: vLLM keeps prefixes apart by name and folder. Calls to other adapters of the base go on meanwhile,
+so an idle engine cannot be asked for; that no call of this adapter runs, the proxies' acknowledgements say. Refuses an
+engine without `--enable-lora`, or without run-time loading (EngineRefused). Called by the publisher, by the engine's
+watcher and by `trainer.command`.
+
+Source: vllm 0.32 `entrypoints/openai/models/serving.py`, `v1/core/kv_cache_utils.py`.
+"""
+
+from tracegrad.tracestore.config import Config
+from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_errors import EngineRefused
+
+
+class AdapterClient(EngineClient):
+    """The adapter `name` on the engine at `url`, which serves its base as `base`."""
+
+    def __init__(self, url: str, name: str, base: str, *, timeout_s: float = 60.0) -> None:
+        super().__init__(url, name, timeout_s=timeout_s)
+        self.base = EngineClient(url, base, timeout_s=timeout_s)
+
+    @property
+    def has_head(self) -> bool:
+        """Never: adapters lie on the layers below it."""
+        return False
+
+    def swap(self, path: str, mark: str, *, timeout_s: float = 120.0) -> str:
+        """Load the adapter at `path` in place of the one before; return `mark` where the engine lists that folder."""
+        body = {"lora_name": self.name, "lora_path": path, "load_inplace": True}
+        self._send("POST", "/v1/load_lora_adapter", body, timeout_s=timeout_s)
+        return mark if self.loaded() == path else str(self.loaded())
+
+    def serves(self, path: str, _mark: str) -> bool:
+        """Return whether the engine lists the adapter with that folder."""
+        return self.loaded() == path
+
+    def disown(self, _mark: str) -> None:
+        """Take the adapter away: calls to it are refused until the next publish."""
+        if self.loaded() is not None:
+            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": self.name})
+
+    def prove_idle(self) -> None:
+        """Nothing: calls to other models of the engine may run."""
+
+    def max_model_len(self) -> int | None:
+        """Return how many tokens its base takes."""
+        return self.base.max_model_len()
+
+    def loaded(self) -> str | None:
+        """Return the folder that the engine serves the adapter from; None where it serves none."""
+        return next((model.root for model in self.models() if model.name == self.name), None)
+
+    def takes_adapters(self) -> bool:
+        """Return whether the engine loads adapters at run time: it refuses one without a name, and knows the path."""
+        try:
+            self._send("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""})
+        except EngineRefused as error:
+            return error.status != 404
+        return True
+
+
+def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
+    """Return a client for each engine that serves a model: what is published goes to all of them."""
+    held_by = config.held_by(name)
+    urls = [each.engine.url for each in config.engines_of(name)]
+    if held_by == name:
+        return tuple(EngineClient(url, name) for url in urls)
+    return tuple(AdapterClient(url, name, held_by) for url in urls)

@@ -16,6 +16,7 @@ import msgspec
 from sqlalchemy import Dialect
 from sqlalchemy.types import LargeBinary, Text, TypeDecorator
 
+from tracegrad.tracestore.deflate_words import WORDS
 from tracegrad.tracestore.errors import InvalidRecord
 
 _SWAP = sys.byteorder == "big"
@@ -56,7 +57,7 @@ def packed(text: bytes) -> bytes:
     if not _LEAST_DEFLATED <= len(text) <= _MOST_DEFLATED:
         return text
     # A window of 4 KB, small tables: zlib's own take longer to be cleared than a message takes to be deflated.
-    deflater = zlib.compressobj(1, zlib.DEFLATED, 12, 5)
+    deflater = zlib.compressobj(6, zlib.DEFLATED, 12, 6, zlib.Z_DEFAULT_STRATEGY, WORDS)
     deflated = deflater.compress(text) + deflater.flush()
     return deflated if len(deflated) < 0.9 * len(text) else text
 
@@ -65,10 +66,14 @@ def unpacked(blob: bytes) -> bytes:
     """Inverse of `packed`. Raises ValueError for what cannot be inflated."""
     if not blob.startswith(b"H"):
         return blob
+    inflater = zlib.decompressobj(zdict=WORDS)  # what was deflated without it says so itself
     try:
-        return zlib.decompress(blob)
+        text = inflater.decompress(blob) + inflater.flush()
     except zlib.error as error:
         raise ValueError(f"text that cannot be inflated: {error}") from error
+    if not inflater.eof or inflater.unused_data:
+        raise ValueError("text that cannot be inflated: it is cut off, or longer than it says")
+    return text
 
 
 def narrow_int32(blob: bytes) -> tuple[int, bytes]:

@@ -236,7 +236,7 @@ calls = Table(
     CheckConstraint("span_id IS NULL OR run_id IS NOT NULL", name="span_has_run"),
     Index(None, "run_id", "model"),
     Index(None, "version_dispatched", "run_id"),
-    Index(None, "completion_id"),
+    Index(None, "completion_id", postgresql_using="hash"),
     sqlite_autoincrement=True,
 )
 for _seldom in (calls.c.request_hash, calls.c.retry_of):

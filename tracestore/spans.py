@@ -72,9 +72,10 @@ def _upwards(span_id: str, parents: Mapping[str, str | None]) -> set[str]:
 
 
 def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:
-    """Write parts of spans whose runs exist and are locked, in the order given."""
+    """Write parts of spans whose runs exist and are locked, in the order given; what is said twice running, once."""
     if parts:
-        rows = [{name: getattr(part, name) for name in _FIELDS} for part in parts]
+        told = [part for before, part in zip([None, *parts], parts, strict=False) if part != before]
+        rows = [{name: getattr(part, name) for name in _FIELDS} for part in told]
         run_hot(connection, _upsert_for(connection.dialect.name), rows)
 
 

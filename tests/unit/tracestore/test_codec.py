@@ -2,6 +2,7 @@
 
 import math
 import struct
+import zlib
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,10 @@ from tracegrad.tracestore.codec import (
     encode_float32,
     encode_int32,
     encode_json,
+    packed,
+    unpacked,
 )
+from tracegrad.tracestore.deflate_words import WORDS
 from tracegrad.tracestore.errors import InvalidRecord
 
 json_values = st.recursive(
@@ -72,3 +76,15 @@ def test_json_round_trips(value: object) -> None:
 def test_what_json_cannot_hold_is_refused(value: object) -> None:
     with pytest.raises(InvalidRecord, match="JSON"):
         encode_json(value)
+
+
+def test_text_is_deflated_against_words_that_never_change() -> None:
+    """A text of this store, of one before the words, and one that a person wrote; damage is told, never given out."""
+    text = b'{"role":"user","content":"Which of these questions should have been answered by the system before?"}' * 2
+    blob = packed(text)
+    assert len(blob) < len(text) / 3 and unpacked(blob) == text
+    assert unpacked(zlib.compress(text, wbits=12)) == text
+    assert (len(WORDS), zlib.adler32(WORDS)) == (2889, 4223997762)
+    for broken in (blob[:-1], blob + b"x", b"H" + blob[2:]):
+        with pytest.raises(ValueError, match="cannot be inflated"):
+            unpacked(broken)

@@ -42,6 +42,7 @@ def upgrade() -> None:
         _rebuild_blocks(unique=False)
     else:
         op.drop_constraint(op.f("uq_blocks_hash"), "blocks", type_="unique")
+        _index_completions("hash")
 
 
 def downgrade() -> None:
@@ -53,6 +54,7 @@ def downgrade() -> None:
         _rebuild_blocks(unique=True)
     else:
         op.create_unique_constraint(op.f("uq_blocks_hash"), "blocks", ["hash"])
+        _index_completions("btree")
 
 
 def _rekey(key: str) -> None:
@@ -160,6 +162,13 @@ def _create_consumption(key: str) -> None:
 
 def _index_consumption(key: str) -> None:
     op.create_index(op.f(f"ix_consumption_{key}"), "consumption", [key])
+
+
+def _index_completions(using: str) -> None:
+    """PostgreSQL's; completion ids are looked for one by one, and long."""
+    name = op.f("ix_calls_completion_id")
+    op.drop_index(name, table_name="calls")
+    op.create_index(name, "calls", ["completion_id"], postgresql_using=using)
 
 
 _CREATE = {"choices": _create_choices, "choice_payloads": _create_tokens, "consumption": _create_consumption}

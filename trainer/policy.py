@@ -368,6 +368,11 @@ def _take_masters(lm: Any, precision: Precision, ranks: Ranks) -> dict[str, nn.P
         name: nn.Parameter(parameter.detach().clone(), requires_grad=True) for name, parameter in lm.named_parameters()
     }
     round_weights(lm)
+    embedding = lm.get_input_embeddings()
+    if (
+        type(embedding) is nn.Embedding
+    ):  # else a gradient of the vocabulary's size, zeros nearly all of it, for each row
+        embedding.sparse = True
     for name, weight in lm.named_parameters():
         weight.register_post_accumulate_grad_hook(_into_master(masters[name]))
     return masters
@@ -391,7 +396,12 @@ def _into_master(master: nn.Parameter) -> Any:
 
     def add(weight: Tensor) -> None:
         assert weight.grad is not None
-        if master.grad is None:
+        if weight.grad.is_sparse:
+            if master.grad is None:
+                master.grad = buffer.zero_()
+            tokens_T, grad_TD = weight.grad._indices()[0], weight.grad._values()
+            master.grad.index_add_(0, tokens_T, grad_TD.to(master.dtype))
+        elif master.grad is None:
             master.grad = buffer.copy_(weight.grad)
         else:
             master.grad.add_(weight.grad)

@@ -201,8 +201,9 @@ def test_a_new_value_head_says_zero_and_can_learn(choices):
 # -- bf16 with float32 masters
 
 
-def test_bf16_computes_near_fp32_and_keeps_float32_masters(choices):
-    exact, rounded = build(TIED_LLAMA), build(TIED_LLAMA, precision="bf16")
+@CONFIGS
+def test_bf16_computes_near_fp32_and_keeps_float32_masters(choices, config):
+    exact, rounded = build(config), build(config, precision="bf16")
     row = packed_row(pack(choices, row_tokens=1000).rows[0])
     a, b = exact.edge_outputs(row), rounded.edge_outputs(row)
     assert b.logprobs_E.dtype == b.values_E.dtype == torch.float32

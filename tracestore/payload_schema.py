@@ -101,7 +101,6 @@ choice_payloads = Table(
     ),
     CheckConstraint(f"length(token_ids) IN {_in_bytes('n_tokens')}", name="token_length"),
     CheckConstraint("length(logprobs) = 4 * n_tokens", name="logprob_length"),
-    sqlite_with_rowid=False,
 )
 
 

@@ -130,7 +130,6 @@ def _create_tokens(key: str) -> None:
         sa.CheckConstraint("length(logprobs) = 4 * n_tokens", name=op.f("ck_choice_payloads_logprob_length")),
         _to_choices("choice_payloads", key),
         sa.PrimaryKeyConstraint(key, "choice_index", name=op.f("pk_choice_payloads")),
-        sqlite_with_rowid=key != "seq",
     )
 
 

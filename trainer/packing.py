@@ -11,7 +11,7 @@ their common prefix. Cutting the order into rows costs the common prefix at the 
 chosen by dynamic programming to be cheapest overall.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,7 @@ def pack(
     row_tokens: int,
     attention_cost: float = 0.0,
     row_cost: float = 0.0,
+    easy_tokens: int | None = None,
     select: Sequence[int] | None = None,
 ) -> Packing:
     """Lay the selected choices (default all) into rows of at most `row_tokens` nodes.
@@ -90,8 +91,9 @@ def pack(
     A single context longer than that gets a row of its own. Rows minimise ``tokens + attention_cost * tokens^2 +
     row_cost``, summed, then their number, then their squares. With both costs 0 (default) that is the fewest
     computed tokens: one row where everything fits. A positive `attention_cost` (see `Policy.attention_cost`) also
-    cuts where a dense mask would waste more than the repeated prefix costs. `edge_choice_E` and `edge_index_E`
-    count over all of `choices`, also when only some are selected. Deterministic.
+    cuts where a dense mask would waste more than the repeated prefix costs. Every further `easy_tokens` of a row cost
+    `row_cost` and a token: it is cut, to hold less memory at once, where nothing is computed again. `edge_choice_E` and
+    `edge_index_E` count over all of `choices`, also when only some are selected. Deterministic.
 
     Raises:
         PackingError: a choice has no context or a wrong kept set, or `row_tokens` is not positive.
@@ -110,9 +112,14 @@ def pack(
     arrays = [np.asarray(context, dtype=np.int64) for context in contexts]
     shared = _common_prefixes(arrays)
     starts = token_starts(choices)
+
+    def cost(tokens: int) -> float:
+        lengths = 1 if easy_tokens is None else max(1, -(-tokens // easy_tokens))
+        return tokens + attention_cost * tokens * tokens + row_cost + (lengths - 1) * (row_cost + 1)
+
     rows = tuple(
         _row(arrays[first:last], shared[first:last], [by_context[c] for c in contexts[first:last]], choices, starts)
-        for first, last in _cuts([len(array) for array in arrays], shared, row_tokens, attention_cost, row_cost)
+        for first, last in _cuts([len(array) for array in arrays], shared, row_tokens, cost)
     )
     stats = PackingStats(
         n_choices=len(chosen),
@@ -137,12 +144,12 @@ def _common_prefixes(arrays: Sequence[Ints]) -> list[int]:
 
 
 def _cuts(
-    lengths: Sequence[int], shared: Sequence[int], row_tokens: int, attention_cost: float, row_cost: float
+    lengths: Sequence[int], shared: Sequence[int], row_tokens: int, cost_of: Callable[[int], float]
 ) -> list[tuple[int, int]]:
     """Cut the order into the cheapest rows: ``best[k] = min over j < k of best[j] + cost of the row j..k-1``.
 
-    Costs compare lexicographically: (tokens + attention_cost * tokens^2 + row_cost, rows, tokens^2). A row j..k-1
-    holds all of context j and what each later one adds to its predecessor.
+    Costs compare lexicographically: (`cost_of` the row's tokens, rows, tokens^2). A row j..k-1 holds all of context j
+    and what each later one adds to its predecessor.
     """
     best: list[tuple[float, int, float]] = [(0.0, 0, 0.0)]
     came_from = [0]
@@ -154,7 +161,7 @@ def _cuts(
             tokens = added + lengths[first]
             if tokens <= row_tokens or first == last - 1:
                 base, square = best[first], float(tokens) * tokens
-                cost = (base[0] + tokens + attention_cost * square + row_cost, base[1] + 1, base[2] + square)
+                cost = (base[0] + cost_of(tokens), base[1] + 1, base[2] + square)
                 if chosen is None or cost < chosen:
                     chosen, origin = cost, first
             added += lengths[first] - shared[first]

@@ -36,6 +36,10 @@ from tracegrad.trainer.sharding import whole
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
+EASY_TOKENS = 1024
+"""A longer row is cut where that computes no token again: the activations of a row are held at once, 1 MB a token of
+SmolLM2-135M, and matrix products of so many tokens are as fast as those of more."""
+
 
 class PpoStep:
     """Applies steps to a policy through its optimizer. Holds no state between steps."""
@@ -54,7 +58,14 @@ class PpoStep:
         attention, each = policy.attention_cost, policy.row_cost
 
         def within(row_tokens: int) -> Packing:
-            return pack(choices, row_tokens=row_tokens, attention_cost=attention, row_cost=each, select=select)
+            return pack(
+                choices,
+                row_tokens=row_tokens,
+                attention_cost=attention,
+                row_cost=each,
+                easy_tokens=EASY_TOKENS,
+                select=select,
+            )
 
         packing = within(self._config.batch.row_tokens)
         if ranks.size == 1:

@@ -121,6 +121,18 @@ def test_the_cost_of_attention_decides_whether_to_repeat_a_prefix(make_choice):
     assert len(pack(choices, row_tokens=100, attention_cost=1 / 30, row_cost=1.0).rows) == 1
 
 
+def test_a_row_that_is_not_easy_is_cut_where_nothing_is_computed_again(make_choice):
+    """Two prompts of 20 that share nothing, one answered twice: 22 + 21 nodes; cut between the prompts, not inside."""
+    first, second = tuple(range(20)), tuple(range(20, 40))
+    choices = [make_choice(first, (41, 42)), make_choice(first, (43, 44)), make_choice(second, (45, 46))]
+
+    def rows(easy_tokens):
+        return [row.n_nodes for row in pack(choices, row_tokens=100, row_cost=5.0, easy_tokens=easy_tokens).rows]
+
+    assert rows(None) == rows(43) == [43]
+    assert rows(42) == rows(22) == [22, 21]
+
+
 def test_a_context_longer_than_a_row_gets_its_own(make_choice):
     rows = pack([make_choice(range(20), (1, 2)), make_choice((9,), (1,))], row_tokens=8).rows
     assert sorted(row.n_nodes for row in rows) == [1, 21]

@@ -169,7 +169,7 @@ class RunsConfig(Section, frozen=True, kw_only=True):
 
     purposes: tuple[Literal["train", "live"], ...] = ("train", "live")
     roles: tuple[str, ...] = ()
-    """Only calls of these roles train. Empty: every role that the role map gives to `trainer.model`."""
+    """Only calls of these roles train. Empty: every role that the role map gives to a model of the job."""
     since: str | None = None
     """ISO time: only runs opened from then on; `until`: before then."""
     until: str | None = None
@@ -181,7 +181,7 @@ class RunsConfig(Section, frozen=True, kw_only=True):
     """A run trains once in each epoch of a job: raise it to train everything once more, with its newest rewards."""
     recorded_models: tuple[str, ...] = ()
     """Offline only: other models whose calls train, by their roles in the present role map. They must have the
-    tokenizer of `trainer.model`."""
+    tokenizer of the models that are trained."""
 
 
 class BatchConfig(Section, frozen=True, kw_only=True):

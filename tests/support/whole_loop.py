@@ -18,10 +18,8 @@ import yaml
 SUPPORT = Path(__file__).resolve().parent
 
 
-def run_loop(
-    folder: Path, configuration: dict[str, Any], *, group: int, groups: int, ahead: int, app: str = "digits"
-) -> dict[str, Any]:
-    """Run the loop in `folder`; return what the rollout said. `app`: the files APP_app.py and APP_reward.py."""
+def run_loop(folder: Path, configuration: dict[str, Any], *, group: int, groups: int, ahead: int) -> dict[str, Any]:
+    """Run the loop in `folder`; return what the rollout said."""
     config = folder / "tracegrad.yaml"
     config.write_text(yaml.safe_dump(configuration))
     tasks = _tasks(folder / "tasks.jsonl")
@@ -35,8 +33,8 @@ def run_loop(
         start_new_session=True,
     )
     named = {
-        "--app": f"{SUPPORT / f'{app}_app.py'}:graph",
-        "--reward": f"{SUPPORT / f'{app}_reward.py'}:reward",
+        "--app": f"{SUPPORT / 'digits_app.py'}:graph",
+        "--reward": f"{SUPPORT / 'digits_reward.py'}:reward",
         "--tasks": tasks,
         "--config": config,
         "--name": "loop",

@@ -1,15 +1,19 @@
 """The step learns, normalises globally, repeats bitwise, and refuses what it must with the weights unchanged."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import recorded_runs as recorded
 import torch
+from safetensors.torch import load_file, save_file
 
+from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import StepRefused
@@ -44,16 +48,38 @@ def apply(learner: Learner, plan: BatchPlan, samples: Samples, **kwargs: Any) ->
 def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
     """On-policy: sample a token, reward the lucky one. By chance 1/24; after 25 steps it must exceed 3/4."""
     made = learner(algorithm={"credit": {"advantage": advantage}}, optimizer={"lr": 5e-3, "critic_lr": 5e-2})
+    before, after = pull(made, steps=25)
+    assert before < 0.1 and after > 0.75
+
+
+def test_an_adapter_learns_a_bandit(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:
+    """Its base's head stays as it is, so it is given one that can say something aloud: a random one cannot."""
+    base = tmp_path / "loud"
+    shutil.copytree(llama, base)
+    state = load_file(base / "model.safetensors")
+    save_file({**state, "lm_head.weight": 20 * state["lm_head.weight"]}, base / "model.safetensors", {"format": "pt"})
+    raw = msgspec.to_builtins(configure(optimizer={"lr": 1e-2}, **GROUP))
+    raw["models"] = {
+        "base": {"checkpoint": str(base), "trained": False, "engine": {"dtype": "float32"}},
+        recorded.MODEL: {"adapter": {"of": "base", "rank": 4}},
+    }
+    made = Learner(parse_config(raw), recorded.MODEL)
+    made.start()
+    before, after = pull(made, steps=12)
+    assert before < 0.25 and after > 0.75
+
+
+def pull(made: Learner, *, steps: int) -> tuple[float, float]:
+    """Let a learner play; return the probability of the lucky token before and after."""
     prompt = (3, 4, 5)
     generator = torch.Generator().manual_seed(0)
 
     def probability() -> float:
-        return float(
-            np.exp(made.score([Scored(ids=(*prompt, recorded.LUCKY), n_prompt=3, logprobs=())])[0].logprobs[0])
-        )
+        lucky = Scored(ids=(*prompt, recorded.LUCKY), n_prompt=3, logprobs=())
+        return float(np.exp(made.score([lucky])[0].logprobs[0]))
 
-    assert probability() < 0.1
-    for step in range(1, 26):
+    before = probability()
+    for step in range(1, steps + 1):
         with torch.no_grad():
             logits = made.policy.lm(input_ids=torch.tensor([prompt])).logits[0, -1]
         drawn = torch.multinomial(torch.softmax(logits, -1), 48, replacement=True, generator=generator).tolist()
@@ -64,7 +90,7 @@ def test_a_bandit_is_learned(learner: MakeLearner, advantage: str) -> None:
             traces.append(draft)
         samples = build_batch(traces, recorded.RULE)
         apply(made, BatchPlan(step=step, epoch=0, seed=step, run_ids=("r",)), samples)
-    assert probability() > 0.75
+    return before, probability()
 
 
 def test_lr_zero_changes_no_bit_and_ratios_stay_one(learner: MakeLearner) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from tracegrad.tracestore.checkpointer import Checkpointer
 from tracegrad.tracestore.errors import (
     ConfigError,
     Conflict,
@@ -36,12 +37,8 @@ from tracegrad.tracestore.hot import run_plain
 
 BUSY_TIMEOUT_S = 30.0
 _WRITES = "tracegrad_writes"
-_PAGE_BYTES = 2048
-"""A call touches some 35 pages, most of them leaves of indexes that change in a few bytes; each is written whole,
-with a checksum over it. SQLite's usual 4096 cost a tenth more per call, 1024 makes long rows long chains."""
-_WAL_BYTES = 16 * 2**20
-"""How long the log becomes before a commit copies it into the file. At SQLite's 4 MB every 40th call of 2,200 tokens
-would, and the pages that they share would be copied as often."""
+_WAL_PAGES = 16_384
+"""How long the log becomes (64 MB) before a commit copies it into the file itself: see `checkpointer`."""
 _UNIQUE_VIOLATION = "23505"
 _SETTINGS = """
     SELECT set_config(name, wanted.setting, false)
@@ -66,6 +63,7 @@ class Database:
         )
         self._turn = threading.Lock() if self.is_sqlite else nullcontext()
         self._kept: Connection | None = None
+        self._checkpointer = Checkpointer(Path(str(self.url.database))) if self.is_sqlite else None
 
     @property
     def is_sqlite(self) -> bool:
@@ -106,6 +104,9 @@ class Database:
             yield connection
             back_to_the_pool.pop_all()
             self._kept = connection
+        if self._checkpointer is not None:
+            driver: Any = connection.connection.driver_connection
+            self._checkpointer.wrote(driver.total_changes)
 
     @contextmanager
     def restructure(self) -> Iterator[Connection]:
@@ -149,6 +150,8 @@ class Database:
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
+        if self._checkpointer is not None:
+            self._checkpointer.close()
         self.engine.dispose()
 
 
@@ -189,7 +192,7 @@ def _sqlite_engine(url: URL) -> Engine:
         connection.isolation_level = None  # the driver must not open or close transactions behind our back
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_BYTES // _PAGE_BYTES}")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
         connection.execute("PRAGMA temp_store=MEMORY")
 
     @event.listens_for(engine, "begin")
@@ -224,7 +227,6 @@ def use_wal(path: Path) -> None:
         connection = None
         try:
             connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-            connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")  # of an empty file; others keep theirs
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode == "wal":
                 return

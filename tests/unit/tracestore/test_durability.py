@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tracegrad.tracestore.checkpointer import ROWS
 from tracegrad.tracestore.errors import NotFound, StoreUnavailable
 from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.testing.rows import JOB, MODEL, finish_run, make_call, ready_group, sql
@@ -53,8 +55,30 @@ def test_pragmas_of_every_connection(store_url: str) -> None:
             sizes = [
                 connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("page_size", "wal_autocheckpoint")
             ]
-            assert sizes == [2048, 8192]
+            assert sizes == [4096, 16384]
     store.close()
+
+
+def test_the_log_is_copied_while_no_commit_waits(tmp_path: Path) -> None:
+    """Of many rows; of few it is left to whoever closes the file last. Closed, no thread is left."""
+
+    def copier() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if one.name == "tracegrad-checkpointer"]
+
+    before = copier()
+    path = tmp_path / "store.db"
+    store = open_store(f"sqlite:///{path}")
+    store.append_calls([make_call("first", "r")])
+    assert copier() == before
+    size = path.stat().st_size
+    for number in range(4):
+        store.append_calls([make_call(f"c{number}-{n}", "r") for n in range(ROWS // 8)])
+    until = time.monotonic() + 10
+    while path.stat().st_size <= size and time.monotonic() < until:
+        time.sleep(0.01)
+    assert path.stat().st_size > size
+    store.close()
+    assert copier() == before
 
 
 def test_settings_of_every_connection_to_postgresql(postgres_url: str) -> None:

@@ -70,7 +70,8 @@ class PpoStep:
         packing = within(self._config.batch.row_tokens)
         if ranks.size == 1:
             return packing
-        limits = [math.ceil(packing.stats.n_nodes / (ranks.size * turns)) for turns in (1, 2)]
+        even = packing.stats.n_nodes / ranks.size
+        limits = [math.ceil(even * slack / turns) for turns in (1, 2) for slack in (1.1, 1.4)]
         shorter = [within(limit) for limit in limits if 0 < limit < self._config.batch.row_tokens]
         return min(
             (packing, *shorter),

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.checkpoints import list_checkpoints
-from tracegrad.trainer.errors import StepRefused
+from tracegrad.trainer.errors import StepRefused, WorkerDied, WorkerFailed
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.model_group import ModelGroup
+from tracegrad.trainer.ray_cluster import places, ray_running
 from tracegrad.trainer.ray_groups import ray_groups
+from tracegrad.trainer.ray_team import RayTeam
 from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.shares import Shares, share
@@ -154,3 +157,61 @@ def test_groups_of_two_workers_train_what_one_process_trains(tmp_path: Path, clu
         assert {result.metrics["workers_restarted"] for result in results.values()} == {1}
         assert groups["solo"].processes() == before, "a refusal and another group's death end no process"
         assert workers.save(str(tmp_path / "again"), 1).checkpoint.hash == made.hash
+
+
+def odd() -> Any:
+    """Make what a worker holds, without weights, that fails where it is told to. Local, so that it travels by value."""
+
+    class Odd:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def say(self) -> int:
+            return self.rank
+
+        def refuse(self, ranks: tuple[int, ...]) -> None:
+            """These refuse, and the others wait for them as in a collective."""
+            if self.rank in ranks:
+                raise StepRefused("no")
+            time.sleep(600.0)
+
+        def fail(self) -> None:
+            raise KeyError("a bug")
+
+        def die(self, rank: int) -> None:
+            if self.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600.0)
+
+    return lambda _config, ranks: Odd(ranks.rank)
+
+
+@pytest.mark.long
+@pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long")
+def test_what_one_worker_does_becomes_of_all(tmp_path: Path) -> None:
+    """Refused by all: they live on. One that refuses, fails or dies alone takes the others along, and all come anew."""
+    config = recorded.configuration(tmp_path, tmp_path, workers={"threads": 1, "per_group": 2})
+    with ray_running(None, 2):
+        ((_, where),) = places(["odd"], config.trainer.workers, address=None)
+        team = RayTeam(odd(), config, what="model 'odd'", places=where)
+        first = team.processes()
+        assert team.call("say") == 0, "the first speaks for all"
+        with pytest.raises(StepRefused, match="no"):
+            team.call("refuse", (0, 1))
+        assert team.processes() == first
+        stop = Event()
+        Timer(1.0, stop.set).start()
+        with pytest.raises(WorkerFailed, match="refuse of model 'odd' is given up: another group has failed"):
+            team.call("refuse", (), stop=stop)
+        team.end()
+        lives = [team.processes()]
+        for method, arguments, error, says in (
+            ("refuse", (1,), StepRefused, "no"),
+            ("fail", None, WorkerFailed, "fail of model 'odd' failed in a worker: KeyError: 'a bug'"),
+            ("die", 1, WorkerDied, "a worker died during die of model 'odd'"),
+        ):
+            with pytest.raises(error, match=says):
+                team.call(method, *(() if arguments is None else (arguments,)))
+            lives.append(team.processes())
+        assert len({pid for processes in lives for pid in processes}) == 2 * len(lives), "all of them, each time"
+        assert team.call("say") == 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tracegrad.trainer.ranks import Ranks
 
 _LOOK_S = 0.002
-_END_S = 60.0
+_END_S = 240.0
 _GRACE_S = 3.0
 """So long the others of a killed rank may take to notice, as those in a collective do: then all are ended."""
 

@@ -67,12 +67,6 @@ def test_no_models_is_a_usage_error(tmp_path: Path) -> None:
     assert CliRunner().invoke(train, ["--config", write(tmp_path, "project: x\n")]).exit_code == 2
 
 
-def test_a_job_that_the_command_cannot_train_yet_is_refused(tmp_path: Path) -> None:
-    two = "models: {a: {checkpoint: x, trained: false}, b: {adapter: {of: a}}}\n"
-    result = CliRunner().invoke(train, ["--config", write(tmp_path, two)])
-    assert (result.exit_code, "trains adapters" in result.output) == (2, True)
-
-
 def test_crash_points_refuse_what_they_do_not_know() -> None:
     for text in ("after-lunch:1", "after-step", "after-step:x"):
         with pytest.raises(ConfigError, match="POINT:STEP"):

@@ -172,6 +172,7 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
         raise click.ClickException(f"{error}: {'; '.join(use_lines(store.call_uses(call_id)))}") from error
     conflicts = store.attribution_conflicts(call_id=call_id)
     origin, uses = call_provenance(store, call)
+    parent = store.parent_call(call_id)
     if as_json:
         more = {
             "rewards": [asdict(reward) for reward in rewards],
@@ -179,6 +180,7 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
             "fingerprint": fingerprint_of(call.request),
             "answered_by": None if origin is None else asdict(origin),
             "taken_by": [asdict(use) for use in uses],
+            "begins_with": None if parent is None else asdict(parent),
         }
         _print_json({**asdict(call), **more})
         return
@@ -187,7 +189,7 @@ def _show_call(store: Store, call_id: str, *, as_json: bool, longest: int | None
     console.print(escape(f"call {call_id}, {of_run}"))
     _print_conflicts(console, conflicts)
     _print_call(console, {}, call, longest)
-    for line in call_lines(origin, uses):
+    for line in [*call_lines(origin, uses), begins_with(parent)]:
         console.print(escape(line), highlight=False, soft_wrap=True)
     if rewards:
         console.print(_rewards_table(rewards))

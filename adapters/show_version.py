@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.parents import ChainParent
 from tracegrad.tracestore.provenance import CallUse, MadeFrom, TrainedCall, VersionOrigin
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
@@ -88,6 +89,14 @@ def call_lines(origin: VersionOrigin | None, uses: list[CallUse]) -> list[str]:
         made = f"; made from {_made_from(origin.all_steps)}" if origin.all_steps.steps else ", before any step"
         lines = [f"answered by version {version.version_id}{by} (checkpoint {version.checkpoint_hash[:12]}){made}"]
     return [*lines, *use_lines(uses)]
+
+
+def begins_with(parent: ChainParent | None) -> str:
+    """Return whose prompt a prompt begins with, in a sentence."""
+    if parent is None:
+        return "its prompt begins as no earlier one"
+    what = "token ids" if parent.by == "ids" else "messages and other large values"
+    return f"its prompt begins with that of call {parent.call_id}: {parent.shared} {what}"
 
 
 def use_lines(uses: list[CallUse]) -> list[str]:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from tracegrad.adapters.look import show
 from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.testing.chains import asked
 from tracegrad.tracestore.testing.provenance import ProvenanceContract
 from tracegrad.tracestore.testing.rows import JOB, Clock, make_call
 
@@ -55,6 +56,17 @@ def test_a_call_says_which_weights_answered_it(url: str) -> None:
     assert (told["answered_by"]["version"]["version_id"], told["taken_by"][0]["version_id"]) == (1, 2)
     untrained = invoke("untrained", "--store", url).stdout
     assert "answered by no known version" in untrained and "trained by no step" in untrained
+
+
+def test_a_call_says_whose_prompt_its_own_begins_with(url: str) -> None:
+    """By the stored chains: nobody noted it when the call was made."""
+    store = open_store(url)
+    store.append_calls([asked("first", None, ["x", "y"], tail=0), asked("second", None, ["x", "y", "z"])])
+    store.close()
+    assert "begins with that of call first: 256 token ids" in invoke("second", "--store", url).stdout
+    told = json.loads(invoke("second", "--store", url, "--json").stdout)["begins_with"]
+    assert told == {"call_id": "first", "by": "ids", "shared": 256}
+    assert "begins as no earlier one" in invoke("first", "--store", url).stdout
 
 
 def test_of_a_deleted_call_it_is_said_what_it_made(url: str) -> None:

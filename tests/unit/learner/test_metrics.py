@@ -2,10 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tracegrad.tracestore.records import Consumption
+from tracegrad.trainer.joint_metrics import joint_metrics
 from tracegrad.trainer.metrics import Console, MetricsLog, duration, scalars
+from tracegrad.trainer.results import StepResult
+from tracegrad.trainer.samples import Samples
+from tracegrad.trainer.shares import Shares
+
+NO_SAMPLES = Samples(choices=(), consumption=(), rewards={}, run_groups={}, graphs={})
 
 
 def test_reconcile_drops_torn_and_future_lines_and_adds_the_missing_last(tmp_path: Path) -> None:
@@ -55,3 +64,25 @@ def test_console_json_lines_parse() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 61, 3725)] == ["0s", "1m01s", "1h02m"]
+
+
+def of_model(tokens: int, **numbers: Any) -> StepResult:
+    metrics = {"tokens_trained": tokens, "roles": {f"role{tokens}": {"reward": 1.0}}, "runs": 8, **numbers}
+    return StepResult(consumption=(), metrics=metrics)
+
+
+def test_numbers_of_several_models_add_up() -> None:
+    """Counts are summed, means weighted by tokens; of what is a greatest value the greatest; nobody has it: None."""
+    given = Consumption(run_id="r", call_id="c", choice_index=0, trained_tokens=0, excluded_tokens=5, reason="greedy")
+    shares = Shares(by_model={"p": NO_SAMPLES, "w": NO_SAMPLES}, consumption=(given,))
+    p = of_model(30, kl=0.1, ratio_max=2.0, apart=None, tokens_masked={"low": 1}, seconds={"update": 2.0}, only=7)
+    w = of_model(10, kl=0.5, ratio_max=3.0, apart=None, tokens_masked={"low": 2}, seconds={"update": 1.0})
+    joint = joint_metrics({"p": p, "w": w}, shares)
+    assert (joint["tokens_trained"], joint["runs"], joint["ratio_max"], joint["only"]) == (40, 8, 3.0, 7)
+    assert joint["kl"] == pytest.approx((30 * 0.1 + 10 * 0.5) / 40)
+    assert (joint["apart"], joint["tokens_masked"], joint["seconds"]) == (None, {"low": 3}, {"update": 2.0})
+    assert set(joint["roles"]) == {"role30", "role10"}
+    assert {model: own["kl"] for model, own in joint["models"].items()} == {"p": 0.1, "w": 0.5}
+    assert joint["tokens_excluded"] == {"greedy": 5}
+    alone = joint_metrics({"p": p}, Shares(by_model={"p": NO_SAMPLES}, consumption=()))
+    assert alone == {**p.metrics, "tokens_excluded": {}}

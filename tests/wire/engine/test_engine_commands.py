@@ -21,6 +21,7 @@ from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.engine_command import engine
+from tracegrad.trainer.pin_command import pin
 from tracegrad.trainer.versions_command import rollback, versions
 
 
@@ -47,13 +48,13 @@ def test_an_adapter_has_no_engine_of_its_own(tmp_path: Path) -> None:
     assert [client.name for client in engine_clients(load_config(path), "p")] == ["p"]
 
 
-def fill(store: Store, tmp_path: Path, weights: list[float]) -> list[int]:
+def fill(store: Store, tmp_path: Path, weights: list[float], model: str = "main") -> list[int]:
     """Versions of these weights, each published and live, with a probe's result."""
     ids = []
     for step, weight in enumerate(weights):
         path = save_weight(tmp_path / f"w{weight}", weight)
         version = store.add_version(
-            model="main",
+            model=model,
             kind="step" if step else "initial",
             parent_id=ids[-1] if ids else None,
             checkpoint_path=str(path),
@@ -213,6 +214,33 @@ def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(tmp_path: Path
     rows = json.loads(CliRunner().invoke(versions, ["--config", config, "--json"]).output)
     assert [(row["pinned"], len(row["evaluations"])) for row in rows] == [(False, 0), (True, 1), (False, 0), (False, 0)]
     assert rows[2]["publishes"][0]["decision"]["why"] == why
+
+
+def test_the_commands_know_adapters_and_several_models(tmp_path: Path, fake: FakeEngine) -> None:
+    """One is rolled back beside the other; the list says whose version is whose; a pin's end asks whose it is."""
+    path = write_config(tmp_path, fake.url)
+    base = {**yaml.safe_load(path.read_text())["models"]["main"], "trained": False}
+    models = {"base": base, **{name: {"adapter": {"of": "base"}} for name in ("p", "w")}}
+    path.write_text(yaml.safe_dump({"store": "sqlite:///store.db", "models": models, "roles": {"a": "p", "b": "w"}}))
+    config, fake.name = ["--config", str(path)], "base"
+    done = CliRunner().invoke(engine, [*config, "--preflight"])
+    ready = f"engine base at {fake.url} is ready for training of the adapter"
+    assert (done.exit_code, done.output) == (0, f"{ready} p\n{ready} w\n")
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    first, second = fill(store, tmp_path, [1.0, 2.0], "p")
+    (other,) = fill(store, tmp_path, [3.0], "w")
+    fake.adapters = {"p": str(tmp_path / "w2.0"), "w": str(tmp_path / "w3.0")}
+    done = CliRunner().invoke(rollback, [str(first), *config])
+    assert done.output == f"version {first} is live again; abandoned: {second}\n"
+    assert fake.adapters == {"p": str(tmp_path / "w1.0"), "w": str(tmp_path / "w3.0")}
+    listed = json.loads(CliRunner().invoke(versions, [*config, "--json"]).output)
+    assert [(row["model"], row["live"]) for row in listed] == [("p", True), ("p", False), ("w", True)]
+    for version in (first, other):
+        assert CliRunner().invoke(pin, [str(version), *config]).exit_code == 0
+    assert "say whose pin: --model p or w" in CliRunner().invoke(pin, ["--off", *config]).output
+    assert CliRunner().invoke(pin, ["--off", "--model", "p", *config]).exit_code == 0
+    assert (store.pinned("p"), store.pinned("w")) == (None, other)
+    store.close()
 
 
 def test_rollback_reaches_every_replica(tmp_path: Path, fake: FakeEngine) -> None:

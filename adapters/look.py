@@ -21,6 +21,7 @@ from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.adapters.opening import open_existing, which_store
 from tracegrad.adapters.run_picture import mermaid, tree_of
 from tracegrad.adapters.show_version import (
+    begins_with,
     call_lines,
     call_provenance,
     print_version,

@@ -19,7 +19,7 @@ import click
 from tracegrad.adapters.rollout_errors import TaskFileError
 from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Supervisor, supervise
 from tracegrad.adapters.tasks import load_tasks
-from tracegrad.tracestore.config import Config, check_checkpoint, load_config
+from tracegrad.tracestore.config import DEFAULT_FILE, Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import ConfigError, TraceStoreError
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
@@ -137,7 +137,9 @@ def _print_line(event: Event) -> None:
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The YAML file.")
+@click.option(
+    "--config", "path", default=DEFAULT_FILE, show_default=True, type=click.Path(dir_okay=False, path_type=Path)
+)
 @click.option("--no-train", is_flag=True, help="Serve and record only.")
 @click.option("--exit-with-train", is_flag=True, help="Stop everything when the trainer has done all its steps.")
 @click.option("--max-restarts", default=5, show_default=True, help="Crashes of one child in a row before giving up.")

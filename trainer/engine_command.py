@@ -18,7 +18,7 @@ from typing import NoReturn
 import click
 import msgspec
 
-from tracegrad.tracestore.config import Config, ModelConfig, check_checkpoint, load_config
+from tracegrad.tracestore.config import DEFAULT_FILE, Config, ModelConfig, check_checkpoint, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store, open_store
@@ -35,7 +35,7 @@ START_FAILED, USAGE, NOT_READY = 1, 2, 3
 
 @click.command()
 @click.option(
-    "--config", "config_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The YAML file."
+    "--config", "config_path", default=DEFAULT_FILE, show_default=True, type=click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--model", "model_name", help="Only the engine of this model. Default: every model's.")
 @click.option("--preflight", "only_check", is_flag=True, help="Start nothing: check the engines that run.")

@@ -14,8 +14,9 @@ from typing import Any
 
 import click
 
-from tracegrad.tracestore.config import Config, load_config
+from tracegrad.tracestore.config import DEFAULT_FILE, Config, load_config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
+from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.errors import JobBusy, TrainerError
@@ -23,14 +24,16 @@ from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.publish import Publisher
 
+CONFIG = click.option(
+    "--config", "config_path", default=DEFAULT_FILE, show_default=True, type=click.Path(dir_okay=False, path_type=Path)
+)
+
 
 @click.command()
 @click.argument("version", type=int, required=False)
 @click.option("--off", is_flag=True, help="Take the pin off, and publish the newest version.")
 @click.option("--model", help="Whose pin to take off. Default: the trained model that is pinned.")
-@click.option(
-    "--config", "config_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The YAML file."
-)
+@CONFIG
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def pin(version: int | None, off: bool, model: str | None, config_path: Path, as_json: bool) -> None:
     """Hold serving at VERSION, whatever is trained meanwhile; --off publishes the newest again.
@@ -87,7 +90,7 @@ def unpin(store: Store, config: Config, model: str | None) -> dict[str, Any]:
     if was is None:
         raise Conflict(f"model {model!r} is not pinned")
     done: dict[str, Any] = {"model": model, "pinned": None, "published": None}
-    kept = [v for v in store.list_versions(model) if not v.abandoned and v.kind != "canary"]
+    kept = [v for v in versions_to_serve(store, model) if not v.abandoned and v.kind != "canary"]
     newest, live = version_to_serve(store, kept[-1]), store.live_version(model)
     if live is not None and newest.version_id == live.version_id:
         return done | {"said": f"the pin is off; version {live.version_id} is the newest to serve, and live already"}
@@ -100,6 +103,17 @@ def unpin(store: Store, config: Config, model: str | None) -> dict[str, Any]:
         "published": newest.version_id,
         "said": f"the pin is off, and version {newest.version_id} is live",
     }
+
+
+def versions_to_serve(store: Store, model: str) -> list[PolicyVersion]:
+    """Return the versions of a model, oldest first, without those of jobs that publish nothing.
+
+    What `tracegrad train --offline --job other` made is newer than what serves, and was never meant to serve.
+    """
+    kept = store.list_versions(model)
+    publishing = {each.version_id for each in store.list_publishes(model)}
+    jobs = {version.job_id for version in kept if version.version_id in publishing}
+    return [version for version in kept if version.job_id in jobs]
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 `versions` only reads the store. `rollback` publishes an older committed version again, through the same state machine
 as the trainer (a new publish of the same version: ids are never reused), and marks the newer versions abandoned; what
-they sampled stays valid off-policy data. Where serving is pinned the pin moves along. It refuses while another publish
-is unfinished. No torch, hence no probe: the engine must have tracegrad's worker extension where the head is tied.
+they sampled stays valid off-policy data. Versions of jobs that publish nothing (`tracegrad train --offline`) are left
+alone. Where serving is pinned the pin moves along. It refuses while another publish is unfinished. No torch, hence no
+probe: the engine must have tracegrad's worker extension where the head is tied.
 """
 
 import json
@@ -19,16 +20,12 @@ from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.errors import TrainerError
-from tracegrad.trainer.pin_command import moved_pin, publisher
+from tracegrad.trainer.pin_command import CONFIG, moved_pin, publisher, versions_to_serve
 from tracegrad.trainer.versions_table import describe, reasons, table
-
-_CONFIG = click.option(
-    "--config", "config_path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The YAML file."
-)
 
 
 @click.command()
-@_CONFIG
+@CONFIG
 @click.option("--model", help="Only the versions of this model.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output, with everything that is known.")
 def versions(config_path: Path, model: str | None, as_json: bool) -> None:
@@ -36,6 +33,9 @@ def versions(config_path: Path, model: str | None, as_json: bool) -> None:
     try:
         store = open_store(load_config(config_path).store, create=False)
         try:
+            known = {version.model for version in store.list_versions()}
+            if model is not None and model not in known:
+                raise NotFound(f"no versions of a model {model!r}; the store has those of: {', '.join(sorted(known))}")
             rows = describe(store, model)
         finally:
             store.close()
@@ -52,8 +52,9 @@ def versions(config_path: Path, model: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("version", type=int)
-@_CONFIG
-def rollback(version: int, config_path: Path) -> None:
+@CONFIG
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def rollback(version: int, config_path: Path, as_json: bool) -> None:
     """Publish the older VERSION again and abandon the newer ones."""
     try:
         config = load_config(config_path)
@@ -64,6 +65,9 @@ def rollback(version: int, config_path: Path) -> None:
             store.close()
     except (TraceStoreError, TrainerError) as error:
         _fail(error)
+    if as_json:
+        click.echo(json.dumps({"live": version, "abandoned": abandoned}))
+        return
     newer = ", ".join(str(v) for v in abandoned) or "none"
     click.echo(f"version {version} is live again; abandoned: {newer}")
 
@@ -87,7 +91,7 @@ def roll_back(store: Store, config: Config, version_id: int) -> list[int]:
     pinned = store.pinned(version.model) is not None
     with moved_pin(store, version_id, "tracegrad rollback") if pinned else nullcontext():
         publisher(store, config, version.model).publish(version_id)
-    newer = [v for v in store.list_versions(version.model) if v.version_id > version_id and not v.abandoned]
+    newer = [v for v in versions_to_serve(store, version.model) if v.version_id > version_id and not v.abandoned]
     for each in newer:
         store.abandon_version(each.version_id)
     return [each.version_id for each in newer]

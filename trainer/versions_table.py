@@ -36,12 +36,12 @@ def describe(store: Store, model: str | None = None) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the table: one line a version."""
-    several = len({row["model"] for row in rows}) > 1
+    some = [name for name, key in (("model", "model"), ("job", "job_id")) if len({row[key] for row in rows}) > 1]
     made = Table(title="policy versions", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    names = ("version", *(("model",) if several else ()), "step", "state", "published", "probe", "gate")
+    names = ("version", *some, "step", "state", "published", "probe", "gate")
     for name in names:
         right = name in ("version", "step")
-        made.add_column(name, justify="right" if right else "left", no_wrap=name != "model")
+        made.add_column(name, justify="right" if right else "left", no_wrap=name not in ("model", "job"))
     for row in rows:
         cells = _cells(row)
         made.add_row(*(cells[name] for name in names))
@@ -68,6 +68,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "version": str(row["version_id"]),
         "model": row["model"],
+        "job": row["job_id"] or "",
         "step": str(row["step"]),
         "state": _state(row, last),
         "published": "" if at is None else time.strftime("%m-%d %H:%M", time.localtime(at)),

@@ -25,7 +25,7 @@ from tracegrad.adapters.proxy.log_lines import LogFormat, set_up
 from tracegrad.adapters.proxy.outside import outside_apis
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
 from tracegrad.adapters.proxy.workers import listen, reserve, run_workers, with_port
-from tracegrad.tracestore.config import Config, ProxyConfig, dump_config, load_config
+from tracegrad.tracestore.config import DEFAULT_FILE, Config, ProxyConfig, dump_config, load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.store import open_store
 
@@ -36,7 +36,7 @@ BACKLOG = 2048
 
 
 @click.command("proxy")
-@click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="The YAML file.")
+@click.option("--config", "config_path", default=DEFAULT_FILE, show_default=True, type=click.Path(path_type=Path))
 @click.option("--host", default=None, help="Address to listen on (default: proxy.host).")
 @click.option("--port", default=None, type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
 @click.option("--allow-remote", is_flag=True, help="Let other machines in without API keys.")

@@ -286,6 +286,54 @@ def test_rollback_publishes_the_old_version_and_abandons_the_newer(tmp_path: Pat
     store.close()
 
 
+def add_offline(store: Store, tmp_path: Path) -> int:
+    """A version of a job that publishes nothing, newer than what serves."""
+    path = save_weight(tmp_path / "offline", 9.0)
+    store.register_job("again", ["main"], {})
+    made = store.add_version(
+        model="main",
+        kind="step",
+        parent_id=None,
+        checkpoint_path=str(path),
+        checkpoint_hash="h9",
+        step=7,
+        job_id="again",
+    )
+    return made.version_id
+
+
+def test_what_was_trained_offline_is_neither_abandoned_nor_served(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rollback` and `pin --off` mean the versions of jobs that publish. (All here without --config: the file here.)"""
+    write_config(tmp_path, fake.url)
+    monkeypatch.chdir(tmp_path)
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    first, second, third = fill(store, tmp_path, [1.0, 2.0, 3.0])
+    offline = add_offline(store, tmp_path)
+    done = CliRunner().invoke(rollback, [str(second), "--json"])
+    assert json.loads(done.output) == {"live": second, "abandoned": [third]}
+    assert not store.get_version(offline).abandoned
+    assert CliRunner().invoke(pin, [str(first)]).exit_code == 0
+    done = CliRunner().invoke(pin, ["--off", "--json"])
+    assert json.loads(done.output)["published"] == second
+    assert (fake.weight, fake.version) == (2.0, str(second))
+    store.close()
+
+
+def test_versions_tells_jobs_apart_and_knows_no_other_models(tmp_path: Path, fake: FakeEngine) -> None:
+    config = str(write_config(tmp_path, fake.url))
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    fill(store, tmp_path, [1.0])
+    assert " job " not in CliRunner().invoke(versions, ["--config", config]).output
+    add_offline(store, tmp_path)
+    shown = CliRunner().invoke(versions, ["--config", config]).output
+    assert (" job " in shown, "again" in shown) == (True, True)
+    done = CliRunner().invoke(versions, ["--config", config, "--model", "mian"])
+    assert (done.exit_code, "no versions of a model 'mian'; the store has those of: main" in done.output) == (1, True)
+    store.close()
+
+
 def test_a_rollback_that_does_not_arrive_abandons_nothing(tmp_path: Path, fake: FakeEngine) -> None:
     config = str(write_config(tmp_path, fake.url))
     store = open_store(f"sqlite:///{tmp_path}/store.db")

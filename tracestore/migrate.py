@@ -36,6 +36,11 @@ def prepare(database: Database, *, create: bool) -> None:
     if found == HEAD:
         return
     if not create:
+        if found is None:
+            place = database.url.database if database.is_sqlite else database.url.render_as_string()
+            raise StoreUnavailable(f"{place} holds no store yet: start `tracegrad proxy` or `tracegrad up` first")
+        if found > HEAD:
+            raise _too_new(found)
         raise SchemaMismatch(
             f"the store is at revision {found}, this code needs {HEAD}; "
             "`tracegrad up` and `tracegrad proxy` bring an older one up to date when they start"
@@ -65,8 +70,12 @@ def _upgrade(connection: Connection) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     found = revision(connection)
     if found is not None and found not in known:
-        raise SchemaMismatch(
-            f"the store is at revision {found}, which this tracegrad does not know (it knows up to {HEAD}): "
-            "it was made by a newer version; install that one"
-        )
+        raise _too_new(found)
     command.upgrade(config, "head")
+
+
+def _too_new(found: str) -> SchemaMismatch:
+    return SchemaMismatch(
+        f"the store is at revision {found}, which this tracegrad does not know (it knows up to {HEAD}): "
+        "it was made by a newer version; install that one"
+    )

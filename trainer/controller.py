@@ -6,7 +6,7 @@ step is one for all models: one lease, one checkpoint, one commit. The commit is
 Fail closed (law 9): a refused step, a failed publish or an unreachable store ends the run with its error; the service
 keeps the last good version. What a gate rejects or a pin holds back is no failure: it is said, and the last good
 version serves on. A batch with nothing to train in it is put aside and not leased again in its epoch. A lost lease
-throws the step away and restores the last committed weights.
+or a rollback behind its back throws the step away and restores the last committed weights that stand.
 Offline (no publisher): versions are committed and not published, and the run ends when the store has no more ready
 groups. Called by `tracegrad.trainer.command` and by tests.
 """
@@ -29,12 +29,12 @@ from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import Checkpoint, prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError, StepRefused
+from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError, StepRefused, VersionAbandoned
 from tracegrad.trainer.gate import abandon_rejected
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.joint_metrics import joint_metrics
 from tracegrad.trainer.lease_keeper import LeaseKeeper
-from tracegrad.trainer.leased import commit_patiently, leased_shares
+from tracegrad.trainer.leased import commit_patiently, leased_shares, require_kept
 from tracegrad.trainer.metrics import Console, MetricsLog
 from tracegrad.trainer.publishing import Publishing
 from tracegrad.trainer.startup import clear_orphans, find_weights
@@ -197,7 +197,7 @@ class Controller:
         crash.reached("after-lease", step)
         try:
             done = self._compute(lease, {"wait": waited})
-        except LeaseLost as error:
+        except (LeaseLost, VersionAbandoned) as error:
             self._restore(error)
             return
         except NothingToTrain as error:
@@ -234,7 +234,9 @@ class Controller:
         """
         config, crash, step = self.config.trainer, self._around.crash_points, lease.plan.step
         probe_tokens = config.publish.probe_tokens if self._publishing is not None else 0
+        version_ids = {model: version.version_id for model, version in self._versions.items()}
         with LeaseKeeper(self._store, lease, config.batch.lease_s) as keeper:
+            require_kept(self._store, keeper.current, version_ids.values())
             shares, stale = leased_shares(
                 self._store,
                 lease,
@@ -246,7 +248,6 @@ class Controller:
             if stale and not shares.n_trained_tokens:
                 self._store.release(keeper.current)
                 return None
-            version_ids = {model: version.version_id for model, version in self._versions.items()}
             try:
                 results = self._workers.step(lease.plan, shares, version_ids=version_ids, probe_tokens=probe_tokens)
             except NothingToTrain:
@@ -290,7 +291,7 @@ class Controller:
 
     # -- afterwards
 
-    def _restore(self, error: LeaseLost) -> None:
+    def _restore(self, error: LeaseLost | VersionAbandoned) -> None:
         """Throw the step away: load what the ledger says is the newest, and clear the folder nobody committed."""
         self._around.console.say(f"step {self._step + 1} is thrown away: {error}")
         self._find_weights()

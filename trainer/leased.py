@@ -4,12 +4,13 @@ Refuses what the store refuses. Called by the controller, under the lease's keep
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.records import Lease, LeaseRule, PolicyVersion
 from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
+from tracegrad.trainer.errors import VersionAbandoned
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.returns import Scope
 from tracegrad.trainer.samples import build_batch
@@ -48,15 +49,29 @@ def leased_shares(
     return shares, stale
 
 
+def require_kept(store: Store, lease: Lease, version_ids: Iterable[int | None]) -> None:
+    """Return the lease and refuse to build on what `tracegrad rollback` abandoned while this trainer was at work.
+
+    Raises:
+        VersionAbandoned: one of the versions is.
+    """
+    for version_id in version_ids:
+        if version_id is not None and store.get_version(version_id).abandoned:
+            store.release(lease)
+            raise VersionAbandoned(f"version {version_id}, which it builds on, was abandoned (`tracegrad rollback`)")
+
+
 def commit_patiently(store: Store, keeper: LeaseKeeper, commit: StepCommit) -> dict[str, PolicyVersion]:
     """Commit; a store that is away for a moment is asked again, which it knows how to answer.
 
     Raises:
         LeaseLost: another trainer has the lease.
+        VersionAbandoned: what the step builds on was rolled back while it was computed.
         StoreUnavailable: after the last attempt.
     """
     for attempt in range(1, _COMMIT_TRIES + 1):
         try:
+            require_kept(store, keeper.current, [each.parent_id for each in commit.versions])
             return store.commit_step(keeper.current, commit)
         except StoreUnavailable:
             if attempt == _COMMIT_TRIES:

@@ -170,6 +170,45 @@ def test_an_abandoned_version_is_not_built_on(configure: Configure, store: Store
         train(config, store)
 
 
+@pytest.mark.parametrize("when", ["while it waits", "in the step"])
+def test_a_rollback_under_a_trainer_at_work_is_kept(configure: Configure, store: Store, when: str) -> None:
+    """It must not go on from the weights it still holds: the next step is built on what was left."""
+    config = configure(steps=3)
+    rolled_back: list[int] = []
+
+    def roll_back() -> None:
+        if not rolled_back:
+            rolled_back.append(store.list_versions(recorded.MODEL)[-1].version_id)
+            store.abandon_version(rolled_back[0])
+
+    class Watched(InProcess):
+        computed: tuple[int, ...] = ()
+
+        def step(self, plan: Any, samples: Any, **kwargs: Any) -> Any:
+            result = super().step(plan, samples, **kwargs)
+            self.computed += (plan.step,)
+            if plan.step == 2 and when == "in the step":
+                roll_back()
+            return result
+
+    workers = Watched(config)
+    lease = Store.lease
+
+    def leased(self: Store, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 2 and when == "while it waits":
+            roll_back()
+        return lease(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Store, "lease", leased)
+        said = train(config, store, workers)
+    assert f"step 2 is thrown away: version {rolled_back[0]}, which it builds on, was abandoned" in "\n".join(said)
+    assert workers.computed == ((1, 2, 3) if when == "while it waits" else (1, 2, 2, 3))
+    made = {v.step: v for v in store.list_versions(recorded.MODEL) if v.job_id == "test"}
+    assert made[2].parent_id == made[0].version_id
+    assert made[1].abandoned and not made[2].abandoned
+
+
 def test_a_damaged_last_checkpoint_stops_the_start(configure: Configure, store: Store) -> None:
     config = configure(steps=1)
     train(config, store)

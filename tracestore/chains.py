@@ -9,10 +9,9 @@ Called by `blocks`, `payloads` and migration 0010.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -30,8 +29,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """Units of one kind with the hash up to the end of each. Invariant: at least one, as many hashes as units."""
 
     project: str
@@ -96,8 +94,7 @@ def units_of_block(coding: int, content: bytes) -> list[bytes]:
         raise ValueError(f"text that is no list of JSON: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A request without its large values: JSON with ``null`` or ``[]`` for them, their places, and them as units.
 
     `places` are numbers of fields, one unit each; ``*`` behind the last one: a list, whose items are the other units.
@@ -117,7 +114,11 @@ def cut_request(request: Mapping[str, Any]) -> Cut:
     """Take the large values out of a request. Raises InvalidRecord for what JSON cannot hold."""
     if not all(type(key) is str for key in request):
         return cut(json_bytes(request))
-    return _cut({key: json_bytes(value) for key, value in request.items()})
+    items = {key: [json_bytes(one) for one in request[key]] for key in _GROW if isinstance(request.get(key), list)}
+    return _cut(
+        {key: b"[%b]" % b",".join(items[key]) if key in items else json_bytes(value) for key, value in request.items()},
+        items,
+    )
 
 
 def cut(whole: bytes) -> Cut:
@@ -129,13 +130,18 @@ def cut(whole: bytes) -> Cut:
     return made if made.whole == whole else Cut(whole)
 
 
-def _cut(fields: dict[str, bytes]) -> Cut:
-    """What grows from call to call comes last, so that the calls of a conversation begin alike."""
+def _cut(fields: dict[str, bytes], items: Mapping[str, Sequence[bytes]] | None = None) -> Cut:
+    """What grows from call to call comes last, so that the calls of a conversation begin alike.
+
+    `items` are those of the lists that are known already.
+    """
+    known = items or {}
     large = {place: key for place, (key, value) in enumerate(fields.items()) if len(value) >= _LEAST_VALUE}
     grows = [place for place, key in large.items() if key in _GROW and fields[key].startswith(b"[{")][:1]
     alone = [place for place in large if place not in grows]
     units = [fields[large[place]] for place in alone]
-    units += [bytes(item) for place in grows for item in _ITEMS.decode(fields[large[place]])]
+    for key in (large[place] for place in grows):
+        units += known[key] if key in known else [bytes(item) for item in _ITEMS.decode(fields[key])]
     for place, key in large.items():
         fields[key] = b"[]" if place in grows else b"null"
     places = [*map(str, alone), *(f"{place}*" for place in grows)]

@@ -6,7 +6,7 @@ first. Refuses content that is not what a call with the same id has. Called by `
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, select, type_coerce
 
@@ -48,8 +48,7 @@ class Answer:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """The content of a call, encoded, with its prompt and its request cut."""
 
     call_id: str
@@ -102,8 +101,7 @@ def drafted(call_id: str, project: str, payload: Payload, answers: Sequence[Answ
     return _drafted(call_id, project, asked, answers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     prompt: bytes | None
     cut: Cut
     requested: str

@@ -1,6 +1,7 @@
 """`tracegrad status`: what it sees, and that each thing that is wrong is a line that says what to do."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -230,7 +231,7 @@ def test_a_trainer_that_is_gone_while_runs_wait(store: Store, engine: fake_engin
     ready_group(store, "g2")
     _, found, text = ask(trainer=trainer)
     assert found["problems"] == [], "it has just made a step"
-    assert "step 1 of 100, 0 s ago; 1 groups ready" in text
+    assert re.search(r"step 1 of 100, \d+ s ago; 1 groups ready", text)
     sql(store, "UPDATE checkpoints SET created_at = created_at - 600")
     (problem,) = ask(trainer=trainer)[1]["problems"]
     assert problem.startswith(

@@ -62,7 +62,7 @@ def doctor(
             extent = Extent(run_id=run_id, project=project, models=models, since=began)
             report = gather(store, extent, jobs, deep=deep, progress=say)
     except NotFound as error:
-        raise click.UsageError(f"{error}; `tracegrad runs` lists what there is") from error
+        raise click.UsageError(str(error)) from error
     except TraceStoreError as error:
         raise click.ClickException(str(error)) from error
     finally:

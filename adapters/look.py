@@ -44,6 +44,7 @@ from tracegrad.tracestore.records import (
     RunTrace,
 )
 from tracegrad.tracestore.run_list import UnplacedCall
+from tracegrad.tracestore.schema import CONTENT_DELETED
 from tracegrad.tracestore.store import Store
 
 _SHORT = 160
@@ -220,6 +221,8 @@ def run_lines(summary: RunSummary) -> str:
     rewards = ", ".join(f"{name} {value:.3g}" for name, value in summary.rewards.items())
     inside.append(f"rewards: {rewards}" if rewards else "no reward")
     status = f"[{_COLOURS[run.status]}]{run.status}[/]"
+    if run.error == CONTENT_DELETED:
+        status += f", {CONTENT_DELETED}"
     return (
         f"[bold]{escape(run.run_id)}[/]  {_time(run.opened_at)}  {run.purpose}  {status}\n"
         f"    {escape('; '.join(filter(None, inside)))}"

@@ -58,7 +58,8 @@ def run_lines(job_id: str, standing: RunStanding) -> Iterator[tuple[str, str]]:
         yield "held", f"by {_lease(standing.lease)}"
     if standing.grace_until is not None:
         yield "waits", f"for its grace time, until {_time(standing.grace_until)}"
-    if standing.wants and run.status != "failed":
+    open_yet = not standing.choices or any(one.stage == "waiting" for one in standing.choices)
+    if standing.wants and run.status != "failed" and open_yet:  # what is trained, or dead, waits for nothing
         yield "waits", f"for rewards: {', '.join(standing.wants)}"
     if group is not None and run.group_id is not None:
         yield (

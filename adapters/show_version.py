@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +20,7 @@ from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
 
 _NAMED = re.compile(r"version:(?P<version>\d+)|checkpoint:(?P<hash>\w+)|step:(?P<job>.+)/(?P<step>\d+)")
+_KINDS = ("version:", "checkpoint:", "step:")
 
 
 def versions_named(store: Store, named: str) -> list[int]:
@@ -27,11 +29,13 @@ def versions_named(store: Store, named: str) -> list[int]:
     A checkpoint and a step have a version for each model that was trained.
 
     Raises:
-        NotFound: there is no such checkpoint or step.
+        NotFound: there is no such checkpoint or step, or the name is not whole (`step:JOB`).
         Conflict: several checkpoints begin so.
     """
     found = _NAMED.fullmatch(named)
     if found is None:
+        if named.startswith(_KINDS):
+            raise NotFound(f"{named!r} names no version: write version:12, checkpoint:1a2b3c or step:JOB/3")
         return []
     if found["version"] is not None:
         return [int(found["version"])]
@@ -54,7 +58,8 @@ def print_version(
     version = origin.version
     facts = Table(show_header=False, title=f"version {version_id} of {escape(version.model)}", title_justify="left")
     facts.add_row("kind", version.kind + (", abandoned" if version.abandoned else ""))
-    facts.add_row("checkpoint", escape(f"{version.checkpoint_hash} at {version.checkpoint_path}"))
+    facts.add_row("checkpoint", f"{version.checkpoint_hash[:16]}…")
+    facts.add_row("folder", escape(version.checkpoint_path))
     if version.job_id is not None:
         epoch = "" if origin.epoch is None else f", epoch {origin.epoch}"
         facts.add_row("made by", escape(f"job {version.job_id}, step {version.step}{epoch}"))
@@ -113,13 +118,20 @@ def use_lines(uses: list[CallUse]) -> list[str]:
 
 
 def _print_calls(console: Console, version_id: int, found: list[TrainedCall], limit: int) -> None:
-    table = Table(title=f"calls that made version {version_id}", title_justify="left")
-    for heading in ("run", "call", "role", "version", "trained", "left out", "why"):
-        table.add_column(heading, justify="right" if heading in ("version", "trained", "left out") else "left")
+    title = f"calls that made version {version_id}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("run, its calls", no_wrap=True)  # an id that is cut off is of no use to anybody
+    for heading in ("role", "version", "trained", "left out", "why"):
+        right = heading in ("version", "trained", "left out")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    run_id = None
     for call in found:
+        if call.run_id != run_id:
+            run_id = call.run_id
+            table.add_row(escape(run_id), style="bold")
         sampled_by = "" if call.version_id is None else str(call.version_id)
         tokens = (str(call.trained_tokens), str(call.excluded_tokens))
-        cells = (call.run_id, call.call_id, call.role or "", sampled_by, *tokens, ", ".join(call.reasons))
+        cells = (f" {call.call_id}", call.role or "", sampled_by, *tokens, ", ".join(call.reasons))
         table.add_row(*map(escape, cells))
     console.print(table)
     if len(found) == limit:

@@ -74,7 +74,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             if publish is not None and publish.state in UNFINISHED
             else _refused(publish)
         )
-        rows.append(("model", f"{state.model}: {live}{step}{going_on}"))
+        held = "" if state.pinned is None else f", pinned at version {state.pinned}"
+        rows.append(("model", f"{state.model}: {live}{step}{held}{going_on}"))
     if report.open_runs is not None:
         rows.append(("runs", f"{report.open_runs.count} open"))
     if report.drift:

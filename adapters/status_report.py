@@ -47,6 +47,7 @@ class ModelState:
     live_version: int | None
     live_step: int | None
     live_folder: str | None
+    pinned: int | None
     publish: Publish | None
     publish_age_s: float | None
 
@@ -131,6 +132,7 @@ def _model(store: Store, model: str) -> ModelState:
         live_version=None if live is None else live.version_id,
         live_step=None if live is None else live.step,
         live_folder=None if live is None else live.checkpoint_path,
+        pinned=store.pinned(model),
         publish=last,
         publish_age_s=None if last is None else max(time.time() - last.entered[last.state], 0.0),
     )

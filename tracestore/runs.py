@@ -184,7 +184,7 @@ def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:
 def _existing(connection: Connection, run_id: str) -> Run:
     run = find_run(connection, run_id)
     if run is None:
-        raise NotFound(f"no run {run_id!r}: open it first (POST /tracegrad/v1/runs)")
+        raise NotFound(f"no run {run_id!r}: `tracegrad runs` lists what there is (POST /tracegrad/v1/runs opens one)")
     return run
 
 

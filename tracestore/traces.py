@@ -115,7 +115,7 @@ def _traces(
             rewards[reward.run_id].append(reward)
     missing = [run_id for run_id in wanted if run_id not in found]
     if missing:
-        raise NotFound(f"no run {missing[0]!r}: open it first (POST /tracegrad/v1/runs)")
+        raise NotFound(f"no run {missing[0]!r}: `tracegrad runs` lists what there is")
     return [
         RunTrace(
             run=found[run_id],

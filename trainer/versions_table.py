@@ -84,7 +84,9 @@ def _state(row: dict[str, Any], last: dict[str, Any] | None) -> str:
         return "canary"
     if row["abandoned"]:
         return "abandoned"
-    return last["state"] if last else "unpublished"
+    if not last:
+        return "unpublished"
+    return "was live" if last["state"] == "live" else str(last["state"])
 
 
 def _probe(report: dict[str, Any], last: dict[str, Any] | None) -> str:

@@ -79,6 +79,11 @@ def test_a_run_is_told_with_what_it_waits_for(url: str) -> None:
     (told,) = json.loads(invoke("--store", url, "--run", "trained-0", "--json").stdout)
     assert [one["stage"] for one in told["choices"]] == ["trained"]
     assert told["trained"][0]["step"] == 1
+    store = open_store(url)
+    store.delete_runs(["trained-0"])
+    store.close()
+    deleted = invoke("--store", url, "--run", "trained-0").stdout
+    assert "trained     call" in deleted and "waits" not in deleted, "its rewards are gone, and nobody wants them"
 
 
 def test_what_cannot_be_told_is_said(url: str, tmp_path: Path) -> None:

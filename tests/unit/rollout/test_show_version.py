@@ -1,13 +1,17 @@
 """`tracegrad show version:N` and what `tracegrad show CALL` says of weights, for people and as JSON."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from tracegrad.adapters.look import show
+from tracegrad.adapters.look import runs, show
+from tracegrad.adapters.show_version import _print_calls
+from tracegrad.tracestore.provenance import TrainedCall
 from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.testing.chains import asked
 from tracegrad.tracestore.testing.provenance import ProvenanceContract
@@ -48,6 +52,33 @@ def test_its_calls_come_in_pages(url: str) -> None:
     assert "nothing was trained for it" in invoke("version:1", "--store", url).stdout
 
 
+@pytest.mark.parametrize("named", ["version:x", "step:job", "checkpoint:"])
+def test_a_name_that_is_not_whole_says_how_it_is_written(url: str, named: str) -> None:
+    shown = invoke(named, "--store", url)
+    assert (shown.exit_code, f"{named!r} names no version: write version:12" in shown.output) == (1, True)
+
+
+def test_ids_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """They are there to be copied."""
+    found = [
+        TrainedCall(
+            call_id="call_" + 32 * "1",
+            run_id="run_" + 32 * "2",
+            role="a-role-with-a-name",
+            model="main",
+            choices=1,
+            version_id=12,
+            trained_tokens=1234,
+            excluded_tokens=12,
+            reasons=("greedy",),
+        )
+    ]
+    with Console(width=80, record=True, file=StringIO()) as console:
+        _print_calls(console, 12, found, 1)
+    shown = console.export_text()
+    assert "call_" + 32 * "1" in shown and "run_" + 32 * "2" in shown and "…" not in shown
+
+
 def test_a_call_says_which_weights_answered_it(url: str) -> None:
     shown = invoke("call-g1-1", "--store", url).stdout
     assert "answered by version 1 (checkpoint hash-0), before any step" in shown
@@ -73,6 +104,8 @@ def test_of_a_deleted_call_it_is_said_what_it_made(url: str) -> None:
     store = open_store(url)
     store.delete_runs(["g2-0", "g2-1"])
     store.close()
+    listed = CliRunner(env={"COLUMNS": "200"}).invoke(runs, ["--store", url]).stdout
+    assert listed.count("closed, content deleted") == 2
     found = invoke("call-g2-0", "--store", url)
     assert found.exit_code == 1 and "taken by step 2 of job job" in found.stderr and "was deleted" in found.stderr
     assert "call-g2-0" in invoke("version:3", "--store", url, "--calls").stdout

@@ -71,6 +71,11 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     assert "everything is up" in text and "version 1 is live (step 3)" in text and "1 open" in text
     assert "job main: no step yet; 0 groups ready" in text
     assert found["drift"] == [] and "go on from" not in text
+    assert found["models"][0]["pinned"] is None and "pinned" not in text
+    store.pin_version(version.version_id, "by hand")
+    _, found, text = ask()
+    assert found["models"][0]["pinned"] == version.version_id
+    assert "version 1 is live (step 3), pinned at version 1" in text
 
 
 def test_each_trained_model_is_shown_and_an_adapter_that_is_not_served_is_a_problem(

@@ -162,6 +162,12 @@ def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine
     assert rows[1]["publishes"][0]["probe"]["result"]["verdict"] == "new"
     table = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "140"}).output
     assert "LIVE" in table
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    third = fill(store, tmp_path, [3.0])[0]
+    store.close()
+    table = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "140"}).output
+    states = {line.split()[0]: " ".join(line.split()[2:4]) for line in table.splitlines() if line.strip()[:1].isdigit()}
+    assert (states[str(second)], states[str(third)].split()[0]) == ("was live", "LIVE"), "only one of them is live"
     assert "0.012" in table
 
 

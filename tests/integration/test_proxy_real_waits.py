@@ -114,7 +114,7 @@ def test_a_publish_holds_calls_and_lets_them_through(served: SimpleNamespace, st
 
 def test_a_client_that_loses_patience_is_told_apart_from_others(served: SimpleNamespace) -> None:
     """The SDK's own time-out and retries: each attempt stops the engine, and names the one that it repeats."""
-    client = sdk(served, "impatient", timeout=0.4, max_retries=2)
+    client = sdk(served, "impatient", timeout=0.2, max_retries=2)
     with pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model=served.name, messages=MESSAGES, **LONG)
     wait_for(lambda: not running(served), "the engine has stopped", limit_s=5)

@@ -4,7 +4,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import pytest
 import recorded_runs as recorded
 from click.testing import CliRunner
 from in_process import InProcess
+from learners import sample_groups
 
 from tracegrad.tracestore.config import Config, dump_config, parse_config
-from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from tracegrad.trainer.command import train
 from tracegrad.trainer.errors import TrackingError
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import MetricsLog
 from tracegrad.trainer.trackers import open_trackers
 
@@ -225,19 +224,7 @@ def test_the_command_tells_the_configured_tracker(
 ) -> None:
     config = recorded.configuration(llama, tmp_path / "out", store=f"sqlite:///{tmp_path}/store.db", steps=2)
     config = msgspec.structs.replace(config, tracking=TrackingConfig(wandb=WandbConfig(project="p")))
-    sampler = Learner(config)
-    made = sampler.create(str(tmp_path / "sampler"))
-    with closing(open_store(config.store)) as store:
-        version = store.add_version(
-            model=recorded.MODEL,
-            kind="initial",
-            parent_id=None,
-            checkpoint_path=made.path,
-            checkpoint_hash=made.hash,
-            step=0,
-            job_id=None,
-        )
-        recorded.fill(store, recorded.recorded_groups(4, score=sampler.score, version_id=version.version_id))
+    sample_groups(config, tmp_path / "sampler", 4)
     (tmp_path / "tracegrad.yaml").write_text(dump_config(config))
     monkeypatch.setattr("tracegrad.trainer.ray_groups.ray_groups", in_process)
     result = CliRunner().invoke(train, ["--config", str(tmp_path / "tracegrad.yaml"), "--offline"])

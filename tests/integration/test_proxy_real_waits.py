@@ -1,8 +1,10 @@
 """Holds, retries and disconnects against the real vLLM, and a real one in the place of an outside API."""
 
+import os
 import re
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ from pydantic import SecretStr
 
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store, open_store
 
 pytestmark = pytest.mark.engine
@@ -69,6 +73,14 @@ def running(served: SimpleNamespace) -> float:
     return float(found)
 
 
+def stored(served: SimpleNamespace, run: str) -> Sequence[Call]:
+    """The calls of the run so far; the run itself comes with its first call."""
+    try:
+        return served.store.trace(run).calls
+    except NotFound:
+        return ()
+
+
 def new_publish(store: Store, model: str) -> int:
     version = store.add_version(
         model=model,
@@ -113,12 +125,23 @@ def test_a_publish_holds_calls_and_lets_them_through(served: SimpleNamespace, st
 
 
 def test_a_client_that_loses_patience_is_told_apart_from_others(served: SimpleNamespace) -> None:
-    """The SDK's own time-out and retries: each attempt stops the engine, and names the one that it repeats."""
-    client = sdk(served, "impatient", timeout=0.2, max_retries=2)
-    with pytest.raises(openai.APITimeoutError):
-        client.chat.completions.create(model=served.name, messages=MESSAGES, **LONG)
+    """The SDK's own time-out and retries: each attempt stops the engine, and names the one that it repeats.
+
+    The engine is frozen while it works, so that no machine is fast enough to answer in time.
+    """
+    client = sdk(served, "impatient", timeout=1, max_retries=2)
+    processes = os.getpgid(served.engine.process.pid)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.chat.completions.create, model=served.name, messages=MESSAGES, **{**LONG, "n": 64})
+        wait_for(lambda: running(served), "the engine works")
+        os.killpg(processes, signal.SIGSTOP)
+        try:
+            with pytest.raises(openai.APITimeoutError):
+                asked.result(60)
+        finally:
+            os.killpg(processes, signal.SIGCONT)
     wait_for(lambda: not running(served), "the engine has stopped", limit_s=5)
-    wait_for(lambda: len(served.store.trace("impatient").calls) == 3, "each attempt is stored")
+    wait_for(lambda: len(stored(served, "impatient")) == 3, "each attempt is stored")
     first, second, third = served.store.trace("impatient").calls
     assert {call.status for call in (first, second, third)} == {"aborted"}
     assert (first.retry_of, second.retry_of, third.retry_of) == (None, first.call_id, second.call_id)
@@ -144,7 +167,7 @@ def test_the_engine_stops_when_the_client_leaves(served: SimpleNamespace, when: 
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, timeout=0.8)
     wait_for(lambda: not running(served), "the engine has stopped", limit_s=5)
-    wait_for(lambda: served.store.trace(run).calls, "the call is stored")
+    wait_for(lambda: stored(served, run), "the call is stored")
     (call,) = served.store.trace(run).calls
     assert (call.status, call.error) == ("aborted", "the client closed the connection")
     assert sum(len(choice.token_ids) for choice in call.choices) < 16 * 440

@@ -6,8 +6,10 @@ TraceStoreError
 ├── StoreUnavailable       the database cannot be reached or cannot commit (disk full, down)
 ├── NotFound               no such row
 ├── Conflict               the row exists and says something else, or the state forbids the change
+│   ├── Abandoned          those weights were rolled back: nothing is built on them or published of them
 │   ├── LeaseLost          the fencing token is no longer the holder's
-│   └── Pinned             serving is held at another version
+│   ├── Pinned             serving is held at another version
+│   └── PublishUnderWay    the model has a publish that is not over
 └── InvalidRecord          a record breaks an invariant (lengths, NaN reward, purpose)
 """
 
@@ -36,12 +38,20 @@ class Conflict(TraceStoreError):
     """The row already says something else, or its state forbids the change."""
 
 
+class Abandoned(Conflict):
+    """A version was abandoned, by a rollback or the gate: it must not be built on, and not be published."""
+
+
 class LeaseLost(Conflict):
     """The lease expired, was reclaimed or was released: what its holder computed must not be committed."""
 
 
 class Pinned(Conflict):
     """Serving is held at another version, until somebody takes the pin off."""
+
+
+class PublishUnderWay(Conflict):
+    """The model has a publish that is not over: wait for it."""
 
 
 class InvalidRecord(TraceStoreError):

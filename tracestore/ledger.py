@@ -1,8 +1,9 @@
 """The commit of a step: one transaction in which checkpoint, versions, ledger and consumption come to be.
 
 The ledger row that names the checkpoint's hash *is* the commit (law 7): a folder on disk that no row names never
-happened. Each run is entered once per (run, job, epoch), by key. Refuses a fenced trainer, and consumption that does
-not account for every choice the lease planned (law 5). Called by the trainer, through `Store`.
+happened. Each run is entered once per (run, job, epoch), by key. Refuses a fenced trainer, one whose
+weights were rolled back, and consumption that does not account for every choice the lease planned (law 5). Called by
+the trainer, through `Store`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +29,7 @@ from tracegrad.tracestore.schema import (
 )
 from tracegrad.tracestore.step_records import CheckpointRow, StepCommit
 from tracegrad.tracestore.traces import stood_when_leased
-from tracegrad.tracestore.versions import add, existing
+from tracegrad.tracestore.versions import add, existing, require_kept
 
 
 class Ledger(Noun):
@@ -41,6 +42,7 @@ class Ledger(Noun):
 
         Raises:
             LeaseLost: the lease was reclaimed, released or acknowledged otherwise.
+            Abandoned: what the step began with was rolled back; the lease is still held.
             Conflict: the job committed this step already, or trained one of the runs in this epoch.
             InvalidRecord: other models, an unknown parent, or consumption that does not add up to the planned choices.
         """
@@ -51,6 +53,7 @@ class Ledger(Noun):
                 return done
             row = claimed(connection, lease)
             _check_models(lease.job_id, models_of(connection, lease.job_id), commit)
+            require_kept(connection, commit.built_on())
             numbers = _check_accounted(connection, row, commit.consumption)
             _check_new(connection, row)
             made = {

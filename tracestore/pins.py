@@ -1,16 +1,20 @@
 """Pins: a model whose serving is held at one version, whatever is trained meanwhile. Append-only, the newest counts.
 
 While a model is pinned, `request_publish` refuses every other version. Refuses to pin while another version is being
-published. Called by `tracegrad pin` and `tracegrad rollback`, the publisher and `tracegrad versions`, through `Store`.
+published. Whoever pins, opens a publish or makes one live takes turns, model by model: what one has looked at, no other
+changes before its commit. Called by `tracegrad pin` and `tracegrad rollback`, the publisher and `tracegrad versions`,
+through `Store`.
 """
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
-from tracegrad.tracestore.errors import Conflict
+from tracegrad.tracestore.errors import Abandoned, PublishUnderWay
 from tracegrad.tracestore.gate_schema import pins
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.schema import UNFINISHED_STATES, publishes
 from tracegrad.tracestore.versions import existing
+
+_TURN = 0x7475726E  # "turn"
 
 
 class Pins(Noun):
@@ -21,19 +25,21 @@ class Pins(Noun):
 
         Raises:
             NotFound: no such version.
-            Conflict: it is abandoned, or another version is being published.
+            Abandoned: it is.
+            PublishUnderWay: another version is being published.
         """
         with self._db.write() as connection:
+            take_turn(connection, existing(connection, version_id).model)
             version = existing(connection, version_id)
             if version.abandoned:
-                raise Conflict(f"version {version_id} is abandoned: pin another one")
+                raise Abandoned(f"version {version_id} is abandoned: pin another one")
             under_way = connection.execute(
                 select(publishes.c.publish_id, publishes.c.version_id, publishes.c.state).where(
                     publishes.c.model == version.model, publishes.c.state.in_(UNFINISHED_STATES)
                 )
             ).first()
             if under_way is not None and under_way.version_id != version_id:
-                raise Conflict(
+                raise PublishUnderWay(
                     f"publish {under_way.publish_id} of version {under_way.version_id} is {under_way.state}: "
                     "try again when it is over (`tracegrad versions` says so)"
                 )
@@ -43,6 +49,7 @@ class Pins(Noun):
     def unpin(self, model: str, reason: str) -> int | None:
         """Take the pin of a model off and return the version it was held at; None where there was no pin."""
         with self._db.write() as connection:
+            take_turn(connection, model)
             was = pinned_version(connection, model)
             if was is not None:
                 _add(connection, model, None, reason, self._db.now())
@@ -52,6 +59,12 @@ class Pins(Noun):
         """Return the version at which a model is held, or None."""
         with self._db.read() as connection:
             return pinned_version(connection, model)
+
+
+def take_turn(connection: Connection, model: str) -> None:
+    """Wait until no other transaction pins the model or changes what of it is published. SQLite's writers always do."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_TURN, func.hashtext(model))))
 
 
 def pinned_version(connection: Connection, model: str) -> int | None:

@@ -17,9 +17,9 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, case, delete, func, select, update
 
 from tracegrad.tracestore.database import insert
-from tracegrad.tracestore.errors import Conflict, NotFound, Pinned
+from tracegrad.tracestore.errors import Abandoned, Conflict, NotFound, Pinned, PublishUnderWay
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.pins import pinned_version
+from tracegrad.tracestore.pins import pinned_version, take_turn
 from tracegrad.tracestore.records import Json, ModelState, PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.schema import (
     PUBLISH_STATES,
@@ -29,7 +29,7 @@ from tracegrad.tracestore.schema import (
     publish_acks,
     publishes,
 )
-from tracegrad.tracestore.versions import existing
+from tracegrad.tracestore.versions import abandon_newer, existing
 
 SILENT_FOR_EVER_S = 86_400.0
 UNFINISHED = UNFINISHED_STATES
@@ -81,12 +81,14 @@ class Publishes(Noun):
         Raises:
             NotFound: no such version.
             Pinned: the model is held at another version.
-            Conflict: the version is abandoned, or the model has an unfinished publish.
+            Abandoned: the version is.
+            PublishUnderWay: the model has an unfinished publish.
         """
         with self._db.write() as connection:
+            take_turn(connection, existing(connection, version_id).model)
             version = existing(connection, version_id)
             if version.abandoned:
-                raise Conflict(f"version {version_id} is abandoned: publish another one")
+                raise Abandoned(f"version {version_id} is abandoned: publish another one")
             if (pin := pinned_version(connection, version.model)) not in (None, version_id):
                 raise Pinned(f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)")
             unfinished = connection.execute(
@@ -95,7 +97,7 @@ class Publishes(Noun):
                 )
             ).first()
             if unfinished is not None:
-                raise Conflict(
+                raise PublishUnderWay(
                     f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
                     "wait for it, or advance it to failed"
                 )
@@ -116,8 +118,11 @@ class Publishes(Noun):
         error: str | None = None,
         probe: Json | None = None,
         decision: Json | None = None,
+        goes_back: bool = False,
     ) -> Publish:
         """Move a publish to `state`; being there already is a no-op. The other fields are kept where given.
+
+        With `goes_back` a version that goes live leaves nothing newer to build on: see `abandon_newer`.
 
         Raises:
             NotFound: no such publish.
@@ -132,10 +137,14 @@ class Publishes(Noun):
                 said = " or ".join(legal) or "nothing: it is finished"
                 raise Conflict(f"publish {publish_id} is {stored.state} and cannot become {state}: next is {said}")
             _check_decision(stored, state, stored.decision if decision is None else decision)
+            if state == "live":
+                take_turn(connection, stored.model)
             given = {"error": error, "probe": probe, "decision": decision}
             values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
             values |= {"state": state, f"{state}_at": self._db.now()}
             connection.execute(update(publishes).where(publishes.c.publish_id == publish_id).values(**values))
+            if state == "live" and goes_back:
+                abandon_newer(connection, existing(connection, stored.version_id))
             return _existing_publish(connection, publish_id)
 
     def last_publish(self, model: str) -> Publish | None:

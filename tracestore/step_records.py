@@ -23,7 +23,7 @@ class StepCommit:
     """Everything a finished step writes in one transaction: checkpoint, versions, ledger rows, consumption.
 
     The checkpoint holds every model of the job; `versions` are of those that the step trained. They have the hash of
-    the whole checkpoint: it is loaded and verified whole.
+    the whole checkpoint: it is loaded and verified whole. `unchanged` are the versions that other models stay at.
     """
 
     checkpoint_path: str
@@ -31,6 +31,11 @@ class StepCommit:
     versions: Sequence[NewVersion]
     consumption: Sequence[Consumption]
     metrics: Json
+    unchanged: Sequence[int] = ()
+
+    def built_on(self) -> list[int]:
+        """Return the versions whose weights the step began with."""
+        return [*(new.parent_id for new in self.versions if new.parent_id is not None), *self.unchanged]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,15 +2,17 @@
 
 The row is written before any swap; its id comes from the database and is never used twice. A version is never
 deleted: a rollback marks it abandoned, and what it sampled stays valid off-policy data.
-Called by the trainer, the publisher and the command line, through `Store`; `add` by `ledger` too.
+Called by the trainer, the publisher and the command line, through `Store`; inside their transactions by `ledger` and
+`publishes`.
 """
 
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, or_, select, update
 
 from tracegrad.tracestore.database import insert
-from tracegrad.tracestore.errors import InvalidRecord, NotFound
+from tracegrad.tracestore.errors import Abandoned, InvalidRecord, NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import PolicyVersion, VersionKind
 from tracegrad.tracestore.schema import jobs, policy_versions, publishes
@@ -69,6 +71,11 @@ class Versions(Noun):
                 update(policy_versions).where(policy_versions.c.version_id == version_id).values(abandoned=True)
             )
 
+    def require_kept(self, version_ids: Collection[int]) -> None:
+        """Refuse to go on from weights that were rolled back. Raises Abandoned, NotFound."""
+        with self._db.read() as connection:
+            require_kept(connection, version_ids, lock=False)
+
     def live_version(self, model: str) -> PolicyVersion | None:
         """Return the version of the newest publish of `model` that went live, or None."""
         with self._db.read() as connection:
@@ -93,6 +100,38 @@ def existing(connection: Connection, version_id: int) -> PolicyVersion:
     if row is None:
         raise NotFound(f"no policy version {version_id}: `tracegrad versions` lists them")
     return _version(row)
+
+
+def require_kept(connection: Connection, version_ids: Collection[int], *, lock: bool = True) -> None:
+    """Refuse to build on abandoned weights; `lock`: they cannot be abandoned before this transaction is over.
+
+    Raises Abandoned.
+    """
+    chosen = select(policy_versions.c.version_id, policy_versions.c.abandoned).where(
+        policy_versions.c.version_id.in_(version_ids)
+    )
+    for row in connection.execute(chosen.with_for_update(read=True) if lock else chosen):
+        if row.abandoned:
+            raise Abandoned(f"version {row.version_id}, which it builds on, was abandoned (`tracegrad rollback`)")
+
+
+def abandon_newer(connection: Connection, version: PolicyVersion) -> None:
+    """Abandon the newer versions of the model, but for those of jobs that publish nothing (`--offline`).
+
+    A step that is being committed is waited for, so it is seen; one that comes later is refused (`require_kept`).
+    """
+    mine = policy_versions.c.model == version.model
+    served = select(publishes.c.version_id).where(publishes.c.model == version.model)
+    publishing = select(policy_versions.c.job_id).where(policy_versions.c.version_id.in_(served))
+    connection.execute(
+        select(jobs.c.job_id).where(jobs.c.job_id.in_(publishing)).order_by(jobs.c.job_id).with_for_update()
+    )
+    known = or_(policy_versions.c.version_id.in_(served), policy_versions.c.job_id.in_(publishing))
+    connection.execute(
+        update(policy_versions)
+        .where(mine, policy_versions.c.version_id > version.version_id, known)
+        .values(abandoned=True)
+    )
 
 
 def add(

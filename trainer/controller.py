@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import LeaseLost
+from tracegrad.tracestore.errors import Abandoned, LeaseLost
 from tracegrad.tracestore.records import Lease, PolicyVersion
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.step_records import NewVersion, StepCommit
@@ -29,7 +29,7 @@ from tracegrad.tracestore.store import Store
 from tracegrad.trainer.checkpoints import Checkpoint, prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError, StepRefused, VersionAbandoned
+from tracegrad.trainer.errors import EngineError, NothingToTrain, PublishError, StepRefused
 from tracegrad.trainer.gate import abandon_rejected
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.joint_metrics import joint_metrics
@@ -145,7 +145,7 @@ class Controller:
         self._step = last.step if last is not None else 0
 
     def _go_back(self) -> None:
-        """Where a rejected version made the job go back: load what it goes on from."""
+        """Where a version was rejected or rolled back: load what the job goes on from."""
         if self._publishing is None or not self._publishing.went_back:
             return
         self._publishing.went_back = False
@@ -161,8 +161,9 @@ class Controller:
 
     def _next_lease(self) -> Lease | None:
         """Lease the next step's groups, waiting for them; None on a stop, or offline where none will come."""
-        batch, step = self.config.trainer.batch, self._step + 1
+        batch = self.config.trainer.batch
         while not self._around.stop.is_set():
+            step = self._step + 1
             lease = self._store.lease(
                 self._job,
                 self._rule,
@@ -176,6 +177,7 @@ class Controller:
                 return lease
             if self._publishing is not None:
                 self._publishing.catch_up(self._versions, self._workers)
+                self._go_back()
             ready = self._store.backlog(self._job, self._rule).ready_groups
             if not self._around.engines:
                 self._around.console.say(
@@ -197,7 +199,7 @@ class Controller:
         crash.reached("after-lease", step)
         try:
             done = self._compute(lease, {"wait": waited})
-        except (LeaseLost, VersionAbandoned) as error:
+        except (LeaseLost, Abandoned) as error:
             self._restore(error)
             return
         except NothingToTrain as error:
@@ -271,6 +273,7 @@ class Controller:
                 ],
                 consumption=shares.consumption,
                 metrics=metrics,
+                unchanged=[version_id for model, version_id in version_ids.items() if model not in results],
             )
             made = commit_patiently(self._store, keeper, commit)
         self._versions = {**self._versions, **made}
@@ -291,7 +294,7 @@ class Controller:
 
     # -- afterwards
 
-    def _restore(self, error: LeaseLost | VersionAbandoned) -> None:
+    def _restore(self, error: LeaseLost | Abandoned) -> None:
         """Throw the step away: load what the ledger says is the newest, and clear the folder nobody committed."""
         self._around.console.say(f"step {self._step + 1} is thrown away: {error}")
         self._find_weights()

@@ -13,7 +13,6 @@ TrainerError
 ├── TrackingError        an experiment tracker is not installed, cannot be opened, or refused a step's numbers
 ├── WorkerFailed         a worker failed in a way that has no name here, or there is no room for it
 │   └── WorkerDied       its process ended: what it held is in the last checkpoint
-├── VersionAbandoned     the weights that a step builds on were rolled back meanwhile
 └── JobBusy              another trainer of the same job runs on this output folder
 """
 
@@ -68,10 +67,6 @@ class WorkerFailed(TrainerError):
 
 class WorkerDied(WorkerFailed):
     """The process of a worker ended: what it held is in the last checkpoint."""
-
-
-class VersionAbandoned(TrainerError):
-    """The weights that a step builds on were rolled back meanwhile."""
 
 
 class JobBusy(TrainerError):

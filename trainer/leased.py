@@ -4,13 +4,13 @@ Refuses what the store refuses. Called by the controller, under the lease's keep
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-from tracegrad.tracestore.errors import StoreUnavailable
+from tracegrad.tracestore.errors import Abandoned, StoreUnavailable
 from tracegrad.tracestore.records import Lease, LeaseRule, PolicyVersion
 from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
-from tracegrad.trainer.errors import VersionAbandoned
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.returns import Scope
 from tracegrad.trainer.samples import build_batch
@@ -49,16 +49,14 @@ def leased_shares(
     return shares, stale
 
 
-def require_kept(store: Store, lease: Lease, version_ids: Iterable[int | None]) -> None:
+def require_kept(store: Store, lease: Lease, version_ids: Iterable[int]) -> None:
     """Return the lease and refuse to build on what `tracegrad rollback` abandoned while this trainer was at work.
 
     Raises:
-        VersionAbandoned: one of the versions is.
+        Abandoned: one of the versions is.
     """
-    for version_id in version_ids:
-        if version_id is not None and store.get_version(version_id).abandoned:
-            store.release(lease)
-            raise VersionAbandoned(f"version {version_id}, which it builds on, was abandoned (`tracegrad rollback`)")
+    with _returned_if_abandoned(store, lease):
+        store.require_kept(list(version_ids))
 
 
 def commit_patiently(store: Store, keeper: LeaseKeeper, commit: StepCommit) -> dict[str, PolicyVersion]:
@@ -66,15 +64,25 @@ def commit_patiently(store: Store, keeper: LeaseKeeper, commit: StepCommit) -> d
 
     Raises:
         LeaseLost: another trainer has the lease.
-        VersionAbandoned: what the step builds on was rolled back while it was computed.
+        Abandoned: what the step builds on was rolled back while it was computed. The lease is returned.
         StoreUnavailable: after the last attempt.
     """
     for attempt in range(1, _COMMIT_TRIES + 1):
         try:
-            require_kept(store, keeper.current, [each.parent_id for each in commit.versions])
-            return store.commit_step(keeper.current, commit)
+            with _returned_if_abandoned(store, keeper.current):
+                return store.commit_step(keeper.current, commit)
         except StoreUnavailable:
             if attempt == _COMMIT_TRIES:
                 raise
             time.sleep(_COMMIT_PAUSE_S)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+@contextmanager
+def _returned_if_abandoned(store: Store, lease: Lease) -> Iterator[None]:
+    """What was to be trained on weights that are no more is leased anew."""
+    try:
+        yield
+    except Abandoned:
+        store.release(lease)
+        raise

@@ -93,12 +93,18 @@ class Publisher:
             self._gate = Gatekeeper(store, settings.gate, expires_s=heartbeat_expires_s, stopped=stopped)
 
     def publish(
-        self, version_id: int, probe: ProbeSet | None = None, *, canary: Perturbed | None = None
+        self,
+        version_id: int,
+        probe: ProbeSet | None = None,
+        *,
+        canary: Perturbed | None = None,
+        goes_back: bool = False,
     ) -> PublishReport:
         """Bring a version live in every engine and return how it went.
 
         With `canary`, the perturbed weights are loaded and probed first, inside the same hold: no call is ever sampled
-        from them. Without `probe` nothing proves that the engine serves the version, and the store says so (null).
+        from them. Without `probe` nothing proves that the engine serves the version, and the store says so (null). With
+        `goes_back` newer versions are abandoned as this one goes live.
 
         Raises:
             PublishFailed: the version is not live; the previous weights are back, or the message says why not.
@@ -137,7 +143,9 @@ class Publisher:
             **clock.spent,
         )
         decided = None if decision is None else decision.as_json()
-        self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), decision=decided)
+        self.store.advance_publish(
+            attempt.publish.publish_id, "live", probe=report.as_json(), decision=decided, goes_back=goes_back
+        )
         self._on_state("live")
         if seen is not None and seen.verdict == "new":
             self._noise = seen.mean_abs_new

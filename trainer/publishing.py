@@ -1,29 +1,34 @@
 """Every trained model of a job on its way to its engines: recovered and proven at the start, published after each step.
 
 One model after the other, each by its own publisher: only calls to that one are held meanwhile. What a gate rejects or
-a pin holds back is no failure: it is said, and the last good version serves on. Refuses (EngineError, PublishError)
+a pin holds back is no failure: it is said, and the last good version serves on. A rollback under way is waited for, and
+what it abandoned is not published. Refuses (EngineError, PublishError)
 what `publish` refuses: models that come later are not published then, and the next start does. Called by the
 controller.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.errors import Pinned
+from tracegrad.tracestore.errors import Abandoned, Pinned, PublishUnderWay
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishRejected
 from tracegrad.trainer.gate import rejections_in_a_row, version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
+from tracegrad.trainer.probe import ProbeSet
 from tracegrad.trainer.publish import Publisher
+from tracegrad.trainer.publish_report import PublishReport
 from tracegrad.trainer.results import Scored
 from tracegrad.trainer.startup import first_publish, probe_set, wait_for_engines
 from tracegrad.trainer.worker_groups import SavedModel, WorkerGroups
 
 Versions = Mapping[str, PolicyVersion]
 """Model -> the version that its weights in memory are."""
+POLL_S = 0.1
 
 
 class Publishing:
@@ -43,7 +48,7 @@ class Publishing:
         self._say, self._stopped = say, stopped
         self._unserved: set[str] = set()
         self.went_back = False
-        """Whether a rejected version made the job go back: its weights are to be found anew."""
+        """Whether a version that was rejected or rolled back made the job go back: its weights are to be found anew."""
         self.gave_up: str | None = None
         """Why the gate ends the run before its last step."""
         self._publishers = {
@@ -135,7 +140,11 @@ class Publishing:
         self, version: PolicyVersion, new: tuple[Scored, ...], previous: tuple[Scored, ...] | None = None
     ) -> dict[str, Any]:
         try:
-            report = self._publishers[version.model].publish(version.version_id, probe_set(new, previous))
+            report = self._in_turn(version, probe_set(new, previous))
+        except Abandoned as gone:
+            self._say(f"version {version.version_id} is not published: {gone}")
+            self.went_back = True
+            return {"skipped": str(gone)}
         except Pinned as pinned:
             self._unserved.add(version.model)
             self._store.skip_publish(version.version_id, str(pinned))
@@ -146,6 +155,21 @@ class Publishing:
             return rejected.as_json()
         self._unserved.discard(version.model)
         return report.as_json()
+
+    def _in_turn(self, version: PolicyVersion, probe: ProbeSet) -> PublishReport:
+        """Publish, once a rollback or a pin that publishes at this moment is over."""
+        settings, said = self._config.trainer.publish, False
+        deadline = time.monotonic() + settings.drain_timeout_s + settings.swap_timeout_s
+        while True:
+            try:
+                return self._publishers[version.model].publish(version.version_id, probe)
+            except PublishUnderWay as other:
+                if self._stopped() or time.monotonic() > deadline:
+                    raise
+                if not said:
+                    self._say(f"version {version.version_id} is published later: {other}")
+                said = True
+            time.sleep(POLL_S)
 
     def _rejected(self, version: PolicyVersion, rejected: PublishRejected) -> None:
         """Say it, and do what the configuration says of rejected versions."""

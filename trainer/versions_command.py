@@ -20,7 +20,7 @@ from tracegrad.tracestore.config import Config, load_config
 from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.errors import TrainerError
-from tracegrad.trainer.pin_command import CONFIG, moved_pin, publisher, versions_to_serve
+from tracegrad.trainer.pin_command import CONFIG, moved_pin, publisher
 from tracegrad.trainer.versions_table import describe, reasons, table
 
 
@@ -88,13 +88,12 @@ def roll_back(store: Store, config: Config, version_id: int) -> list[int]:
     live = store.live_version(version.model)
     if live is not None and live.version_id == version_id:
         raise Conflict(f"version {version_id} is live already")
+    before = {each.version_id for each in store.list_versions(version.model) if each.abandoned}
     pinned = store.pinned(version.model) is not None
     with moved_pin(store, version_id, "tracegrad rollback") if pinned else nullcontext():
-        publisher(store, config, version.model).publish(version_id)
-    newer = [v for v in versions_to_serve(store, version.model) if v.version_id > version_id and not v.abandoned]
-    for each in newer:
-        store.abandon_version(each.version_id)
-    return [each.version_id for each in newer]
+        publisher(store, config, version.model).publish(version_id, goes_back=True)
+    newer = [each for each in store.list_versions(version.model) if each.version_id > version_id]
+    return [each.version_id for each in newer if each.abandoned and each.version_id not in before]
 
 
 def _fail(error: Exception) -> NoReturn:

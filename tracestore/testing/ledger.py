@@ -1,11 +1,14 @@
 """What every backend must do with the ledger, consumption and conservation."""
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost
+from tracegrad.tracestore.errors import Abandoned, Conflict, InvalidRecord, LeaseLost
+from tracegrad.tracestore.jobs import existing_job
 from tracegrad.tracestore.records import PolicyVersion, Run
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
@@ -26,6 +29,14 @@ from tracegrad.tracestore.testing.rows import (
     take,
     train,
 )
+from tracegrad.tracestore.versions import abandon_newer
+
+_LIKE_THE_NEWEST = """
+    INSERT INTO policy_versions
+    (model, kind, parent_id, checkpoint_path, checkpoint_hash, step, job_id, abandoned, created_at)
+    SELECT model, kind, version_id, checkpoint_path, checkpoint_hash, step + 1, job_id, abandoned, created_at
+    FROM policy_versions ORDER BY version_id DESC LIMIT 1
+"""
 
 
 class LedgerContract:
@@ -58,6 +69,45 @@ class LedgerContract:
         assert len(made_by_steps(store)) == 1
         with pytest.raises(LeaseLost, match="acknowledged"):
             store.commit_step(lease, replace(commit, checkpoint_hash="other"))
+
+    def test_a_step_on_abandoned_weights_is_not_committed(self, store: Store) -> None:
+        """The parent or the version that another model stays at; nothing is left of it, and the lease is still held."""
+        ready_group(store)
+        parent, other = live_version(store), live_version(store, model="other")
+        lease = take(store)
+        commit = make_commit(account(store, lease), parent=parent.version_id)
+        store.abandon_version(other.version_id)
+        with pytest.raises(Abandoned, match=f"version {other.version_id}, which it builds on, was abandoned"):
+            store.commit_step(lease, replace(commit, unchanged=[other.version_id]))
+        assert (made_by_steps(store), store.last_checkpoint(JOB)) == ([], None)
+        store.commit_step(lease, commit)
+        store.abandon_version(parent.version_id)
+        assert len(store.commit_step(lease, commit)) == 1, "what was committed already is told again"
+
+    @pytest.mark.parametrize("first", ["rollback", "commit"])
+    def test_a_rollback_and_a_commit_wait_for_one_another(self, store: Store, first: str) -> None:
+        """Whichever is first, nothing stands that is built on what was rolled back."""
+        ready_group(store)
+        base, parent = live_version(store, 0), live_version(store, 1)
+        lease = take(store, step=2)
+        sql(store, "UPDATE policy_versions SET job_id = :job", job=JOB)
+        commit = make_commit(account(store, lease), parent=parent.version_id)
+        back = store.request_publish(base.version_id).publish_id
+        store.advance_publish(back, "draining")
+        store.advance_publish(back, "swapping")
+        with ThreadPoolExecutor(1) as pool:
+            with store._db.write() as connection:
+                if first == "rollback":
+                    abandon_newer(connection, base)
+                    waits: Future[Any] = pool.submit(store.commit_step, lease, commit)
+                else:
+                    existing_job(connection, JOB, lock=True)
+                    connection.execute(text(_LIKE_THE_NEWEST))
+                    waits = pool.submit(store.advance_publish, back, "live", goes_back=True)
+                assert wait([waits], 0.1).not_done
+            assert isinstance(waits.exception(), Abandoned if first == "rollback" else type(None))
+        newer = [version for version in store.list_versions(MODEL) if version.version_id > base.version_id]
+        assert [version.abandoned for version in newer] == [True] * (1 if first == "rollback" else 2)
 
     def test_each_run_once_per_job_and_epoch(self, store: Store) -> None:
         """Not leased again in the epoch, again in the next; the key refuses raw SQL too."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
+from tracegrad.tracestore.errors import Abandoned, Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.records import PolicyVersion, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import MODEL, Clock, live_version, make_rule, sql
@@ -138,6 +138,21 @@ class PublishContract:
         assert live is not None
         assert live.version_id == first.version_id
         assert store.publish_view([]) == {}
+
+    def test_a_version_that_is_gone_back_to_leaves_nothing_newer(self, store: Store) -> None:
+        """Once it is live, or not at all; other models and jobs that publish nothing keep what they have."""
+        first, second = live_version(store, 0), live_version(store, 1)
+        store.register_job("offline", [MODEL], {})
+        others = [live_version(store, model="other"), a_version(store)]
+        sql(store, "UPDATE policy_versions SET job_id = 'offline' WHERE version_id = :id", id=others[1].version_id)
+        for end in ("failed", "live"):
+            publish_id = store.request_publish(first.version_id).publish_id
+            for state in ("draining", "swapping", end):
+                store.advance_publish(publish_id, state, goes_back=True)  # type: ignore[arg-type]
+            assert store.get_version(second.version_id).abandoned is (end == "live")
+        assert not any(store.get_version(each.version_id).abandoned for each in (first, *others))
+        with pytest.raises(Abandoned):
+            store.request_publish(second.version_id)
 
     def test_a_publish_waits_for_live_proxies(self, store: Store, clock: Clock) -> None:
         """Alive and not acknowledged; a dead one expires, a new one is waited for, a removed one is not."""

@@ -17,6 +17,7 @@ from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
 from tracegrad.tracestore.records import Lease
 from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
+from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import sql
 from tracegrad.trainer.checkpoints import list_checkpoints
@@ -170,7 +171,7 @@ def test_an_abandoned_version_is_not_built_on(configure: Configure, store: Store
         train(config, store)
 
 
-@pytest.mark.parametrize("when", ["while it waits", "in the step"])
+@pytest.mark.parametrize("when", ["while it waits", "in the step", "at the commit"])
 def test_a_rollback_under_a_trainer_at_work_is_kept(configure: Configure, store: Store, when: str) -> None:
     """It must not go on from the weights it still holds: the next step is built on what was left."""
     config = configure(steps=3)
@@ -192,15 +193,21 @@ def test_a_rollback_under_a_trainer_at_work_is_kept(configure: Configure, store:
             return result
 
     workers = Watched(config)
-    lease = Store.lease
+    lease, commit_step = Store.lease, Store.commit_step
 
     def leased(self: Store, *args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == 2 and when == "while it waits":
             roll_back()
         return lease(self, *args, **kwargs)
 
+    def committed(self: Store, lease: Lease, commit: StepCommit) -> Any:
+        if lease.plan.step == 2 and when == "at the commit":
+            roll_back()
+        return commit_step(self, lease, commit)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Store, "lease", leased)
+        patched.setattr(Store, "commit_step", committed)
         said = train(config, store, workers)
     assert f"step 2 is thrown away: version {rolled_back[0]}, which it builds on, was abandoned" in "\n".join(said)
     assert workers.computed == ((1, 2, 3) if when == "while it waits" else (1, 2, 2, 3))

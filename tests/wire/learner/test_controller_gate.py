@@ -14,9 +14,10 @@ from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.evaluations import Evaluator, Measured
-from tracegrad.tracestore.records import PolicyVersion
+from tracegrad.tracestore.records import Lease, PolicyVersion
+from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
-from tracegrad.trainer import gate
+from tracegrad.trainer import gate, publishing
 from tracegrad.trainer.checkpoints import step_folder
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
@@ -30,6 +31,7 @@ GATE = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"max_drop": 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "POLL_S", 0.01)
+    monkeypatch.setattr(publishing, "POLL_S", 0.01)
 
 
 def live_of(store: Store) -> PolicyVersion:
@@ -209,3 +211,53 @@ def test_a_trainer_that_starts_under_a_pin_serves_the_pinned_version(
     run(config, store, engine, workers)
     assert (engine.version, live_of(store).step) == (str(versions[0].version_id), 0)
     assert workers.loaded == ["step-000001", "step-000000", "step-000001"]
+
+
+def test_a_rollback_between_a_commit_and_its_publish_is_waited_for_and_kept(
+    configure: Callable[..., Config], store: Store, engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tracegrad rollback` does it: its publish is under way when the trainer wants to publish, then it is live."""
+    commit_step, over = Store.commit_step, []
+
+    def committed(self: Store, lease: Lease, commit: StepCommit) -> Any:
+        made = commit_step(self, lease, commit)
+        if lease.plan.step == 2:
+            version = next(v for v in store.list_versions(recorded.MODEL) if v.step == 0)
+            publish = store.request_publish(version.version_id)
+            over.append(threading.Timer(0.3, finish, [publish.publish_id]))
+            over[0].start()
+        return made
+
+    def finish(publish_id: int) -> None:
+        for state in ("draining", "swapping"):
+            store.advance_publish(publish_id, state)
+        store.advance_publish(publish_id, "live", goes_back=True)
+
+    monkeypatch.setattr(Store, "commit_step", committed)
+    config = configure(steps=3, publish=PUBLISH, batch={"max_staleness": 9})
+    _, said = run(config, store, engine, Generates(config, store))
+    over[0].join()
+    assert states(store) == [(0, "live"), (1, "live"), (0, "live"), (3, "live")]
+    by_step = {v.step: v for v in store.list_versions(recorded.MODEL) if v.kind != "canary"}
+    assert by_step[1].abandoned and by_step[2].abandoned and by_step[3].parent_id == by_step[0].version_id
+    assert "is published later: publish 3" in "\n".join(said)
+    assert f"training goes on from version {by_step[0].version_id} (step 0)" in said
+    assert "abandoned" in metrics(config)[1]["skipped"]
+
+
+def test_what_the_gate_rejects_when_a_pin_is_taken_off_is_not_built_on_either(
+    configure: Callable[..., Config], store: Store, engine: LlamaEngine
+) -> None:
+    def before(asked: int) -> bool:
+        if asked == 1:
+            store.pin_version(live_of(store).version_id, "by hand")
+        if asked == 2:
+            store.unpin(recorded.MODEL, "by hand")
+        return asked != 2
+
+    config = gated(configure, 2, rejected={"then": "return"})
+    with evaluator(store, {0: 0.5, 1: 0.1, 2: 0.6}):
+        run(config, store, engine, Generates(config, store, before))
+    assert states(store) == [(0, "live"), (1, "skipped"), (1, "rejected"), (2, "live")]
+    by_step = {v.step: v for v in store.list_versions(recorded.MODEL) if v.kind != "canary"}
+    assert by_step[1].abandoned and by_step[2].parent_id == by_step[0].version_id

@@ -1,8 +1,8 @@
 """`tracegrad doctor [RUN]`: why tokens are or are not trained, and what to do about it.
 
 Reads the store itself, so it needs no proxy, and writes nothing. Exit status 0 where all is well, 1 where something
-wants action (or the store cannot be read), 2 for a command that cannot be understood: an unknown run or job is one.
-Only `--deep` reads payloads; everything else is counted from metadata.
+wants action (or the store cannot be read), 2 for a command that cannot be understood: an unknown run, job or project
+is one. Only `--deep` reads payloads; everything else is counted from metadata.
 """
 
 import json
@@ -21,6 +21,7 @@ from tracegrad.adapters.opening import open_existing, progress, which_store
 from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
 from tracegrad.tracestore.errors import ConfigError, NotFound, TraceStoreError
 from tracegrad.tracestore.moments import moment_of
+from tracegrad.tracestore.section import near_misses
 from tracegrad.tracestore.store import Store
 
 _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
@@ -58,6 +59,8 @@ def doctor(
     try:
         with progress() as say:
             jobs = _jobs(store, job_id)
+            if project is not None:
+                store.require_project(project)
             models = jobs[0].models if job_id is not None else None
             extent = Extent(run_id=run_id, project=project, models=models, since=began)
             report = gather(store, extent, jobs, deep=deep, progress=say)
@@ -100,8 +103,7 @@ def _jobs(store: Store, job_id: str | None) -> list[JobFacts]:
         return known
     found = [job for job in known if job.job_id == job_id]
     if not found:
-        names = ", ".join(job.job_id for job in known) or "none yet"
-        raise click.UsageError(f"no training job {job_id!r}; the store knows: {names}")
+        raise click.UsageError(f"no training job {job_id!r}{near_misses(job_id, [job.job_id for job in known])}")
     return found
 
 

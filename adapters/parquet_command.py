@@ -1,6 +1,7 @@
 """`tracegrad export FOLDER` and `tracegrad import FOLDER`: traces as Parquet, for study and for other stores.
 
-Works on the store itself, so it needs no proxy. Refuses a folder that is not empty. Needs `tracegrad[parquet]`.
+Works on the store itself, so it needs no proxy. Refuses a folder that is not
+empty, and a project that the store does not know. Needs `tracegrad[parquet]`.
 """
 
 import json
@@ -40,6 +41,8 @@ def export(
     >>> datasets.load_dataset("traces", "rewards")   # runs, spans, tasks, groups, policy_versions
     """
     with opened_store(path, url) as opened, progress() as told:
+        if project is not None:
+            opened.require_project(project)
         chosen = Chosen(project=project, since=since, run_ids=run_ids)
         rows = export_to(opened, folder, chosen, lambda table, count: told(count, 0, table))
     _say(rows, f"in {folder}", as_json=as_json)

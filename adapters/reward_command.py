@@ -1,7 +1,7 @@
 """`tracegrad reward --with module:function`: score stored runs anew.
 
 Reads and writes the store itself, so it needs no proxy, no app and no engine. Refuses to create a store that is not
-there. Results go to standard output, progress to standard error.
+there, and a project that is not in it. Results go to standard output, progress to standard error.
 """
 
 import json
@@ -78,6 +78,8 @@ def reward(
         if run_ids:
             batches = (run_ids[start : start + BATCH] for start in range(0, len(run_ids), BATCH))
         else:
+            if project is not None:
+                store.require_project(project)
             since = None if since_hours is None else time.time() - since_hours * _HOUR_S
             batches = closed_runs(store, project=project, purpose=purpose, since=since)
         pass_ = Rescoring(store, function, source=source or function_name, dry_run=dry_run)

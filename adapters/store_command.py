@@ -1,4 +1,4 @@
-"""`tracegrad store delete | prune | vacuum | check | backup`: the care of a trace store.
+"""`tracegrad store delete | delete-job | prune | vacuum | check | backup`: the care of a trace store.
 
 Works on the store itself, so it needs no proxy, and beside proxies and trainers that are at work. Refuses to delete
 what is open or leased unless it is forced, and to make a store that is not there. `retiring` does the deleting.
@@ -57,6 +57,7 @@ def delete(
             with progress() as told:
                 done = retire_named(opened, run_ids, force=force, dry_run=dry_run, told=told)
         else:
+            opened.require_project(project)
             if not (yes or dry_run):
                 click.confirm(f"Delete {_what(project, before)} from {opened.place}?", abort=True, err=True)
             which = Retired(project=project, ended_before=before, busy_too=force)
@@ -97,6 +98,7 @@ def prune(
     if oldest_s is None and largest is None:
         raise click.UsageError("how much may stay? give --older-than 30d, --larger-than 10GB, or both")
     with opened_store(path, url) as opened:
+        opened.require_project(project)
         ended_before = None if oldest_s is None else opened.now() - oldest_s
         through = None if largest is None else opened.place_beyond(project, largest)
         done = Retirement()
@@ -106,6 +108,24 @@ def prune(
                 done = retire(opened, which, dry_run=dry_run, told=told)
         space = None if dry_run else give_space_back(opened)
     _say(done, dry_run=dry_run, as_json=as_json, space=space)
+
+
+@store.command("delete-job")
+@which_store
+@click.argument("job_id", metavar="JOB")
+def delete_job(*, path: Path | None, url: str | None, as_json: bool, job_id: str) -> None:
+    """Remove a training job that never trained anything, such as a mistyped name, from `queue` and `doctor`.
+
+    A job that has committed a step stays for good. Versions that it made stay too, of no job and abandoned. Its folder
+    of checkpoints is yours to delete.
+    """
+    with opened_store(path, url) as opened:
+        versions = opened.remove_job(job_id)
+    if as_json:
+        click.echo(json.dumps({"job_id": job_id, "abandoned": versions}))
+    else:
+        made = f"; abandoned: {', '.join(map(str, versions))}" if versions else ""
+        click.echo(f"job {job_id} is gone{made}")
 
 
 @store.command()

@@ -1,13 +1,13 @@
 """Training jobs and what waits for them.
 
 A job is one trainer configuration with its own checkpoints and ledger; several may read the same runs.
-Called by the trainer and by the proxy's backlog endpoint, through `Store`.
+Called by the trainer, the proxy's backlog endpoint and the commands that look at jobs, through `Store`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, func, or_, select, update
 
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
@@ -15,7 +15,19 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.publishes import is_publishing, live_steps
 from tracegrad.tracestore.readiness import in_reach, is_allowed, is_by_roles, is_exact, is_ready, members, units
 from tracegrad.tracestore.records import Backlog, Json, LeaseRule
-from tracegrad.tracestore.schema import calls, job_models, jobs, runs
+from tracegrad.tracestore.schema import (
+    calls,
+    checkpoints,
+    holds,
+    job_models,
+    jobs,
+    leases,
+    policy_versions,
+    refusals,
+    runs,
+)
+from tracegrad.tracestore.section import near_misses
+from tracegrad.tracestore.versions import find_live
 
 
 class Jobs(Noun):
@@ -40,6 +52,38 @@ class Jobs(Noun):
                     "its own"
                 )
             connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(config=config))
+
+    def remove_job(self, job_id: str) -> list[int]:
+        """Remove a job that never trained anything: a name that was mistyped. Return its versions, abandoned now.
+
+        They stay, of no job: what they sampled knows its version.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has committed a step, a trainer holds a lease for it, or one of its versions is live.
+        """
+        with self._db.write() as connection:
+            existing_job(connection, job_id, lock=True)
+            steps = connection.execute(
+                select(func.max(checkpoints.c.step)).where(checkpoints.c.job_id == job_id)
+            ).scalar()
+            if steps is not None:
+                raise Conflict(f"job {job_id!r} has trained {steps} steps: its ledger says what became of their runs")
+            held = (leases.c.job_id == job_id, leases.c.state == "held", leases.c.expires_at > self._db.now())
+            if (lease := connection.execute(select(leases.c.lease_id).where(*held)).first()) is not None:
+                raise Conflict(f"a trainer holds lease {lease.lease_id} for job {job_id!r}: stop it first")
+            for model in models_of(connection, job_id):
+                if (live := find_live(connection, model)) is not None and live.job_id == job_id:
+                    raise Conflict(
+                        f"version {live.version_id} of job {job_id!r} is live: publish another one first "
+                        "(`tracegrad rollback`, or a trainer of the right job)"
+                    )
+            mine = policy_versions.c.job_id == job_id
+            changed = update(policy_versions).where(mine).values(job_id=None, abandoned=True)
+            versions = list(connection.execute(changed.returning(policy_versions.c.version_id)).scalars())
+            for table in (refusals, holds, leases, job_models, jobs):
+                connection.execute(delete(table).where(table.c.job_id == job_id))
+            return sorted(versions)
 
     def backlog(self, job_id: str, rule: LeaseRule) -> Backlog:
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
@@ -82,5 +126,11 @@ def existing_job(connection: Connection, job_id: str, *, lock: bool = False) -> 
     chosen = select(jobs).where(jobs.c.job_id == job_id)
     row = connection.execute(chosen.with_for_update() if lock else chosen).one_or_none()
     if row is None:
-        raise NotFound(f"no training job {job_id!r}: register_job first")
+        raise no_such_job(connection, job_id)
     return row
+
+
+def no_such_job(connection: Connection, job_id: str) -> NotFound:
+    """Return what to raise where a job is not known."""
+    names = connection.execute(select(jobs.c.job_id)).scalars().all()
+    return NotFound(f"no training job {job_id!r}{near_misses(job_id, names)}")

@@ -16,6 +16,7 @@ from tracegrad.tracestore.conservation import stored_within
 from tracegrad.tracestore.diagnosis_jobs import held_lease
 from tracegrad.tracestore.diagnosis_records import Extent, HeldLease
 from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.jobs import no_such_job
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.queue_records import (
     ChoiceStanding,
@@ -124,7 +125,7 @@ class QueueView(Noun):
     def _job(self, connection: Connection, job_id: str, epoch: int | None) -> JobView:
         job = job_view(connection, job_id, epoch, self._db.now())
         if not job.models:
-            raise NotFound(f"no training job {job_id!r}: `tracegrad train` makes one")
+            raise no_such_job(connection, job_id)
         return job
 
 

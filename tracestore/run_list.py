@@ -15,7 +15,8 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import CallStatus, Purpose, RunStatus, RunSummary
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import find_run, run_of
-from tracegrad.tracestore.schema import calls, choices, runs
+from tracegrad.tracestore.schema import api_keys, calls, choices, runs, tasks
+from tracegrad.tracestore.section import near_misses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,22 @@ class RunList(Noun):
                 chosen = chosen.where(older_than(connection, before))
             rows = connection.execute(chosen.order_by(runs.c.opened_at.desc(), runs.c.run_id.desc()).limit(limit)).all()
             return _summaries(connection, [run_of(row) for row in rows])
+
+    def require_project(self, project: str) -> None:
+        """Refuse a project that a store with others in it does not know: runs, tasks, keys, or calls without a run.
+
+        Raises:
+            NotFound: it is none; the message names those that are like it.
+        """
+        alone = select(calls.c.project).where(calls.c.run_id.is_(None))
+        places = [*(select(table.c.project) for table in (runs, api_keys, tasks)), alone]
+        with self._db.read() as connection:
+            for each in places:
+                if connection.execute(each.where(each.selected_columns.project == project).limit(1)).first():
+                    return
+            names = {str(name) for each in places for name in connection.execute(each.distinct()).scalars()}
+        if names:
+            raise NotFound(f"no project {project!r} in this store{near_misses(project, names)}")
 
     def list_unplaced_calls(
         self, *, project: str | None = None, limit: int = 50, before: str | None = None

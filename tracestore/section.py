@@ -6,6 +6,8 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 
+_MOST_NAMED = 30
+
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A part of the file. Unknown keys are refused."""
@@ -24,8 +26,12 @@ def explained(message: str, root: type[Section]) -> str:
 
 def near_misses(word: str, known: Any) -> str:
     """Return the end of an error message: the known words that look like `word`, else all of them."""
-    close = difflib.get_close_matches(word, sorted(known), n=3)
-    return f"; did you mean {', '.join(close)}?" if close else f" (known: {', '.join(sorted(known)) or 'none'})"
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=3)
+    if close:
+        return f"; did you mean {', '.join(close)}?"
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f" (known: {', '.join(names[:_MOST_NAMED]) or 'none'}{more})"
 
 
 def _keys(section: type[Section], place: str = "") -> Iterator[tuple[str, str]]:

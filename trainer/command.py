@@ -122,6 +122,8 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
         crash_points = CrashPoints.from_environment(os.environ)
         store = open_store(config.store)
         with contextlib.closing(store), JobFolder(config.trainer).held() as folder:
+            if offline:
+                store.require_project(config.project)
             trackers = open_trackers(
                 config.tracking, folder.path, job=config.trainer.job, settings=msgspec.to_builtins(config.trainer)
             )

@@ -15,10 +15,12 @@ from tracegrad.tracestore.retention import Place, Retired
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
+    MODEL,
     Clock,
     account,
     add_group,
     finish_run,
+    live_version,
     make_call,
     make_commit,
     make_reward,
@@ -293,3 +295,40 @@ class UpkeepContract:
         store.vacuum()
         assert store.trace("a") == before
         assert store.space().size_bytes > 0
+
+
+class NameContract:
+    """Names that nobody knows, and jobs that came to be by mistake."""
+
+    def test_a_project_that_is_not_there_is_refused_where_others_are(self, store: Store) -> None:
+        """Known by a run, a task, a key, or a call without a run."""
+        store.require_project("demo")
+        store.append_calls([make_call("c", "r", project="demo"), make_call("alone", None, role=None, project="loose")])
+        store.create_key(scopes=["call"], project="keyed")
+        for known in ("demo", "loose", "keyed"):
+            store.require_project(known)
+        with pytest.raises(NotFound, match=r"no project 'dmeo' in this store; did you mean demo\?"):
+            store.require_project("dmeo")
+
+    def test_a_job_that_never_trained_can_go(self, store: Store, clock: Clock) -> None:
+        """Its versions stay, of no job and abandoned; what is live, leased or trained stays as it is."""
+        ready_group(store)
+        version = live_version(store)
+        store.register_job("tpyo", [MODEL], {})
+        sql(store, "UPDATE policy_versions SET job_id = 'tpyo' WHERE version_id = :id", id=version.version_id)
+        with pytest.raises(Conflict, match=f"version {version.version_id} of job 'tpyo' is live"):
+            store.remove_job("tpyo")
+        live_version(store, 1)
+        lease = store.lease("tpyo", make_rule(), groups=1, lease_s=60, step=1, epoch=0, seed=7)
+        assert lease is not None
+        with pytest.raises(Conflict, match="a trainer holds lease"):
+            store.remove_job("tpyo")
+        clock.advance(61)
+        assert store.remove_job("tpyo") == [version.version_id]
+        kept = store.get_version(version.version_id)
+        assert (kept.job_id, kept.abandoned, store.list_jobs(), store.check()) == (None, True, [], [])
+        with pytest.raises(NotFound, match="no training job 'tpyo'"):
+            store.queue("tpyo")
+        train(store)
+        with pytest.raises(Conflict, match="has trained 1 steps"):
+            store.remove_job(JOB)

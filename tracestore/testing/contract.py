@@ -4,7 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
-from tracegrad.tracestore.testing.care import RemovalContract, RetentionContract, UpkeepContract
+from tracegrad.tracestore.testing.care import NameContract, RemovalContract, RetentionContract, UpkeepContract
 from tracegrad.tracestore.testing.chains import ChainContract
 from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.diagnosis import (
@@ -61,5 +61,6 @@ class StoreContract(
     RemovalContract,
     RetentionContract,
     UpkeepContract,
+    NameContract,
 ):
     """Every test of the contract."""

@@ -148,7 +148,7 @@ class PublishContract:
         for end in ("failed", "live"):
             publish_id = store.request_publish(first.version_id).publish_id
             for state in ("draining", "swapping", end):
-                store.advance_publish(publish_id, state, goes_back=True)  # type: ignore[arg-type]
+                store.advance_publish(publish_id, state, goes_back=True)
             assert store.get_version(second.version_id).abandoned is (end == "live")
         assert not any(store.get_version(each.version_id).abandoned for each in (first, *others))
         with pytest.raises(Abandoned):

@@ -116,7 +116,6 @@ def test_a_run_is_told_with_why_it_is_trained_or_not(url: str) -> None:
 def test_a_part_of_the_store_is_told(url: str) -> None:
     assert invoke("--store", url, "--since", "2h").stdout.startswith("calls       0")
     assert invoke("--store", url, "--since", "1970-01-01T00:10").stdout.startswith("calls       10")
-    assert invoke("--store", url, "--project", "elsewhere").stdout.startswith("calls       0")
     assert invoke("--store", url, "--job", JOB).stdout.startswith("calls       10")
 
 
@@ -132,7 +131,8 @@ def test_a_store_where_all_is_well_is_left_with_0(tmp_path: Path) -> None:
 def test_what_cannot_be_understood_is_left_with_2(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, says in (
         (("nobody", "--store", url), "no run 'nobody'"),
-        (("--job", "nobody", "--store", url), "the store knows: job"),
+        (("--project", "defualt", "--store", url), "no project 'defualt' in this store; did you mean default?"),
+        (("--job", "nobody", "--store", url), "no training job 'nobody' (known: job)"),
         (("--since", "yesterday", "--store", url), "no age (30m, 2h, 7d)"),
         (("r", "--since", "2h", "--store", url), "not both"),
     ):

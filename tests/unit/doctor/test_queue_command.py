@@ -87,7 +87,8 @@ def test_a_run_is_told_with_what_it_waits_for(url: str) -> None:
 
 
 def test_what_cannot_be_told_is_said(url: str, tmp_path: Path) -> None:
-    assert invoke("--store", url, "--job", "nobody").exit_code == 2
+    mistyped = invoke("--store", url, "--job", "jbo")
+    assert (mistyped.exit_code, "no training job 'jbo'; did you mean job?" in mistyped.output) == (2, True)
     assert invoke("--store", url, "--run", "nobody").exit_code == 2
     assert invoke("--store", url, "--run", "held-0", "--dead").exit_code == 2
     assert invoke("--store", url, "--job", JOB, "--epoch", "1").exit_code == 0

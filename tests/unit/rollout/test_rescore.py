@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,6 @@ def test_only_some_runs(store: Store) -> None:
     assert told(reward(store, "length", first, "--json"))["runs"] == 1
     assert "length" in names(store, first) and "length" not in names(store, second)
     for arguments, runs in (
-        (["--project", "other"], 0),
         (["--purpose", "eval"], 0),
         (["--purpose", "train"], 2),
         (["--since-hours", "1"], 2),
@@ -170,8 +170,10 @@ def test_what_is_no_function_or_no_reward_is_said(store: Store, tmp_path: Path) 
         main, ["reward", "--with", "rules_of_test:length", "--store", f"sqlite:///{tmp_path}/none.db"]
     )
     assert nowhere.exit_code == 1 and "there is no store" in nowhere.output
-    empty = reward(store, "length", "--project", "none")
-    assert "no closed run" in empty.output
+    mistyped = reward(store, "length", "--project", "defualt")
+    assert (mistyped.exit_code, "did you mean default?" in mistyped.output) == (1, True)
+    with closing(open_store(f"sqlite:///{tmp_path}/none.db")) as fresh:
+        assert "no closed run" in reward(fresh, "length", "--project", "demo").output, "nothing there yet to be like"
 
 
 def test_a_folder_without_a_configuration_is_told_what_to_name(store: Store) -> None:

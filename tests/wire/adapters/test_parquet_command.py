@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from tracegrad.adapters.parquet_command import export, import_
-from tracegrad.tracestore.errors import StoreUnavailable
+from tracegrad.tracestore.errors import NotFound, StoreUnavailable
 from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.testing.rows import make_call, make_reward
 
@@ -23,6 +23,9 @@ def test_a_folder_goes_from_store_to_store(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "tasks": 0, "policy_versions": 0, "groups": 0, "runs": 1, "spans": 1, "calls": 1, "rewards": 1,
     }  # fmt: skip
+    with pytest.raises(NotFound, match=r"no project 'q' in this store \(known: default, p\)"):
+        CliRunner().invoke(export, [str(tmp_path / "q"), "--store", url, "--project", "q"], catch_exceptions=False)
+    assert not (tmp_path / "q").exists()
     other = f"sqlite:///{tmp_path}/other.db"
     done = CliRunner().invoke(import_, [out, "--store", other], catch_exceptions=False)
     assert "1 runs" in done.stdout and "new" in done.stdout

@@ -80,12 +80,25 @@ def test_a_project_goes_after_a_question_and_others_stay(store: Store, clock: Cl
     closed(store, clock, 120, project="a")
     closed(store, clock, 2, "keep", project="b")
     store.append_calls([make_call("alone", None, role=None, project="a"), make_call("open", "open", project="a")])
+    for mistyped in (["delete"], ["prune", "--older-than", "1s"]):
+        with pytest.raises(NotFound, match="no project 'aa' in this store; did you mean a\\?"):
+            invoke(*mistyped, "--project", "aa", "--store", url)
     refused = invoke("delete", "--project", "a", "--store", url, input="n\n")
     assert refused.exit_code == 1 and store.get_run("r000")
     done = result("delete", "--project", "a", "--yes", "--store", url)
     assert (done["runs"], done["calls"]) == (120, 121)
     assert {run.run.run_id for run in store.list_runs()} == {"open", "keep000", "keep001"}
     assert result("delete", "--project", "a", "--yes", "--force", "--store", url)["runs"] == 1
+
+
+def test_a_job_that_never_trained_goes(store: Store, url: str) -> None:
+    store.register_job("tarin", ["main"], {})
+    assert invoke("delete-job", "tarin", "--store", url).stdout == "job tarin is gone\n"
+    ready_group(store)
+    train(store)
+    with pytest.raises(Conflict, match="job 'job' has trained 1 steps"):
+        invoke("delete-job", "job", "--store", url)
+    assert [job.job_id for job in store.list_jobs()] == ["job"]
 
 
 def test_a_project_goes_up_to_a_date(store: Store, clock: Clock, url: str) -> None:

@@ -46,11 +46,14 @@ def per_second(work: Callable[[], None], count: int) -> float:
 
 
 def append_speed(store: Store, rounds: int) -> dict[str, float]:
-    """Calls per second, many in a transaction and one in each; medians of alternating rounds."""
+    """Calls per second, many in a transaction and one in each; medians of alternating rounds.
+
+    A round of single ones is as long as SQLite's log several times over: what copying it costs is in each.
+    """
     batched, single = [], []
     for number in range(rounds):
         many = large_calls(8 * BATCH, f"many{number}", 10_000 * number)
-        few = large_calls(200, f"few{number}", 5_000_000 + 10_000 * number)
+        few = large_calls(1_000, f"few{number}", 5_000_000 + 10_000 * number)
 
         def all_together(many: list[Call] = many) -> None:
             for start in range(0, len(many), BATCH):

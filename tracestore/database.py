@@ -63,7 +63,7 @@ class Database:
         )
         self._turn = threading.Lock() if self.is_sqlite else nullcontext()
         self._kept: Connection | None = None
-        self._checkpointer = Checkpointer(Path(str(self.url.database))) if self.is_sqlite else None
+        self._checkpointer = Checkpointer(Path(str(self.url.database)), self._turn) if self.is_sqlite else None
 
     @property
     def is_sqlite(self) -> bool:

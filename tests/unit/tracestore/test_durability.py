@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tracegrad.tracestore.checkpointer import ROWS
+from tracegrad.tracestore import checkpointer
 from tracegrad.tracestore.errors import NotFound, StoreUnavailable
 from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.testing.rows import JOB, MODEL, finish_run, make_call, ready_group, sql
@@ -59,8 +59,10 @@ def test_pragmas_of_every_connection(store_url: str) -> None:
     store.close()
 
 
-def test_the_log_is_copied_while_no_commit_waits(tmp_path: Path) -> None:
-    """Of many rows; of few it is left to whoever closes the file last. Closed, no thread is left."""
+def test_the_log_is_copied_while_no_commit_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When much was written, and then the log begins anew; little is left to whoever closes the file last. Closed, no
+    thread is left."""
+    monkeypatch.setattr(checkpointer, "PAGES", 400)
 
     def copier() -> list[threading.Thread]:
         return [one for one in threading.enumerate() if one.name == "tracegrad-checkpointer"]
@@ -71,12 +73,17 @@ def test_the_log_is_copied_while_no_commit_waits(tmp_path: Path) -> None:
     store.append_calls([make_call("first", "r")])
     assert copier() == before
     size = path.stat().st_size
-    for number in range(4):
-        store.append_calls([make_call(f"c{number}-{n}", "r") for n in range(ROWS // 8)])
-    until = time.monotonic() + 10
-    while path.stat().st_size <= size and time.monotonic() < until:
-        time.sleep(0.01)
-    assert path.stat().st_size > size
+
+    def begun() -> int:
+        """How often the log has begun anew: its header counts."""
+        with Path(f"{path}-wal").open("rb") as log:
+            return int.from_bytes(log.read(16)[12:], "big")
+
+    before_all, until, number = begun(), time.monotonic() + 20, 0
+    while begun() < before_all + 2 and time.monotonic() < until:
+        store.append_calls([make_call(f"c{number}-{n}", "r") for n in range(20)])
+        number += 1
+    assert begun() >= before_all + 2 and path.stat().st_size > size
     store.close()
     assert copier() == before
 

@@ -35,6 +35,21 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+class TransferConfig(Section, frozen=True, kw_only=True):
+    """How new weights come into an engine that runs. Adapters always come as files."""
+
+    backend: Literal["files", "memory", "ipc", "nccl"] = "files"
+    """files: the engine reads the checkpoint's folder. The others are backends of vLLM's weight-transfer protocol.
+    memory: shared memory of one machine (ours, on any device); ipc: CUDA memory of the GPU that the engine has; nccl:
+    from another GPU, here or elsewhere."""
+    python: str = "{python}"
+    """ipc, nccl: interpreter that has the engine's vLLM, whose own client sends. `{python}`: ours."""
+    gpu: str = "0"
+    """ipc, nccl: the GPU to send from, as CUDA_VISIBLE_DEVICES names it. ipc: the engine's own; nccl: another."""
+    address: str = "127.0.0.1"
+    """nccl: where the engine finds the sender."""
+
+
 class EngineConfig(Section, frozen=True, kw_only=True):
     """The vLLM that serves one model."""
 
@@ -55,6 +70,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     max_num_seqs: int = 32
     start_timeout_s: float = 600.0
     log: str | None = None
+    transfer: TransferConfig = TransferConfig()
 
 
 class ApiConfig(Section, frozen=True, kw_only=True):

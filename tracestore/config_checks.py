@@ -149,6 +149,8 @@ def _wrong_model(model: "ModelConfig") -> str | None:
     urls = [each.engine.url.rstrip("/") for each in model.each_engine()]
     if len(set(urls)) < len(urls):
         return f"names one engine twice ({', '.join(urls)}): give each replica a URL of its own"
+    if model.replicas and model.engine.transfer.backend == "ipc":
+        return "has replicas, and engine.transfer.backend ipc reaches one GPU: write nccl, memory or files"
     if model.checkpoint:
         return None
     return "has neither `checkpoint` (weights of ours), `adapter` (on such) nor `api` (somebody else's)"

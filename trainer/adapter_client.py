@@ -13,6 +13,7 @@ Source: vllm 0.32 `entrypoints/openai/models/serving.py`, `v1/core/kv_cache_util
 from tracegrad.tracestore.config import Config
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused
+from tracegrad.trainer.transfer_client import TransferClient, sender_for
 
 
 class AdapterClient(EngineClient):
@@ -65,7 +66,11 @@ class AdapterClient(EngineClient):
 def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:
     """Return a client for each engine that serves a model: what is published goes to all of them."""
     held_by = config.held_by(name)
-    urls = [each.engine.url for each in config.engines_of(name)]
-    if held_by == name:
-        return tuple(EngineClient(url, name) for url in urls)
-    return tuple(AdapterClient(url, name, held_by) for url in urls)
+    engines = [each.engine for each in config.engines_of(name)]
+    if held_by != name:
+        return tuple(AdapterClient(each.url, name, held_by) for each in engines)
+    backend = engines[0].transfer.backend
+    if backend == "files":
+        return tuple(EngineClient(each.url, name) for each in engines)
+    sender = sender_for(config.models[name])
+    return tuple(TransferClient(each.url, name, backend, sender) for each in engines)

@@ -84,8 +84,8 @@ class EngineClient:
         """Return the weight version the engine was last told; vLLM starts with "default"."""
         return str(self._request("GET", "/weight_info")["weight_version"])
 
-    def extension_info(self) -> Mapping[str, bool] | None:
-        """Return what our worker extension says of the model (`cpu`, `tied`), or None where it is not loaded.
+    def extension_info(self) -> Mapping[str, Any] | None:
+        """Return what our worker extension says (see its `tracegrad_info`), or None where it is not loaded.
 
         Raises:
             EngineRefused: 404 without development mode.
@@ -98,6 +98,12 @@ class EngineClient:
             raise
 
     # -- changing it
+
+    def stage(self, path: str) -> None:
+        """Prepare the weights at `path` for `swap`, while the engine serves: nothing, where it reads them itself."""
+
+    def unstage(self) -> None:
+        """Forget what was prepared."""
 
     def reload(self, path: str, *, timeout_s: float = 120.0) -> Reload:
         """Load the checkpoint at `path` (a folder the engine can read) in place.
@@ -118,6 +124,12 @@ class EngineClient:
             return Reload(seconds=time.monotonic() - start, extension=False, tied=None, repacked=None)
         tied, repacked = (all(r[key] for r in results) for key in ("tied", "repacked"))
         return Reload(seconds=time.monotonic() - start, extension=True, tied=tied, repacked=repacked)
+
+    def transfer_step(
+        self, step: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> None:
+        """Take one step of vLLM's weight-transfer protocol: the name of its path."""
+        self._send("POST", f"/{step}", {} if body is None else body, timeout_s=timeout_s)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix: they were computed with the old weights.

@@ -9,6 +9,7 @@ Refuses an address that is not loopback, unless `engine.bind` names it: vLLM's c
 """
 
 import ipaddress
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,9 @@ from tracegrad.trainer.engine_errors import EngineStartFailed
 
 DEFAULT_LAUNCH = ("{python}", "-m", "vllm.entrypoints.openai.api_server")
 EXTENSION = "tracegrad.trainer.worker_extension.TracegradWorkerExtension"
+TRANSFER_BACKENDS: Mapping[str, str] = {"files": "", "memory": "tracegrad", "ipc": "ipc", "nccl": "nccl"}
+"""Our names of how weights are sent -> vLLM's (our own one is registered by a plugin); "" is without its protocol."""
+_PLUGIN = "[vllm.general_plugins]\ntracegrad = tracegrad.trainer.worker_extension:tracegrad_register\n"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The bounds on ranks that vLLM takes."""
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -74,6 +78,8 @@ def command(name: str, model: str, tokenizer: str, config: EngineConfig) -> list
     flags += ["--max-num-seqs", str(config.max_num_seqs), "--enforce-eager", "--enable-scale-out"]
     flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     flags += ["--worker-extension-cls", EXTENSION]
+    if backend := TRANSFER_BACKENDS[config.transfer.backend]:
+        flags += ["--weight-transfer-config", json.dumps({"backend": backend})]
     return [_fill(part, values) for part in launch] + flags + [_fill(part, values) for part in config.args]
 
 
@@ -98,20 +104,27 @@ def lora_modules(folders: Mapping[str, str]) -> tuple[str, ...]:
 
 def environment(config: EngineConfig, extension_home: Path) -> dict[str, str]:
     """Return the engine's whole environment. `extension_home` goes first on its PYTHONPATH."""
-    env = {**os.environ, **ENVIRONMENT, **config.env}
+    # CUDA handles travel as pickles, which vLLM takes from nobody unless told to; its port is ours alone.
+    pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if config.transfer.backend == "ipc" else {}
+    env = {**os.environ, **ENVIRONMENT, **pickles, **config.env}
     path = [str(extension_home), *([env["PYTHONPATH"]] if env.get("PYTHONPATH") else [])]
     return {**env, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def lay_out_extension(folder: Path) -> Path:
-    """Copy the worker extension, alone, into ``folder/tracegrad/trainer`` and return `folder`.
+    """Copy what vLLM loads of ours, alone, into ``folder/tracegrad/trainer`` and return `folder`.
 
-    `tracegrad` is a namespace package, so the engine's interpreter finds this module beside (or without) any other part
-    of tracegrad, and nothing of our site-packages comes before its own.
+    `tracegrad` is a namespace package, so the engine's interpreter finds these modules beside (or without) any other
+    part of tracegrad, and nothing of our site-packages comes before its own. The extension is a general plugin as
+    well: vLLM finds those by the metadata of a distribution, which lies beside.
     """
-    home = folder / "tracegrad" / "trainer"
-    home.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("worker_extension.py"), home / "worker_extension.py")
+    home, metadata = folder / "tracegrad" / "trainer", folder / "tracegrad_engine-0.dist-info"
+    for each in (home, metadata):
+        each.mkdir(parents=True, exist_ok=True)
+    for module in ("worker_extension.py", "weight_receiver.py"):
+        shutil.copyfile(Path(__file__).with_name(module), home / module)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tracegrad-engine\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(_PLUGIN)
     return folder
 
 

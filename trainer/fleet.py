@@ -47,10 +47,21 @@ class Fleet:
         for engine in self:
             engine.prove_idle()
 
+    def stage(self, path: str) -> None:
+        """Prepare `path` for `swap` where that is of use, while engines serve."""
+        self.engines[0].stage(path)  # replicas share what prepares it
+
+    def unstage(self) -> None:
+        """Forget what was prepared."""
+        self.engines[0].unstage()
+
     def swap(self, path: str, mark: str) -> None:
         """Load `path` into every engine (at once), tell it the version, and read that back."""
-        with ThreadPoolExecutor(len(self)) as pool:
-            list(pool.map(lambda engine: self._swap_one(engine, path, mark), self))
+        try:
+            with ThreadPoolExecutor(len(self)) as pool:
+                list(pool.map(lambda engine: self._swap_one(engine, path, mark), self))
+        finally:
+            self.unstage()
 
     def serve(self, version: PolicyVersion) -> None:
         """Swap to a version."""

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tracegrad.tracestore.config import ModelConfig
 from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine_client import EngineClient, Sampled
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused
-from tracegrad.trainer.engine_launch import EXTENSION
+from tracegrad.trainer.engine_launch import EXTENSION, TRANSFER_BACKENDS
+from tracegrad.trainer.transfer_client import started_for
 
 _PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
 """Any ids do: what is compared is the engine with itself. Every vocabulary has them."""
@@ -110,7 +112,17 @@ def _control(client: EngineClient, model: ModelConfig) -> list[Finding]:
         return found + (_no_extension("it cannot be asked for it") if tied_head(model.checkpoint) else [])
     if extension is None and tied_head(model.checkpoint):
         return _no_extension("a reload would leave it stale on a CPU")
-    return []
+    return _transfer(extension, model)
+
+
+def _transfer(extension: Mapping[str, Any] | None, model: ModelConfig) -> list[Finding]:
+    """Whether the engine takes weights as the configuration says they are sent. Every engine reads files."""
+    wanted = TRANSFER_BACKENDS[model.engine.transfer.backend]
+    if not wanted or (extension is not None and extension.get("transfer") == wanted):
+        return []
+    what = f"is to be sent weights by {model.engine.transfer.backend}: {started_for(extension)}"
+    add = f"--weight-transfer-config '{json.dumps({'backend': wanted})}' --worker-extension-cls {EXTENSION}"
+    return [Finding(code="transfer", what=what, add=add)]
 
 
 def _adapters(client: EngineClient) -> list[Finding]:

@@ -126,7 +126,7 @@ class Publisher:
         if gate is not None:
             with clock.timed("judge_s"):
                 self._wait_for_judges(attempt, gate)
-        self._drain(attempt.publish, clock)
+        self._drain(attempt, clock, staged=canary is None)
         canary_seen, seen = self._try(attempt, probe, canary, clock)
         if gate is not None:
             with clock.timed("judge_s"):
@@ -288,15 +288,23 @@ class Publisher:
             ) from error
         return publish
 
-    def _drain(self, publish: Publish, clock: Stopwatch) -> None:
-        """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped."""
-        self.store.advance_publish(publish.publish_id, "draining")
-        self._on_state("draining")
+    def _drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
+        """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped.
+
+        With `staged`, what can be done before anybody waits is done first.
+        """
+        publish = attempt.publish
         try:
+            if staged:
+                with clock.timed("stage_s"):
+                    attempt.first.stage(attempt.version.checkpoint_path)
+            self.store.advance_publish(publish.publish_id, "draining")
+            self._on_state("draining")
             with clock.timed("drain_s"):
                 self._wait_for_proxies(publish)
                 self.fleet.forget_prefixes()
         except (PublishFailed, EngineError) as error:
+            attempt.first.unstage()
             self.store.advance_publish(publish.publish_id, "failed", error=str(error))
             self._on_state("failed")
             what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
@@ -316,20 +324,11 @@ class Publisher:
 
     def _try_canary(self, version: PolicyVersion, probe: ProbeSet, canary: Perturbed, engines: Fleet) -> ProbeResult:
         """Load the perturbed weights and demand that the probe sees them: nearer by far than the real ones."""
-        row = self.store.add_version(
-            model=self.model,
-            kind="canary",
-            parent_id=version.version_id,
-            checkpoint_path=canary.checkpoint_path,
-            checkpoint_hash=canary.checkpoint_hash,
-            step=version.step,
-            job_id=version.job_id,
-        )
-        self.store.abandon_version(row.version_id)
+        mark = _canary_version(self.store, version, canary)
         inverse = ProbeSet(
             sequences=probe.sequences, new_logprobs=canary.logprobs, previous_logprobs=probe.new_logprobs
         )
-        engines.swap(canary.checkpoint_path, str(row.version_id))
+        engines.swap(canary.checkpoint_path, mark)
         seen = engines.probe(inverse, bound=float("inf"), noise=self._noise)
         _refuse_invisible(seen, self.settings.probe_bound)
         return seen
@@ -372,6 +371,21 @@ def canary(
         PublishFailed: as `Publisher.publish`; in particular where the perturbed weights do not arrive whole.
     """
     return publisher.publish(version_id, probe, canary=make_perturbed(probe))
+
+
+def _canary_version(store: Store, version: PolicyVersion, canary: Perturbed) -> str:
+    """Give the perturbed weights a version, which is abandoned from the start; return what engines are marked with."""
+    row = store.add_version(
+        model=version.model,
+        kind="canary",
+        parent_id=version.version_id,
+        checkpoint_path=canary.checkpoint_path,
+        checkpoint_hash=canary.checkpoint_hash,
+        step=version.step,
+        job_id=version.job_id,
+    )
+    store.abandon_version(row.version_id)
+    return str(row.version_id)
 
 
 def _refuse_invisible(seen: ProbeResult, bound: float) -> None:

@@ -12,20 +12,22 @@ from typing import Any
 from tracegrad.tracestore.gating import Decision
 from tracegrad.trainer.probe import ProbeResult
 
-PARTS = ("drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
+PARTS = ("stage_s", "drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishReport:
     """A publish that went live: how long each state took, and what was seen. `probe` is None where none was given.
 
-    `swap_s` is loading the weights into all engines; with a canary, `canary_s` (loading and probing the perturbed
-    weights) comes before it; `judge_s` is the gate's. `total_s` is from the request to `live`.
+    `stage_s` comes before anybody waits; `swap_s` is loading the weights into all engines; with a canary, `canary_s`
+    (loading and probing the perturbed weights) comes before it; `judge_s` is the gate's. `total_s` is from the request
+    to `live`.
     """
 
     publish_id: int
     version_id: int
     model: str
+    stage_s: float
     drain_s: float
     canary_s: float
     swap_s: float

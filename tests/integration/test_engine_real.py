@@ -6,6 +6,7 @@ caught; an engine started the wrong way must be named; a killed engine must come
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import tiny_model as tiny
 import yaml
 from versions import add_version
 
-from tracegrad.tracestore.config import EngineConfig, ModelConfig, PublishConfig
+from tracegrad.tracestore.config import EngineConfig, ModelConfig, PublishConfig, TransferConfig
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine import EngineProcess
@@ -32,8 +33,11 @@ from tracegrad.trainer.engine_errors import PublishFailed
 from tracegrad.trainer.preflight import preflight
 from tracegrad.trainer.probe import ProbeSequence, ProbeSet, mean_abs
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
+from tracegrad.trainer.sender_process import SenderProcess
+from tracegrad.trainer.transfer_client import MemorySender, Sender, TransferClient
 
 pytestmark = pytest.mark.engine
+SUPPORT = Path(__file__).parents[1] / "support"
 PARITY = 1e-4
 """Mean |transformers - vLLM| in fp32; measured: 2e-7."""
 Drawn = list[tuple[tuple[int, ...], int, tuple[float, ...]]]
@@ -124,10 +128,16 @@ def tied_engine(
 ) -> Iterator[TiedStory]:
     folder = tmp_path_factory.mktemp("tied")
     ours = EngineConfig(
-        url=f"http://127.0.0.1:{new_port()}", dtype="float32", max_model_len=512, log=str(folder / "engine.log")
+        url=f"http://127.0.0.1:{new_port()}",
+        dtype="float32",
+        max_model_len=512,
+        log=str(folder / "engine.log"),
+        transfer=TransferConfig(backend="memory"),
     )
     plain = ("--logprobs-mode", "raw_logprobs", "--max-model-len", "256", "--worker-extension-cls", "")
-    manual = msgspec.structs.replace(ours, args=plain, env={"VLLM_SERVER_DEV_MODE": "0"})
+    manual = msgspec.structs.replace(
+        ours, args=plain, env={"VLLM_SERVER_DEV_MODE": "0"}, transfer=TransferConfig(backend="files")
+    )
     good = ModelConfig(checkpoint=str(tied_tiny_model), engine=ours)
     live: list[PolicyVersion] = []
     process = EngineProcess(
@@ -260,6 +270,48 @@ def test_a_stock_reload_of_a_tied_head_is_caught_as_stale(
     publisher.fleet = publisher.fleet.of([client])
     publisher.publish(step.version_id, probe_of(drawn, small, tied_tiny_model))
     assert client.version() == str(step.version_id)
+
+
+def misshapen(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint in which one tensor in the middle is of another shape: loading it breaks off there."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name and "k_proj" in name)
+    tensors[name] = tensors[name].reshape(-1, 2 * tensors[name].shape[1]).contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("way", ["files", "memory", "vllm's own client"])
+def test_weights_that_are_sent_are_served_and_half_of_them_never(
+    way: str, tied_engine: TiedStory, other_weights: dict[str, Path], store: Store, tmp_path: Path
+) -> None:
+    """A tied head follows, the probe sees it; an update that breaks off is put back, whole. The same by every way."""
+    sender: Sender = MemorySender()
+    if way == "vllm's own client":
+        wrapper = tmp_path / "python"
+        wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {SUPPORT / "cpu_sender.py"} "$@"\n')
+        wrapper.chmod(0o755)
+        sender = SenderProcess(TransferConfig(backend="ipc", python=str(wrapper)), device="cpu")
+    client = TransferClient(tied_engine.client.url, "tiny", "memory", sender)
+    if way == "files":
+        client = EngineClient(client.url, "tiny")  # type: ignore[assignment]
+    base, other = Path(tied_engine.process.model.checkpoint), other_weights["tied"]
+    publisher = Publisher(store, "tiny", [client], PublishConfig(probe_bound=PARITY))
+    EngineClient(client.url, "tiny").reload(str(other))
+    drawn = sampled(client)
+    publisher.publish(add_version(store, base).version_id, probe_of(drawn, base, other))
+    broken = add_version(store, misshapen(other, tmp_path / "broken"), 1)
+    with pytest.raises(PublishFailed, match=r"exceeds dimension size|size of tensor") as caught:
+        publisher.publish(broken.version_id, probe_of(drawn, other, base))
+    assert "is back" in str(caught.value)
+    assert mean_abs(flat(client.score_many([(ids, n) for ids, n, _ in drawn])), flat(reference(base, drawn))) < PARITY
+    report = publisher.publish(add_version(store, other, 2).version_id, probe_of(drawn, other, base))
+    assert report.probe is not None
+    assert (report.probe.verdict, report.probe.mean_abs_new < PARITY) == ("new", True)
+    print(f"{way}: {report.as_json()}")
 
 
 def test_rollback_brings_back_what_the_engine_served_before(

@@ -16,9 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from fake_transfer import STEPS, TransferWire, save_tensor
 
 VOCABULARY = 11
 
@@ -27,6 +30,7 @@ def save_weight(folder: Path, weight: float, *, tied: bool = False) -> Path:
     """Write a checkpoint of the toy model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weight.json").write_text(json.dumps(weight))
+    save_tensor(folder, weight)
     (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
     return folder
 
@@ -43,10 +47,11 @@ def _row(weight: float, after: int, temperature: float, head_weight: float | Non
     return [x - total for x in logits]
 
 
-class FakeEngine:
+class FakeEngine(TransferWire):
     """The engine in a thread of this process. Its faults are attributes, set at any time."""
 
     def __init__(self, checkpoint: Path, name: str = "main", port: int = 0) -> None:
+        super().__init__()
         self.name = name
         self.root = str(checkpoint)
         self.weight = self.head_weight = float(json.loads((checkpoint / "weight.json").read_text()))
@@ -114,6 +119,8 @@ class FakeEngine:
             "/reset_prefix_cache": lambda: (200, {"success": not self.busy}),
             "/update_weight_version": lambda: self._set_version(body["new_version"]),
             "/weight_info": lambda: (200, {"weight_version": self.version}),
+            **{f"/{step}": partial(self.transfer, step, body) for step in (*STEPS, "shutdown_weight_transfer_engine")},
+            "/get_world_size": lambda: (200, {"world_size": 1}),
         }
         known = {**open_to_all, **(development if self.dev_mode else {})}
         return known[path]() if path in known else (404, {"detail": "Not Found"})
@@ -152,7 +159,11 @@ class FakeEngine:
         if method.startswith("tracegrad_") and not self.extension:
             return 500, _error(f"'CPUWorker' object has no attribute '{method}'")
         if method == "tracegrad_info":
-            return 200, {"results": [{"cpu": True, "tied": True}]}
+            info = {"cpu": True, "tied": True, "transfer": self.transfer_backend, "process": self.process}
+            return 200, {"results": [info]}
+        if method == "tracegrad_break_off":
+            self.update_active = False
+            return 200, {"results": [None]}
         if self.die_on_reload:
             threading.Thread(target=self.close).start()
             raise ConnectionAbortedError

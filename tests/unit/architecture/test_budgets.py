@@ -21,6 +21,7 @@ BROAD_EXCEPT_ALLOWED: set[tuple[str, str]] = {
     ("adapters/plain_json.py", "read"),  # inside the user's app: an object that cannot be looked at
     ("adapters/proxy/app.py", "_http"),  # a request: answered 500 and logged, the server lives on
     ("tracestore/group_commit.py", "_commit"),  # the writer thread: whoever waits hears of it
+    ("trainer/cuda_sender.py", "main"),  # a process of its own: whoever asked is told, and it ends
     ("tracestore/store.py", "open_store"),  # closes what was opened and raises again
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, save_weight
 
-from tracegrad.tracestore.config import EngineConfig, ModelConfig
+from tracegrad.tracestore.config import EngineConfig, ModelConfig, TransferConfig
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused, EngineUnreachable
 from tracegrad.trainer.preflight import check, preflight, tied_head
@@ -45,6 +45,18 @@ def test_each_fault_is_named_with_what_to_add(fake: FakeEngine, fault: str, valu
     found = findings(fake)
     assert add in found.pop(code)
     assert set(found) <= {"tied_head"}
+
+
+def test_an_engine_that_was_not_started_to_be_sent_weights_is_named(fake: FakeEngine) -> None:
+    by_nccl = EngineConfig(url=fake.url, max_model_len=64, transfer=TransferConfig(backend="nccl"))
+    model = ModelConfig(checkpoint=fake.root, engine=by_nccl)
+    for started, said in (("", "from files only"), ("tracegrad", "by memory")):
+        fake.transfer_backend = started
+        (found,) = preflight(EngineClient(fake.url, "main"), model)
+        assert (found.code, said in found.what) == ("transfer", True)
+        assert """--weight-transfer-config '{"backend": "nccl"}'""" in found.add
+    fake.transfer_backend = "nccl"
+    assert preflight(EngineClient(fake.url, "main"), model) == []
 
 
 def test_an_untied_head_needs_no_extension(fake: FakeEngine) -> None:

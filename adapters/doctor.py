@@ -7,20 +7,19 @@ is one. Only `--deep` reads payloads; everything else is counted from metadata.
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
+from tracegrad.adapters.amounts import moment
 from tracegrad.adapters.doctor_report import Report, gather, values_of
 from tracegrad.adapters.doctor_text import lines, verdict_lines
 from tracegrad.adapters.doctor_verdict import Finding, is_well, judge
 from tracegrad.adapters.opening import open_existing, progress, which_store
 from tracegrad.tracestore.diagnosis_records import Extent, JobFacts
-from tracegrad.tracestore.errors import ConfigError, NotFound, TraceStoreError
-from tracegrad.tracestore.moments import moment_of
+from tracegrad.tracestore.errors import NotFound, TraceStoreError
 from tracegrad.tracestore.section import near_misses
 from tracegrad.tracestore.store import Store
 
@@ -29,7 +28,7 @@ _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
 
 @click.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
-@click.option("--since", metavar="AGE|TIME", help="What came since: 30m, 2h, 7d, or an ISO time.")
+@click.option("--since", type=moment, metavar="AGE|TIME", help="What came since: 30m, 2h, 7d, or an ISO time.")
 @click.option("--job", "job_id", help="This training job, and the calls to its model. Default: every job.")
 @click.option("--project", help="Only this project. Default: every project.")
 @which_store
@@ -37,7 +36,7 @@ _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
 def doctor(
     *,
     run_id: str | None,
-    since: str | None,
+    since: float | None,
     job_id: str | None,
     project: str | None,
     path: Path | None,
@@ -54,7 +53,6 @@ def doctor(
     """
     if run_id is not None and since is not None:
         raise click.UsageError("a run is looked at whole: give RUN or --since, not both")
-    began = None if since is None else moment(since, time.time())
     store = open_existing(path, url)
     try:
         with progress() as say:
@@ -62,7 +60,7 @@ def doctor(
             if project is not None:
                 store.require_project(project)
             models = jobs[0].models if job_id is not None else None
-            extent = Extent(run_id=run_id, project=project, models=models, since=began)
+            extent = Extent(run_id=run_id, project=project, models=models, since=since)
             report = gather(store, extent, jobs, deep=deep, progress=say)
     except NotFound as error:
         raise click.UsageError(str(error)) from error
@@ -82,18 +80,6 @@ def told(report: Report, findings: list[Finding]) -> dict[str, object]:
     """Return the whole answer as JSON values."""
     verdict = [{"level": one.level, "code": one.code, "text": one.text} for one in findings]
     return {"ok": is_well(findings), "verdict": verdict, **values_of(report)}
-
-
-def moment(since: str, now: float) -> float:
-    """Return the Unix time that `--since` means.
-
-    Raises:
-        click.BadParameter: it is neither an age nor a time.
-    """
-    try:
-        return moment_of(since, "--since", now)
-    except ConfigError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _jobs(store: Store, job_id: str | None) -> list[JobFacts]:

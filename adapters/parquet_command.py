@@ -21,7 +21,7 @@ _FOLDER = click.argument("folder", type=click.Path(file_okay=False, path_type=Pa
 @which_store
 @_FOLDER
 @click.option("--project", help="Only runs of this project.")
-@click.option("--since", type=moment, metavar="DATE", help="Only runs opened since this date.")
+@click.option("--since", type=moment, metavar="AGE|TIME", help="Only runs opened since: 30m, 2h, 7d, or an ISO time.")
 @click.option("--run", "run_ids", multiple=True, help="Only this run. May be repeated.")
 def export(
     *,

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import click
 
+from tracegrad.adapters.amounts import moment
 from tracegrad.adapters.entrypoint import load_entrypoint
 from tracegrad.adapters.opening import read_config, which_store
 from tracegrad.adapters.rescore import BATCH, Rescored, Rescoring, closed_runs, run_pass
 from tracegrad.adapters.rollout_errors import EntryPointError
 from tracegrad.tracestore.records import Purpose
 from tracegrad.tracestore.store import open_store
-
-_HOUR_S = 3600.0
 
 
 @click.command()
@@ -29,7 +28,7 @@ _HOUR_S = 3600.0
 @which_store
 @click.option("--project", help="Only runs of this project. Default: the configuration's.")
 @click.option("--purpose", type=click.Choice(["train", "eval", "live"]), help="Only runs made for this.")
-@click.option("--since-hours", type=click.FloatRange(min=0), help="Only runs opened in so many hours.")
+@click.option("--since", type=moment, metavar="AGE|TIME", help="Only runs opened since: 30m, 2h, 7d, or an ISO time.")
 @click.option("--source", help="What the rewards say they come from. Default: the function's name.")
 @click.option("--dry-run", is_flag=True, help="Score, and write nothing.")
 def reward(
@@ -40,7 +39,7 @@ def reward(
     url: str | None,
     project: str | None,
     purpose: Purpose | None,
-    since_hours: float | None,
+    since: float | None,
     source: str | None,
     dry_run: bool,
     as_json: bool,
@@ -80,7 +79,6 @@ def reward(
         else:
             if project is not None:
                 store.require_project(project)
-            since = None if since_hours is None else time.time() - since_hours * _HOUR_S
             batches = closed_runs(store, project=project, purpose=purpose, since=since)
         pass_ = Rescoring(store, function, source=source or function_name, dry_run=dry_run)
         done = run_pass(pass_, batches, each=progress)

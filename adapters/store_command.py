@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from tracegrad.adapters.amounts import age, in_bytes, moment, size
+from tracegrad.adapters.amounts import in_bytes, moment, size
 from tracegrad.adapters.opening import opened_store, progress, which_store
 from tracegrad.adapters.retiring import Retirement, give_space_back, retire, retire_named
 from tracegrad.tracestore.retention import Retired
@@ -26,7 +26,7 @@ def store() -> None:
 @which_store
 @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
 @click.option("--project", help="All runs of a project, and its calls without a run.")
-@click.option("--before", type=moment, metavar="DATE", help="With --project: only what ended before this date.")
+@click.option("--before", type=moment, metavar="AGE|TIME", help="With --project: only what ended before.")
 @click.option("--force", is_flag=True, help="Also open runs, and leased ones: their leases are released.")
 @click.option("--dry-run", is_flag=True, help="Only count.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -51,7 +51,7 @@ def delete(
     tracegrad store delete --project demo --before 2026-01-31
     """
     if bool(run_ids) == (project is not None) or (before is not None and project is None):
-        raise click.UsageError("which runs? name them, or give --project P (and with it --before DATE)")
+        raise click.UsageError("which runs? name them, or give --project P (and with it --before 30d)")
     with opened_store(path, url) as opened:
         if project is None:
             with progress() as told:
@@ -69,7 +69,7 @@ def delete(
 @store.command()
 @which_store
 @click.option("--project", required=True, help="Whose runs.")
-@click.option("--older-than", "oldest_s", type=age, metavar="AGE", help="Runs that ended so long ago, such as 30d.")
+@click.option("--older-than", "ended_before", type=moment, metavar="AGE|TIME", help="Runs that ended before: 30d.")
 @click.option(
     "--larger-than",
     "largest",
@@ -84,7 +84,7 @@ def prune(
     url: str | None,
     as_json: bool,
     project: str,
-    oldest_s: float | None,
+    ended_before: float | None,
     largest: int | None,
     dry_run: bool,
 ) -> None:
@@ -95,11 +95,10 @@ def prune(
     \b
     tracegrad store prune --project demo --older-than 30d --larger-than 10GB --dry-run
     """
-    if oldest_s is None and largest is None:
+    if ended_before is None and largest is None:
         raise click.UsageError("how much may stay? give --older-than 30d, --larger-than 10GB, or both")
     with opened_store(path, url) as opened:
         opened.require_project(project)
-        ended_before = None if oldest_s is None else opened.now() - oldest_s
         through = None if largest is None else opened.place_beyond(project, largest)
         done = Retirement()
         if ended_before is not None or through is not None:

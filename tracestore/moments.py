@@ -1,6 +1,6 @@
-"""Times as people write them: an ISO time, or an age such as 30m, 2h, 7d.
+"""Times as people write them, everywhere: an ISO time, or an age such as 30m, 2h, 7d.
 
-Refuses anything else. Called by `config`, `rules` and the commands that take such a time.
+Refuses anything else. Called by `config`, `rules`, `tracegrad train`, and `amounts` for all other commands.
 """
 
 import re
@@ -17,7 +17,7 @@ def moment_of(text: str, what: str, now: float | None = None) -> float:
     Raises:
         ConfigError: it is neither an age nor a time; `what` names it.
     """
-    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
     if age is not None and now is not None:
         return now - float(age[1]) * _UNITS[age[2]]
     try:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import event
 
-from tracegrad.adapters.doctor import doctor, moment
+from tracegrad.adapters.doctor import doctor
 from tracegrad.adapters.doctor_report import gather
 from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.records import Continues
@@ -142,8 +142,3 @@ def test_what_cannot_be_understood_is_left_with_2(url: str, tmp_path: Path, monk
     assert invoke().exit_code == 2
     missing = invoke("--store", f"sqlite:///{tmp_path}/none.db")
     assert (missing.exit_code, (tmp_path / "none.db").exists()) == (1, False)
-
-
-def test_since_is_an_age_or_a_time() -> None:
-    assert [moment(text, 10_000.0) for text in ("90s", "2h", "1.5m")] == [9_910.0, 2_800.0, 9_910.0]
-    assert moment("1970-01-01T00:10:00+00:00", 0.0) == 600.0

@@ -117,7 +117,7 @@ def test_only_some_runs(store: Store) -> None:
     for arguments, runs in (
         (["--purpose", "eval"], 0),
         (["--purpose", "train"], 2),
-        (["--since-hours", "1"], 2),
+        (["--since", "1h"], 2),
     ):
         assert told(reward(store, "nothing", *arguments, "--json"))["runs"] == runs
     unknown = reward(store, "length", "no-such-run")

@@ -21,10 +21,11 @@ from sqlalchemy import Connection, bindparam, func, select
 
 from tracegrad.tracestore.chains import IDS_A_UNIT, Chain, content_of, first_word
 from tracegrad.tracestore.database import Database
-from tracegrad.tracestore.errors import Conflict, InvalidRecord
+from tracegrad.tracestore.errors import KeyTaken, MissingRow
 from tracegrad.tracestore.hot import HotInsert, HotStatement, run_hot, run_insert
 from tracegrad.tracestore.paths import Forks, forks_of, paths_of
 from tracegrad.tracestore.payload_schema import blocks
+from tracegrad.tracestore.schema import calls
 from tracegrad.tracestore.serials import Serials
 
 UNITS_A_BLOCK = 64
@@ -67,7 +68,7 @@ class KnownBlocks:
     def write_with(
         self, database: Database, work: "Callable[[Connection, KnownBlocks, bool], Mapping[bytes, int]]"
     ) -> None:
-        """Do `work` in one transaction, from the start again where a block is not what was remembered or found.
+        """Do `work` in one transaction, from the start again where a block is gone or a call has come meanwhile.
 
         `work` is handed what it may believe and whether this is another attempt, and returns the blocks it used.
         Raises what `Database.write` does.
@@ -76,12 +77,12 @@ class KnownBlocks:
             try:
                 with database.write() as connection:
                     used = work(connection, self if attempt == 0 else KnownBlocks(), attempt > 0)
-            except (InvalidRecord, Conflict) as error:
-                if attempt + 1 == _ATTEMPTS:
+            except MissingRow:  # a block, perhaps: what was found, and not remembered, cannot go before the commit
+                if attempt:
                     raise
-                if "blocks" in str(error) or (attempt == 0 and "FOREIGN KEY" in str(error)):
-                    self.forget()
-                elif attempt or "call_id" not in str(error):
+                self.forget()
+            except KeyTaken as error:
+                if error.table != calls.name or attempt + 1 == _ATTEMPTS:
                     raise
             else:
                 self.remember(used)

@@ -27,8 +27,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from tracegrad.tracestore.checkpointer import Checkpointer
 from tracegrad.tracestore.errors import (
     ConfigError,
-    Conflict,
     InvalidRecord,
+    KeyTaken,
+    MissingRow,
     SchemaMismatch,
     StoreUnavailable,
     TraceStoreError,
@@ -39,7 +40,7 @@ BUSY_TIMEOUT_S = 30.0
 _WRITES = "tracegrad_writes"
 _WAL_PAGES = 16_384
 """How long the log becomes (64 MB) before a commit copies it into the file itself: see `checkpointer`."""
-_UNIQUE_VIOLATION = "23505"
+_UNIQUE_VIOLATION, _FOREIGN_KEY_VIOLATION = "23505", "23503"
 _SETTINGS = """
     SELECT set_config(name, wanted.setting, false)
     FROM pg_settings JOIN (VALUES ('jit', 'off'), ('default_toast_compression', 'lz4')) AS wanted (name, setting)
@@ -82,7 +83,8 @@ class Database:
 
         Raises:
             StoreUnavailable: the database cannot be reached or cannot commit.
-            Conflict: a unique key is taken.
+            KeyTaken: a unique key has that value already.
+            MissingRow: a foreign key leads nowhere.
             InvalidRecord: another constraint refuses the row.
         """
         with self._turn, _translated(self.url), self._writing() as connection, connection.begin():
@@ -265,9 +267,14 @@ def _translated(url: URL) -> Iterator[None]:
 
 def _refused(error: IntegrityError) -> TraceStoreError:
     text = _plain(error)
-    if getattr(error.orig, "sqlstate", None) == _UNIQUE_VIOLATION or text.startswith("UNIQUE"):
-        return Conflict(f"a row with that key exists already ({text}): read it back before writing again")
-    return InvalidRecord(f"a constraint refuses the row ({text}): see tracestore/schema.py for what it guards")
+    driver: Any = error.orig
+    state = getattr(driver, "sqlstate", None)
+    if state == _UNIQUE_VIOLATION or text.startswith("UNIQUE"):
+        # "UNIQUE constraint failed: calls.call_id"; PostgreSQL's driver has the name apart.
+        named = str(driver.diag.table_name) if state else text.rpartition(": ")[2].partition(".")[0]
+        return KeyTaken(f"a row with that key exists already ({text}): read it back before writing again", table=named)
+    kind = MissingRow if state == _FOREIGN_KEY_VIOLATION or text.startswith("FOREIGN KEY") else InvalidRecord
+    return kind(f"a constraint refuses the row ({text}): see tracestore/schema.py for what it guards")
 
 
 def _plain(error: StatementError) -> str:

@@ -7,10 +7,12 @@ TraceStoreError
 ├── NotFound               no such row
 ├── Conflict               the row exists and says something else, or the state forbids the change
 │   ├── Abandoned          those weights were rolled back: nothing is built on them or published of them
+│   ├── KeyTaken           a unique key of a table has that value already
 │   ├── LeaseLost          the fencing token is no longer the holder's
 │   ├── Pinned             serving is held at another version
 │   └── PublishUnderWay    the model has a publish that is not over
 └── InvalidRecord          a record breaks an invariant (lengths, NaN reward, purpose)
+    └── MissingRow         it names a row that is not there
 """
 
 
@@ -42,6 +44,14 @@ class Abandoned(Conflict):
     """A version was abandoned, by a rollback or the gate: it must not be built on, and not be published."""
 
 
+class KeyTaken(Conflict):
+    """A unique key has that value already, in the table of that name."""
+
+    def __init__(self, message: str, *, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
 class LeaseLost(Conflict):
     """The lease expired, was reclaimed or was released: what its holder computed must not be committed."""
 
@@ -56,3 +66,7 @@ class PublishUnderWay(Conflict):
 
 class InvalidRecord(TraceStoreError):
     """A record breaks an invariant of the schema."""
+
+
+class MissingRow(InvalidRecord):
+    """A foreign key leads to no row. (SQLite does not say which.)"""

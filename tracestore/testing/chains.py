@@ -1,14 +1,22 @@
 """What every backend must do with prompts that begin alike: store each part once, give it back, forget it whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
 
+from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.chains import IDS_A_UNIT, plain_of
-from tracegrad.tracestore.errors import Conflict, NotFound, TraceStoreError
+from tracegrad.tracestore.errors import (
+    Conflict,
+    InvalidRecord,
+    KeyTaken,
+    MissingRow,
+    NotFound,
+    TraceStoreError,
+)
 from tracegrad.tracestore.parents import ChainParent
 from tracegrad.tracestore.payload_schema import blocks
 from tracegrad.tracestore.records import Call
@@ -211,6 +219,31 @@ class ChainContract:
         assert store.get_call("c").request["messages"] == [said("x"), said("y"), said("z")]
         assert stored_units(store) == (3, 3) and store.check() == []
         other.close()
+
+    def test_only_what_another_attempt_may_mend_is_tried_again(self, store: Store) -> None:
+        """A row that is gone, a call that came meanwhile: told by the kind of the error, never by its words."""
+        store.append_calls([asked("a", "ra", ["x", "y"]), asked("b", "rb", ["z"])])
+        cases: list[tuple[str | Exception, type[Exception], int]] = [
+            (Conflict("call_id 'blocks' is stored with other content, FOREIGN KEY or not"), Conflict, 1),
+            (InvalidRecord("call_id 'blocks', FOREIGN KEY"), InvalidRecord, 1),
+            ("UPDATE blocks SET n_items = 0", InvalidRecord, 1),
+            ("UPDATE blocks SET block_id = 1", KeyTaken, 1),
+            ("UPDATE calls SET run_id = 'nobody'", MissingRow, 2),
+            ("UPDATE calls SET call_id = 'a'", KeyTaken, 8),
+        ]
+        for refused, kind, expected in cases:
+            attempts = []
+
+            def work(connection: Connection, _: KnownBlocks, again: bool) -> Mapping[bytes, int]:
+                attempts.append(again)  # noqa: B023
+                if isinstance(refused, Exception):  # noqa: B023
+                    raise refused  # noqa: B023
+                connection.execute(text(refused))  # noqa: B023
+                return {}
+
+            with pytest.raises(kind):
+                store._blocks.write_with(store._db, work)
+            assert attempts == [False, *[True] * (expected - 1)], refused
 
     def test_writers_of_one_chain_at_once(self, store: Store) -> None:
         """Two processes, the same growing conversation under other ids; and one that deletes meanwhile."""

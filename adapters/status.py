@@ -75,7 +75,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             else _refused(publish)
         )
         held = "" if state.pinned is None else f", pinned at version {state.pinned}"
-        rows.append(("model", f"{state.model}: {live}{step}{held}{going_on}"))
+        paused = "" if state.paused_share is None else f", held for publishes {state.paused_share:.1%} of the time"
+        rows.append(("model", f"{state.model}: {live}{step}{held}{paused}{going_on}"))
     if report.open_runs is not None:
         rows.append(("runs", f"{report.open_runs.count} open"))
     if report.drift:
@@ -90,7 +91,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         waiting = trainer.backlog
         trained = f" of {', '.join(trainer.models)}" if len(trainer.models) > 1 else ""
         groups = f"{waiting.ready_groups} groups ready, {waiting.leased_groups} leased"
-        rows.append(("trainer", f"job {trainer.job}{trained}: {step}; {groups}"))
+        waits = "" if trainer.wait_share is None else f"; {trainer.wait_share:.0%} of the time it waited for fresh runs"
+        rows.append(("trainer", f"job {trainer.job}{trained}: {step}; {groups}{waits}"))
     return rows
 
 

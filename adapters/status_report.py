@@ -18,6 +18,7 @@ from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow, Publish
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.time_shares import CYCLES, paused_share, wait_share
 
 LONGEST_REQUESTED_S = 30.0
 """A publish that was asked for begins to drain at once; one that waits longer has lost its publisher."""
@@ -50,6 +51,8 @@ class ModelState:
     pinned: int | None
     publish: Publish | None
     publish_age_s: float | None
+    paused_share: float | None
+    """Share of time in which its calls were held for publishes; None before a second one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,8 @@ class TrainerState:
     step: int | None
     steps: int
     step_age_s: float | None
+    wait_share: float | None
+    """Share of time in which it waited for runs that it may lease; None before its second step."""
     backlog: Backlog
 
 
@@ -135,6 +140,7 @@ def _model(store: Store, model: str) -> ModelState:
         pinned=store.pinned(model),
         publish=last,
         publish_age_s=None if last is None else max(time.time() - last.entered[last.state], 0.0),
+        paused_share=paused_share(store.last_publishes(model, CYCLES)),
     )
 
 
@@ -147,6 +153,7 @@ def _trainer(store: Store, config: Config) -> TrainerState:
         step=None if last is None else last.step,
         steps=trainer.steps,
         step_age_s=None if last is None else max(time.time() - last.created_at, 0.0),
+        wait_share=wait_share(store.last_steps(trainer.job, CYCLES)),
         backlog=store.backlog(trainer.job, lease_rule(config)),
     )
 

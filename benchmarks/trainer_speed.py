@@ -35,6 +35,8 @@ from peers.driven import Driven
 from peers.installs import python_of
 from trainer_shapes import SHAPES, chains, one_by_one, per_call_tokens, rows_as_json, trained_tokens, unique_tokens
 
+from tracegrad.tracestore.time_shares import shares_of
+
 HERE = Path(__file__).parent
 OURS = ("packed", "per_call", "packed_critic", "bound")
 TRL = {"trl_grpo": chains, "trl_rloo": one_by_one}
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=os.environ.get("TRACEGRAD_MODEL") or _cached_model())
     parser.add_argument("--out", type=Path, default=Path("out/bench/trainer.json"))
     parser.add_argument("--publish", type=Path, default=Path("out/bench/publish.json"), help="of publish_speed")
+    parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a loop with an engine: the shares of time")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
@@ -72,7 +75,7 @@ def main() -> None:
         "rounds": rounds,
         "load_average": os.getloadavg()[0],
         **({"matmul_peak_gflops": round(max(peaks), 1)} if peaks else {}),
-        **published(asked.publish),
+        **published(asked.publish, asked.metrics),
         "shapes": {kind: completed(kind, systems, max(peaks, default=0.0)) for kind, systems in kinds.items()},
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -139,18 +142,18 @@ def completed(kind: str, systems: dict[str, Figures], peak_gflops: float) -> Fig
     return {name: _rounded(one) for name, one in {**systems, "facts": facts}.items()}
 
 
-def published(path: Path) -> Figures:
-    """Return what a publish takes as `publish_speed` measured it, and in words what nothing measures here."""
-    missing = {
-        "engine_paused_share": "of a loop with an engine; see its metrics.jsonl",
-        "fresh_wait_share": "of a loop with an engine; see its metrics.jsonl",
-    }
-    made = json.loads(path.read_text()) if path.exists() else {}
-    measured = {name: made[name] for name in ("publish_s", "publish_adapter_s", "copy_s") if made.get(name)}
-    for name in ("publish_s", "publish_adapter_s", "copy_s"):
-        if name not in measured:
-            missing[name] = "run benchmarks/publish_speed.py first"
-    return {**measured, "not_measured": missing}
+def published(path: Path, loop: Path | None) -> Figures:
+    """Return what a publish takes as `publish_speed` measured it, and of a loop's lines the shares of time."""
+    made: Figures = json.loads(path.read_text()) if path.exists() else {}
+    if loop is not None:
+        made |= shares_of(json.loads(line) for line in loop.read_text().splitlines())
+    how = dict.fromkeys(("publish_s", "publish_adapter_s", "copy_s"), "run benchmarks/publish_speed.py first")
+    how |= dict.fromkeys(
+        ("engine_paused_share", "fresh_wait_share"), "--metrics: metrics.jsonl of a loop with an engine"
+    )
+    measured = {name: made[name] for name in how if made.get(name) is not None}
+    missing = {name: why for name, why in how.items() if name not in measured}
+    return {**measured, **({"not_measured": missing} if missing else {})}
 
 
 def _rounded(figures: Figures) -> Figures:

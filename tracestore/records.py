@@ -5,7 +5,7 @@ seconds. Token ids and logprobs are tuples; logprobs are float32 values held as 
 A missing thing is `None`: never 0, never an empty stand-in (law 6).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -306,6 +306,16 @@ class Publish:
     """State -> Unix time it was entered."""
     gate: Json | None = None
     decision: Json | None = None
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds in which calls were held for engines to change weights, as far as it has come to an end."""
+        ends = ("live", "rejected", "failed")
+        return self._between("draining", ("evaluating", *ends)) + self._between("settling", ends)
+
+    def _between(self, begin: str, ends: Sequence[str]) -> float:
+        reached = [self.entered[state] for state in ends if state in self.entered]
+        return max(min(reached) - self.entered[begin], 0.0) if begin in self.entered and reached else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

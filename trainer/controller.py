@@ -26,6 +26,7 @@ from tracegrad.tracestore.records import Lease, PolicyVersion
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.time_shares import shares_of
 from tracegrad.trainer.checkpoints import Checkpoint, prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
@@ -219,6 +220,7 @@ class Controller:
             raise
         finally:
             line["seconds"] = {**metrics["seconds"], "total": time.monotonic() - started}
+            line |= shares_of([line])
             self._metrics.record(line)
             self._around.console.step(line)
         self._go_back()

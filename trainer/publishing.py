@@ -108,7 +108,11 @@ class Publishing:
         for model, version in versions.items():
             if self.went_back:
                 break
-            reports[model] = self._publish(version, saved[model].new, saved[model].previous)
+            report, last = (
+                self._publish(version, saved[model].new, saved[model].previous),
+                self._store.last_publish(model),
+            )
+            reports[model] = {**report, "paused_s": 0.0 if last is None else last.paused_s}
         return reports
 
     def catch_up(self, versions: Versions, workers: WorkerGroups) -> None:

@@ -72,6 +72,13 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     assert "job main: no step yet; 0 groups ready" in text
     assert found["drift"] == [] and "go on from" not in text
     assert found["models"][0]["pinned"] is None and "pinned" not in text
+    assert found["models"][0]["paused_share"] is None and "held for publishes" not in text
+    live_version(store, 4)
+    sql(store, "update publishes set draining_at = 100, live_at = 101 where publish_id = 1")
+    sql(store, "update publishes set draining_at = 120 where publish_id = 2")
+    _, found, text = ask()
+    assert found["models"][0]["paused_share"] == 1 / 20 and "held for publishes 5.0% of the time" in text
+    sql(store, "delete from publishes where publish_id = 2")
     store.pin_version(version.version_id, "by hand")
     _, found, text = ask()
     assert found["models"][0]["pinned"] == version.version_id

@@ -1,5 +1,6 @@
 """The loop with an engine behind HTTP that loads and scores real folders: publish, probe, canary, and what fails."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,11 @@ def test_every_step_goes_live_proven(config: Config, store: Store, engine: Llama
     assert not (Path(config.trainer.output) / "test" / "canary").exists()
     metrics = (Path(config.trainer.output) / "test" / "metrics.jsonl").read_text()
     assert metrics.count('"verdict": "new"') == 2
+    line = json.loads(metrics.splitlines()[-1])
+    assert line["publish"]["paused_s"] == last.paused_s > 0
+    period_s = line["seconds"]["wait"] + line["seconds"]["total"]
+    assert line["engine_paused_share"] == last.paused_s / period_s
+    assert line["fresh_wait_share"] == line["seconds"]["wait"] / period_s
     assert store.last_checkpoint("test").metrics["logprob_abs_diff"] < 1e-4  # type: ignore[union-attr]
 
 

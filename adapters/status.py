@@ -17,6 +17,15 @@ from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import Publish
+from tracegrad.tracestore.trainers import NOT_YET, TrainerAtWork, TrainerPhase
+
+_PHASES: dict[TrainerPhase, str] = {
+    "starting": "starting its workers",
+    "loading": "loading weights and proving its engines",
+    "waiting": "waiting for the runs of step {step}",
+    "training": "training step {step}",
+    "publishing": "publishing step {step}",
+}
 
 
 @click.command()
@@ -47,7 +56,7 @@ def _print(console: Console, report: Report) -> None:
     for name, text in _rows(report):
         console.print(f"[bold]{name:<8}[/] {escape(text)}")
     if not report.problems:
-        console.print("[green]everything is up[/]")
+        console.print(f"[green]{_all_is_well(report)}[/]")
     for problem in report.problems:
         console.print(f"[red]problem:[/] {escape(problem)}")
 
@@ -92,8 +101,21 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         trained = f" of {', '.join(trainer.models)}" if len(trainer.models) > 1 else ""
         groups = f"{waiting.ready_groups} groups ready, {waiting.leased_groups} leased"
         waits = "" if trainer.wait_share is None else f"; {trainer.wait_share:.0%} of the time it waited for fresh runs"
-        rows.append(("trainer", f"job {trainer.job}{trained}: {step}; {groups}{waits}"))
+        rows.append(("trainer", f"job {trainer.job}{trained}: {_doing(trainer.now)}; {step}; {groups}{waits}"))
     return rows
+
+
+def _doing(now: TrainerAtWork | None) -> str:
+    if now is None:
+        return "no trainer is at work"
+    return f"{_PHASES[now.phase].format(step=now.step)} since {_ago(now.phase_age_s)}"
+
+
+def _all_is_well(report: Report) -> str:
+    now = report.trainer.now if report.trainer is not None else None
+    if now is not None and now.phase in NOT_YET:
+        return f"the trainer is {_PHASES[now.phase]}; everything else is up"
+    return "everything is up"
 
 
 def _refused(publish: Publish | None) -> str:

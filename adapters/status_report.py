@@ -19,6 +19,7 @@ from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.time_shares import CYCLES, paused_share, wait_share
+from tracegrad.tracestore.trainers import TrainerAtWork
 
 LONGEST_REQUESTED_S = 30.0
 """A publish that was asked for begins to drain at once; one that waits longer has lost its publisher."""
@@ -57,7 +58,10 @@ class ModelState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerState:
-    """One training job: its last committed step and how long ago that was; what waits for it."""
+    """One training job: its last committed step and how long ago that was; what waits for it; what its trainer does.
+
+    `now` is None where no trainer has a heartbeat.
+    """
 
     job: str
     models: tuple[str, ...]
@@ -67,6 +71,7 @@ class TrainerState:
     wait_share: float | None
     """Share of time in which it waited for runs that it may lease; None before its second step."""
     backlog: Backlog
+    now: TrainerAtWork | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -155,6 +160,7 @@ def _trainer(store: Store, config: Config) -> TrainerState:
         step_age_s=None if last is None else max(time.time() - last.created_at, 0.0),
         wait_share=wait_share(store.last_steps(trainer.job, CYCLES)),
         backlog=store.backlog(trainer.job, lease_rule(config)),
+        now=store.trainer_at_work(trainer.job, config.proxy.heartbeat_expires_s),
     )
 
 
@@ -288,9 +294,9 @@ def _ask_proxy(report: Report, config: Config, timeout_s: float) -> None:
 
 
 def _look_at_trainer(report: Report, config: Config) -> None:
-    """A trainer that runs takes what is ready at once. One that never ran may be meant not to."""
+    """A trainer at work takes what is ready, or says what else it does. One that never ran may be meant not to."""
     trainer = report.trainer
-    if trainer is None or trainer.step is None or trainer.step >= trainer.steps:
+    if trainer is None or trainer.now is not None or trainer.step is None or trainer.step >= trainer.steps:
         return
     waits = trainer.backlog.ready_groups >= config.trainer.batch.groups and not trainer.backlog.leased_groups
     if waits and not trainer.backlog.publishing and (trainer.step_age_s or 0.0) > IDLE_TRAINER_S:

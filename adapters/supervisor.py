@@ -30,13 +30,14 @@ class ChildSpec:
     """A command to keep running. With `may_finish`, one of `final_codes` is its normal end, not a crash.
 
     It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`; of `unix:PATH`, when
-    somebody listens there.
+    somebody listens there; and `ready_when` says so of the Unix time at which it was started.
     """
 
     name: str
     command: tuple[str, ...]
     ready_urls: tuple[str, ...] = ()
     any_answer: bool = False
+    ready_when: Callable[[float], bool] = lambda _started: True
     ready_timeout_s: float = 60.0
     may_finish: bool = False
     final_codes: tuple[int, ...] = (0,)
@@ -88,7 +89,7 @@ class Child:
         self._emit = emit
         self._process: subprocess.Popen[bytes] | None = None
         self._crashes = 0
-        self._since = 0.0
+        self._since = self._started_at = 0.0
         self._next_probe = 0.0
         self._log_offset = 0
         self._partial = b""
@@ -106,6 +107,7 @@ class Child:
 
     def start(self) -> None:
         """Start the command under a keeper, in a session of its own (a terminal's Ctrl-C does not reach it)."""
+        self._started_at = time.time()
         with contextlib.ExitStack() as stack:
             log: BinaryIO | None = None
             if self.log_path is not None:
@@ -204,7 +206,8 @@ class Child:
         if time.monotonic() < self._next_probe:
             return False
         self._next_probe = time.monotonic() + 0.2
-        return all(answers(url, any_status=self.spec.any_answer) for url in self.spec.ready_urls)
+        answered = all(answers(url, any_status=self.spec.any_answer) for url in self.spec.ready_urls)
+        return answered and self.spec.ready_when(self._started_at)
 
     def _enter(self, state: ChildState) -> None:
         self.state = state

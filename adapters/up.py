@@ -2,7 +2,8 @@
 
 It only spawns: engine, proxy, gate and trainer are the commands a person could type. It brings the store's schema up to
 date first, starts each child once the one before it answers, restarts what crashes, and gives up with a plain message
-when something keeps crashing. No child outlives it, even if it is killed.
+when something keeps crashing. The trainer is ready once it can take runs: it says so in the store. No child outlives
+it, even if it is killed.
 """
 
 import errno
@@ -10,7 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +24,7 @@ from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Super
 from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import DEFAULT_FILE, Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import ConfigError, TraceStoreError
+from tracegrad.tracestore.trainers import NOT_YET
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
 _ENDS = (0, 3)
@@ -57,8 +61,29 @@ def child_specs(
     if train and config.trainer.publish.gate is not None:
         specs.append(ChildSpec(name="gate", command=(*_TRACEGRAD, "gate", *file)))
     if train:
-        specs.append(ChildSpec(name="train", command=(*_TRACEGRAD, "train", *file), may_finish=True, final_codes=_ENDS))
+        specs.append(
+            ChildSpec(
+                name="train",
+                command=(*_TRACEGRAD, "train", *file),
+                ready_when=partial(_trains, config),
+                ready_timeout_s=float("inf"),  # it waits for engines of its own accord, and gives up of its own
+                may_finish=True,
+                final_codes=_ENDS,
+            )
+        )
     return tuple(specs)
+
+
+def _trains(config: Config, started_at: float) -> bool:
+    """Whether the trainer that was started then has loaded its weights and proven its engines."""
+    from tracegrad.tracestore.store import open_store
+
+    try:
+        with closing(open_store(config.store, create=False)) as store:
+            found = store.trainer_at_work(config.trainer.job, config.proxy.heartbeat_expires_s)
+    except TraceStoreError:
+        return False  # it will say so itself
+    return found is not None and found.started_at >= started_at and found.phase not in NOT_YET
 
 
 def _refuse(config: Config) -> None:

@@ -1,8 +1,8 @@
-"""The tables of the publish gate: what evaluations found, who evaluates, and at which version serving is held.
+"""The tables of the publish gate: what evaluations found, who evaluates and who trains, and where serving is held.
 
 Evaluations and pins are append-only: the newest row of a model is its pin, and a NULL version means none. An
 evaluation names the publish it was made for (NULL: a baseline), and has a mean only where it has values. Called by
-`evaluations` and `pins`.
+`evaluations`, `trainers` and `pins`.
 """
 
 from sqlalchemy import (
@@ -58,6 +58,17 @@ evaluators = Table(
     Column("tasks_hash", String, nullable=False),
     Column("score", String, nullable=False),
     Column("registered_at", Double, nullable=False),
+    Column("beat_at", Double, nullable=False),
+)
+
+trainers = Table(
+    "trainers",
+    metadata,
+    Column("job_id", String, primary_key=True),
+    Column("phase", String, nullable=False),
+    Column("step", Integer),
+    Column("phase_at", Double, nullable=False),
+    Column("started_at", Double, nullable=False),
     Column("beat_at", Double, nullable=False),
 )
 

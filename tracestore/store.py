@@ -40,6 +40,7 @@ from tracegrad.tracestore.runs import Runs
 from tracegrad.tracestore.spans import Spans
 from tracegrad.tracestore.tasks import Tasks
 from tracegrad.tracestore.traces import Traces
+from tracegrad.tracestore.trainers import Trainers
 from tracegrad.tracestore.upkeep import Upkeep
 from tracegrad.tracestore.versions import Versions
 
@@ -66,6 +67,7 @@ class Store(
     Publishes,
     Evaluations,
     Pins,
+    Trainers,
     Overview,
     Diagnosis,
     SiblingDiagnosis,

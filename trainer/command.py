@@ -111,21 +111,22 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     from tracegrad.trainer.adapter_client import engine_clients
     from tracegrad.trainer.crash_points import CrashPoints
     from tracegrad.trainer.errors import TrainerError
+    from tracegrad.trainer.heartbeat import Heartbeat
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
     from tracegrad.trainer.ray_groups import ray_groups
     from tracegrad.trainer.trackers import open_trackers
 
-    stop = Event()
+    stop, job = Event(), config.trainer.job
     console = Console(click.echo, steps=config.trainer.steps, as_json=as_json)
     try:
         crash_points = CrashPoints.from_environment(os.environ)
         store = open_store(config.store)
-        with contextlib.closing(store), JobFolder(config.trainer).held() as folder:
+        with contextlib.closing(store), JobFolder(config.trainer).held() as folder, Heartbeat(store, job) as heart:
             if offline:
                 store.require_project(config.project)
             trackers = open_trackers(
-                config.tracking, folder.path, job=config.trainer.job, settings=msgspec.to_builtins(config.trainer)
+                config.tracking, folder.path, job=job, settings=msgspec.to_builtins(config.trainer)
             )
             console.say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
             with ray_groups(config, address=ray_address) as (workers, _), _signals(stop, console.say):
@@ -138,6 +139,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                     trackers=trackers,
                     crash_points=crash_points,
                     stop=stop,
+                    phase=heart.enter,
                 )
                 controller = Controller(config, around)
                 step = controller.run()

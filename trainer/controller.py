@@ -13,7 +13,7 @@ groups. Called by `tracegrad.trainer.command` and by tests.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -27,6 +27,7 @@ from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.time_shares import shares_of
+from tracegrad.tracestore.trainers import TrainerPhase
 from tracegrad.trainer.checkpoints import Checkpoint, prune
 from tracegrad.trainer.crash_points import CrashPoints
 from tracegrad.trainer.engine_client import EngineClient
@@ -49,7 +50,7 @@ REFUSED_IN_A_ROW = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """What a controller works with. `engines`: model -> its replicas; empty offline."""
+    """What a controller works with. `engines`: model -> its replicas; empty offline. `phase` is told what it does."""
 
     store: Store
     workers: WorkerGroups
@@ -59,6 +60,7 @@ class Surroundings:
     trackers: Sequence[Tracker] = ()
     crash_points: CrashPoints = field(default_factory=CrashPoints)
     stop: Event = field(default_factory=Event)
+    phase: Callable[[TrainerPhase, int], None] = lambda _phase, _step: None
 
 
 class Controller:
@@ -104,6 +106,7 @@ class Controller:
     def _start(self) -> Lease | None:
         """Bring the job to where its ledger says it is; return the lease that a former process left unfinished."""
         console, models = self._around.console, self.config.trained_models()
+        self._around.phase("loading", self._step)
         check_recorded_models(self._store, self.config, self._rule, offline=not self._around.engines)
         self._store.register_job(self._job, models, msgspec.to_builtins(self.config.trainer))
         lease = self._store.reclaim(self._job, self.config.trainer.batch.lease_s)
@@ -176,6 +179,7 @@ class Controller:
             )
             if lease is not None:
                 return lease
+            self._around.phase("waiting", step)
             if self._publishing is not None:
                 self._publishing.catch_up(self._versions, self._workers)
                 self._go_back()
@@ -198,6 +202,7 @@ class Controller:
         started, crash, step = time.monotonic(), self._around.crash_points, lease.plan.step
         waited = started - self._idle_since
         crash.reached("after-lease", step)
+        self._around.phase("training", step)
         try:
             done = self._compute(lease, {"wait": waited})
         except (LeaseLost, Abandoned) as error:
@@ -214,6 +219,7 @@ class Controller:
         line = {**metrics, **_of_one_or_each("version", {m: v.version_id for m, v in made.items()}), "publish": None}
         try:
             if self._publishing is not None:
+                self._around.phase("publishing", step)
                 line |= _of_one_or_each("publish", self._publishing.publish(made, saved.by_model))
         except (EngineError, PublishError) as error:
             line["publish"] = {"error": str(error)}

@@ -4,6 +4,7 @@ from tracegrad.tracestore.records import OpenRuns, Run
 from tracegrad.tracestore.schema import HEAD
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import Clock, first_version
+from tracegrad.tracestore.trainers import TrainerAtWork
 
 
 class OverviewContract:
@@ -51,3 +52,18 @@ class OverviewContract:
     def test_the_revision_is_the_newest(self, store: Store) -> None:
         """Of an open store."""
         assert store.schema_revision() == HEAD
+
+    def test_a_trainer_is_at_work_while_its_heart_beats(self, store: Store, clock: Clock) -> None:
+        """One a job; the newest word counts; a silent one is none."""
+        assert store.trainer_at_work("job", 10) is None
+        store.beat_trainer("job", "loading", None, since=clock.now, started=clock.now)
+        clock.advance(5)
+        store.beat_trainer("job", "training", 3, since=clock.now - 1, started=clock.now - 5)
+        clock.advance(4)
+        assert store.trainer_at_work("job", 10) == TrainerAtWork(
+            job_id="job", phase="training", step=3, phase_age_s=5.0, started_at=clock.now - 9
+        )
+        clock.advance(7)
+        assert store.trainer_at_work("job", 10) is None and store.trainer_at_work("other", 99) is None
+        store.remove_trainer("job")
+        assert store.trainer_at_work("job", 99) is None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tracegrad.adapters.status import status
 from tracegrad.tracestore.records import Continues, Run
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import JOB, Clock, live_version, make_call, ready_group, sql, train
+from tracegrad.tracestore.trainers import TrainerPhase
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     assert [row["proxy_id"] for row in found["proxies"]] == ["proxy_1"]
     assert found["trainer"]["step"] is None
     assert "everything is up" in text and "version 1 is live (step 3)" in text and "1 open" in text
-    assert "job main: no step yet; 0 groups ready" in text
+    assert "job main: no trainer is at work; no step yet; 0 groups ready" in text
     assert found["drift"] == [] and "go on from" not in text
     assert found["models"][0]["pinned"] is None and "pinned" not in text
     assert found["models"][0]["paused_share"] is None and "held for publishes" not in text
@@ -83,6 +85,29 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     _, found, text = ask()
     assert found["models"][0]["pinned"] == version.version_id
     assert "version 1 is live (step 3), pinned at version 1" in text
+
+
+@pytest.mark.parametrize(
+    ("phase", "row"), [("loading", "loading weights and proving its engines"), ("training", "training step 2")]
+)
+def test_a_trainer_is_told_by_what_it_does(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any, phase: TrainerPhase, row: str
+) -> None:
+    """One that loads is not up yet; one that trains or loads has good reason to leave ready groups alone."""
+    ready_group(store)
+    train(store)
+    sql(store, "UPDATE checkpoints SET created_at = 0")
+    ready_group(store, "next")
+    store.register_proxy("proxy_1", engine.url)
+    changed = {"trainer": {"job": JOB, "batch": {"groups": 1}}}
+    (problem,) = ask(**changed)[1]["problems"]
+    assert "nobody has taken them since step 1" in problem
+    now = time.time()
+    store.beat_trainer(JOB, phase, 2, since=now - 7, started=now - 60)
+    code, found, text = ask(**changed)
+    assert (code, found["problems"], found["trainer"]["now"]["phase"]) == (0, [], phase)
+    assert f"job {JOB}: {row} since 7 s; step 1 of" in text
+    assert (f"the trainer is {row}; everything else is up" if phase == "loading" else "everything is up") in text
 
 
 def test_each_trained_model_is_shown_and_an_adapter_that_is_not_served_is_a_problem(
@@ -100,7 +125,7 @@ def test_each_trained_model_is_shown_and_an_adapter_that_is_not_served_is_a_prob
     code, found, text = ask(**mapped)
     assert (code, found["problems"]) == (0, [])
     assert [(one["model"], one["live_step"]) for one in found["models"]] == [("base", None), ("p", 2), ("w", 2)]
-    assert found["trainer"]["models"] == ["p", "w"] and "job main of p, w: no step yet" in text
+    assert found["trainer"]["models"] == ["p", "w"] and "job main of p, w: no trainer is at work; no step yet" in text
     engine.adapters["p"] = "/checkpoints/old"
     (problem,) = ask(**mapped)[1]["problems"]
     assert "serves the adapter p from /checkpoints/old, live is version 1 (/checkpoints/2)" in problem

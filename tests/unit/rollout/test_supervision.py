@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tracegrad.adapters.serving import free_port
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
 from tracegrad.adapters.up import child_specs, event_printer, up
 from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.store import open_store
 
 FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, steady_s=60.0, stop_timeout_s=2.0)
 
@@ -248,6 +250,20 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     gated = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in gated] == ["proxy", "gate", "train"]
     assert gated[-1].final_codes == (0, 3), "a trainer that its gate ended is not started again"
+
+
+def test_the_trainer_is_ready_once_it_can_take_runs(tmp_path: Path) -> None:
+    """Not while it loads, nor by what an earlier one left."""
+    models = {"main": {"checkpoint": "w", "engine": {"external": True}}}
+    config = parse_config({"models": models, "roles": {"*": "main"}, "store": f"sqlite:///{tmp_path}/store.db"})
+    ready, began = child_specs(config, tmp_path / "c.yaml", train=True)[-1].ready_when, time.time()
+    assert not ready(began), "no store"
+    with closing(open_store(config.store)) as store:
+        seen = []
+        for phase, started in (("waiting", began - 9), ("starting", began), ("loading", began), ("training", began)):
+            store.beat_trainer(config.trainer.job, phase, 1, since=began, started=started)  # type: ignore[arg-type]
+            seen.append(ready(began))
+    assert seen == [False, False, False, True]
 
 
 @pytest.mark.parametrize(

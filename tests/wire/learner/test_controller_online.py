@@ -45,7 +45,9 @@ class Generates(InProcess):
         )
 
 
-def run(config: Config, store: Store, engine: LlamaEngine, workers: InProcess) -> list[str]:
+def run(
+    config: Config, store: Store, engine: LlamaEngine, workers: InProcess, phases: list[tuple[str, int]] | None = None
+) -> list[str]:
     said: list[str] = []
 
     def echo(text: str) -> None:
@@ -60,6 +62,7 @@ def run(config: Config, store: Store, engine: LlamaEngine, workers: InProcess) -
             folder=folder,
             console=Console(echo, steps=config.trainer.steps, as_json=False),
             engines={recorded.MODEL: [EngineClient(engine.url, recorded.MODEL)]},
+            phase=lambda phase, step: None if phases is None else phases.append((phase, step)),
         )
         Controller(config, around).run()
     return said
@@ -71,7 +74,9 @@ def publishes(store: Store) -> list[tuple[str, int]]:
 
 
 def test_every_step_goes_live_proven(config: Config, store: Store, engine: LlamaEngine) -> None:
-    said = run(config, store, engine, Generates(config, store))
+    phases: list[tuple[str, int]] = []
+    said = run(config, store, engine, Generates(config, store), phases)
+    assert phases == [("loading", 0), *((phase, n) for n in (1, 2) for phase in ("waiting", "training", "publishing"))]
     assert said[1].startswith("version 1 is live")
     assert publishes(store) == [("live", 2)]
     last = store.last_publish(recorded.MODEL)

@@ -1,0 +1,56 @@
+"""What this trainer does, told to the store again and again, so that `tracegrad status` and `tracegrad up` can say it.
+
+A thread beats while long work goes on (loading, a step). A store that is away for a moment is no matter here: whatever
+the trainer does with the store itself says so. Called by the trainer's command; the controller says the phases.
+"""
+
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from tracegrad.tracestore.errors import StoreUnavailable
+from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.trainers import TrainerPhase
+
+EVERY_S = 3.0
+
+
+class Heartbeat:
+    """Context manager around a trainer's life. It begins as `starting`."""
+
+    def __init__(self, store: Store, job_id: str, *, every_s: float = EVERY_S) -> None:
+        self._store, self._job_id, self._every_s = store, job_id, every_s
+        self._started = self._since = time.time()
+        self._phase: TrainerPhase = "starting"
+        self._step: int | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"heartbeat-{job_id}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        with suppress(StoreUnavailable):
+            self._store.remove_trainer(self._job_id)
+
+    def enter(self, phase: TrainerPhase, step: int | None = None) -> None:
+        """Say what it does from now on; the same again changes nothing."""
+        if (phase, step) != (self._phase, self._step):
+            self._phase, self._step, self._since = phase, step, time.time()
+            self._beat()
+
+    def _keep(self) -> None:
+        while not self._over.wait(self._every_s):
+            self._beat()
+
+    def _beat(self) -> None:
+        with suppress(StoreUnavailable):
+            self._store.beat_trainer(self._job_id, self._phase, self._step, since=self._since, started=self._started)

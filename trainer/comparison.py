@@ -13,6 +13,7 @@ A cell of one run has nothing to compare: the run's own rewards stand against th
 no other role's reward leaks in; that is counted. A run with nobody to compare with gets 0. Called by `credit`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ class Statistics:
         if len(values) < 2 or max(values) == min(values):
             return Statistics(len(values), float(values[0]), 0.0)
         return Statistics(len(values), float(np.mean(values)), float(np.std(values, ddof=1)))
+
+    @staticmethod
+    def joined(parts: Sequence["Statistics"]) -> "Statistics":
+        """Return those of all values together, from those of at least one part.
+
+        Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
+        """
+        count = sum(part.count for part in parts)
+        mean = sum(part.count * part.mean for part in parts) / count
+        if all(part.std == 0.0 and part.mean == parts[0].mean for part in parts):
+            return Statistics(count, parts[0].mean, 0.0)
+        squares = sum((part.count - 1) * part.std**2 + part.count * (part.mean - mean) ** 2 for part in parts)
+        return Statistics(count, mean, math.sqrt(squares / (count - 1)))
 
 
 @dataclass(frozen=True, slots=True)

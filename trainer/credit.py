@@ -63,12 +63,16 @@ def spread(per_choice_B: Floats, starts: Ints) -> Floats:
 
 
 def assign(
-    samples: Samples, config: CreditConfig, values_N: Floats | None = None, token_rewards_N: Floats | None = None
+    samples: Samples,
+    config: CreditConfig,
+    values_N: Floats | None = None,
+    token_rewards_N: Floats | None = None,
+    batch: Statistics | None = None,
 ) -> Credit:
     """Turn the rewards of a step into advantages.
 
     `values_N`: the critic's, of the state each token was sampled in; needed under `gae`. `token_rewards_N`: what is
-    added to the rewards token by token (a penalty for leaving the reference policy).
+    added to the rewards token by token (a penalty for leaving the reference policy). `batch`: see `normalised`.
 
     Raises:
         SampleError: no counted reward reaches a choice (a missing reward is not 0; `build_batch` excludes these).
@@ -107,7 +111,7 @@ def assign(
     return Credit(
         rewards_B=rewards_B,
         returns_B=returns_B,
-        advantages_N=normalised(samples, advantages_N, config),
+        advantages_N=normalised(samples, advantages_N, config, batch),
         targets_N=targets_N,
         counts=counts,
         roles=roles,
@@ -175,18 +179,21 @@ def gae_advantages(
     return advantages_N
 
 
-def normalised(samples: Samples, advantages_N: Floats, config: CreditConfig) -> Floats:
+def normalised(samples: Samples, advantages_N: Floats, config: CreditConfig, batch: Statistics | None = None) -> Floats:
     """Return advantages with mean 0 and sample std 1 over the tokens that `config.normalise` puts together.
 
-    Where all of a set are equal they become 0.
+    Where all of a set are equal they become 0. `batch`: of the advantages of all models that the step trains, for
+    `normalise: batch`; None: these samples are all of them.
     """
     over = config.normalise or ("role" if config.advantage in _WHITENED else "off")
     if over == "off":
         return advantages_N
-    keys: list[Hashable] = [None] * len(samples.choices)
+    if over == "batch":
+        return whitened(advantages_N, batch)
+    keys: list[Hashable]
     if over == "role":
         keys = [choice.role for choice in samples.choices]
-    elif over == "model":
+    else:
         models = {node.call_id: node.model for graph in samples.graphs.values() for node in graph.nodes}
         keys = [models[choice.call_id] for choice in samples.choices]
     starts = token_starts(samples.choices)
@@ -198,7 +205,10 @@ def normalised(samples: Samples, advantages_N: Floats, config: CreditConfig) -> 
     return result_N
 
 
-def whitened(values: Floats) -> Floats:
-    """Return the values with mean 0 and sample std 1; equal ones become 0. At least one."""
-    measured = Statistics.of(values.tolist())
+def whitened(values: Floats, among: Statistics | None = None) -> Floats:
+    """Return the values with mean 0 and sample std 1, as part of those that were measured; equal ones become 0.
+
+    None: as all of them, at least one.
+    """
+    measured = among or Statistics.of(values.tolist())
     return np.zeros_like(values) if measured.std == 0.0 else (values - measured.mean) / (measured.std + STD_EPSILON)

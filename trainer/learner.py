@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_checkpoint
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import TrainerError
 from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
@@ -41,6 +43,17 @@ if TYPE_CHECKING:
 
 _SCALES = tuple(0.05 * 2**doubling for doubling in range(8))
 _SPREAD_OF_ZEROS = 0.02
+_Probe = tuple[list[ChoiceSample], tuple[Scored, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    """A step whose choices are evaluated, and how long that took."""
+
+    plan: BatchPlan
+    proximal: Evaluation | None
+    probe: _Probe | None
+    seconds: float
 
 
 class Learner:
@@ -69,7 +82,8 @@ class Learner:
         self._policy: Policy | None = None
         self._optimizer: torch.optim.AdamW | None = None
         self._ppo: PpoStep | None = None
-        self._probe: tuple[list[ChoiceSample], tuple[Scored, ...]] | None = None
+        self._probe: _Probe | None = None
+        self._begun: _Begun | None = None
         self._history = StepHistory()
         torch.set_num_threads(self.config.workers.threads)
         torch.use_deterministic_algorithms(True)
@@ -104,7 +118,7 @@ class Learner:
         if self._policy is None:
             self._adopt(self._policy_from(folder))
         load_state(folder, self.policy, self._optimizer_or_raise())
-        self._probe = None
+        self._probe, self._begun = None, None
         self._history = StepHistory.from_json(facts.get("history"))
 
     def save(self, root: str, step: int) -> Saved:
@@ -195,26 +209,41 @@ class Learner:
 
     # -- the step
 
-    def step(self, plan: BatchPlan, samples: Samples, *, version_id: int | None, probe_tokens: int = 0) -> StepResult:
+    def appraise(self, plan: BatchPlan, samples: Samples, *, probe_tokens: int = 0) -> Statistics:
+        """Begin a step: evaluate its choices, and return what their advantages are before they are normalised.
+
+        `step` goes on from there, told what those of all models are. Raises as `step`.
+        """
+        self._begun = begun = self._begin(plan, samples, probe_tokens)
+        return self.ppo.spread(samples, begun.proximal)
+
+    def step(
+        self,
+        plan: BatchPlan,
+        samples: Samples,
+        *,
+        version_id: int | None,
+        probe_tokens: int = 0,
+        batch: Statistics | None = None,
+    ) -> StepResult:
         """Train one step. `version_id`: the policy version of the weights it starts with.
 
-        `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`.
+        `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`. `batch`: of the
+        advantages of all models, where each was asked to `appraise` this step before.
 
         Raises:
             NothingToTrain: no choice may be trained; the message says why, and of how many tokens.
             StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before.
         """
-        started = time.monotonic()
-        if not samples.choices:
-            raise nothing_to_train(plan, samples.excluded_tokens)
-        silent, refuse = is_silent(samples.rewards.values()), self.config.algorithm.refuse
-        self._history.check_reward(plan.step, silent, refuse)
-        self._probe = None
-        proximal, probe = self._proximal(samples.choices, probe_tokens)
-        evaluated = time.monotonic()
-        metrics = self.ppo.run(plan, samples, proximal, version_id=version_id, history=self._history)
-        self._history = self._history.after(metrics["grad_norm"], silent, refuse)
-        self._probe = probe
+        begun = self._begin(plan, samples, probe_tokens) if batch is None else self._begun
+        if begun is None or begun.plan != plan:
+            raise TrainerError(f"step {plan.step} was not begun with appraise: nothing to go on from")
+        self._begun = None
+        history, refuse = self._history, self.config.algorithm.refuse
+        metrics = self.ppo.run(plan, samples, begun.proximal, version_id=version_id, history=history, batch=batch)
+        silent = is_silent(samples.rewards.values())
+        self._history = history.after(metrics["grad_norm"], silent, refuse)
+        self._probe = begun.probe
         return_freed_memory()
         for role, numbers in metrics["roles"].items():
             numbers["tokens_excluded"] = samples.excluded_tokens_of(role)
@@ -226,15 +255,22 @@ class Learner:
                 "silent_steps": self._history.silent_steps,
                 "tokens_excluded": samples.excluded_tokens,
                 "memory_bytes": int(self._ranks.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)),
-                "seconds": {**metrics["seconds"], "evaluate": evaluated - started},
+                "seconds": {**metrics["seconds"], "evaluate": begun.seconds},
             },
         )
 
     # -- inside
 
-    def _proximal(
-        self, choices: Sequence[ChoiceSample], probe_tokens: int
-    ) -> tuple[Evaluation | None, tuple[list[ChoiceSample], tuple[Scored, ...]] | None]:
+    def _begin(self, plan: BatchPlan, samples: Samples, probe_tokens: int) -> _Begun:
+        started = time.monotonic()
+        if not samples.choices:
+            raise nothing_to_train(plan, samples.excluded_tokens)
+        self._history.check_reward(plan.step, is_silent(samples.rewards.values()), self.config.algorithm.refuse)
+        self._probe = None
+        proximal, probe = self._proximal(samples.choices, probe_tokens)
+        return _Begun(plan=plan, proximal=proximal, probe=probe, seconds=time.monotonic() - started)
+
+    def _proximal(self, choices: Sequence[ChoiceSample], probe_tokens: int) -> tuple[Evaluation | None, _Probe | None]:
         """Evaluate the step's choices where the step needs it, and the probe, in one pass: they share contexts."""
         probe = choose_probe(choices, probe_tokens, self._max_model_len - 1) if probe_tokens else []
         needed = list(choices) if self.ppo.needs_proximal else []

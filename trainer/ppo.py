@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
+from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.tracestore.config import TrainerConfig
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.corrections import KEPT, rejection_reasons
 from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, token_starts
 from tracegrad.trainer.errors import StepRefused
@@ -100,11 +103,12 @@ class PpoStep:
         *,
         version_id: int | None,
         history: StepHistory | None = None,
+        batch: Statistics | None = None,
     ) -> dict[str, Any]:
         """Update the weights once through the step; return its metrics.
 
         `proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
-        `needs_proximal`. `history`: of the steps before, to refuse a gradient that explodes.
+        `needs_proximal`. `history`: of the steps before, to refuse a gradient that explodes. `batch`: see `spread`.
 
         Raises:
             StepRefused: see the module.
@@ -112,7 +116,7 @@ class PpoStep:
         started = time.monotonic()
         choices = samples.choices
         reference_N = self._reference_logprobs(choices)
-        credit = self.credit(samples, proximal, reference_N)
+        credit = self.credit(samples, proximal, reference_N, batch)
         packing = self.pack(choices)
         fixed = self._fixed(samples, proximal, reference_N, credit)
         seen = Seen(len(fixed.behaviour))
@@ -156,8 +160,25 @@ class PpoStep:
             "seconds": {"update": time.monotonic() - started},
         }
 
-    def credit(self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None = None) -> Credit:
-        """Turn rewards into advantages, with the critic's values where there is one.
+    def spread(self, samples: Samples, proximal: Evaluation | None) -> Statistics:
+        """Return the statistics of the step's advantages as they are before anything is normalised.
+
+        Those of several models together (`Statistics.joined`) are what `normalise: batch` takes in `run`.
+        """
+        reference_N = self._reference_logprobs(samples.choices) if self._penalised else None
+        plain = replace(self._config.algorithm.credit, normalise="off")
+        return Statistics.of(self.credit(samples, proximal, reference_N, rule=plain).advantages_N.tolist())
+
+    def credit(
+        self,
+        samples: Samples,
+        proximal: Evaluation | None,
+        reference_N: Floats | None = None,
+        batch: Statistics | None = None,
+        *,
+        rule: CreditConfig | None = None,
+    ) -> Credit:
+        """Turn rewards into advantages, with the critic's values where there is one; `rule`: not as configured.
 
         With `kl_in: reward` each token's reward is less by its KL penalty, of the weights that the step starts with.
         """
@@ -168,7 +189,7 @@ class PpoStep:
             sampled_N = torch.from_numpy(_present(None if proximal is None else proximal.logprobs_N))
             other_N = torch.from_numpy(_present(reference_N))
             penalties_N = -algorithm.loss.kl_coef * kl_estimate(algorithm.loss.kl_estimator, sampled_N, other_N).numpy()
-        return assign(samples, algorithm.credit, values_N, penalties_N)
+        return assign(samples, rule or algorithm.credit, values_N, penalties_N, batch)
 
     # -- inside
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.ray_cluster import places, ray_running
 from tracegrad.trainer.ray_team import RayTeam
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
@@ -42,6 +43,15 @@ class RayGroup:
         written: dict[str, Written] = self._team.call("write", folder, stop=self._stop)
         return written
 
+    def appraise(
+        self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0
+    ) -> dict[str, Statistics]:
+        """As `ModelGroup.appraise`."""
+        found: dict[str, Statistics] = self._team.call(
+            "appraise", plan, samples, probe_tokens=probe_tokens, stop=self._stop
+        )
+        return found
+
     def step(
         self,
         plan: BatchPlan,
@@ -49,10 +59,11 @@ class RayGroup:
         *,
         version_ids: Mapping[str, int | None],
         probe_tokens: int = 0,
+        batch: Statistics | None = None,
     ) -> dict[str, StepResult]:
         """As `ModelGroup.step`."""
         results: dict[str, StepResult] = self._team.call(
-            "step", plan, samples, version_ids=version_ids, probe_tokens=probe_tokens, stop=self._stop
+            "step", plan, samples, version_ids=version_ids, probe_tokens=probe_tokens, batch=batch, stop=self._stop
         )
         return results
 
@@ -92,7 +103,7 @@ def ray_groups(config: Config, *, address: str | None = None) -> Iterator[tuple[
             cleanup.callback(team.end)
             team.start()
             groups[name] = RayGroup(team, stop)
-        yield WorkerGroups(groups, models, stop), groups
+        yield WorkerGroups(groups, config, stop), groups
 
 
 def _made(name: str, config: Config, ranks: "Ranks") -> "ModelGroup":

@@ -14,8 +14,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
+from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.errors import CheckpointError, TrainerError, WorkerDied
 from tracegrad.trainer.refusals import nothing_to_train
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
@@ -41,6 +43,12 @@ class TrainsModels(Protocol):
         """Write every model into its subfolder."""
         ...
 
+    def appraise(
+        self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0
+    ) -> dict[str, Statistics]:
+        """Begin a step of each model that has something to train; `step` goes on from there."""
+        ...
+
     def step(
         self,
         plan: BatchPlan,
@@ -48,8 +56,9 @@ class TrainsModels(Protocol):
         *,
         version_ids: Mapping[str, int | None],
         probe_tokens: int = 0,
+        batch: Statistics | None = None,
     ) -> dict[str, StepResult]:
-        """Train one step of each model that has something to train."""
+        """Train one step of each model that has something to train. `batch`: of all models' advantages."""
         ...
 
     def probe_sequences(self, model: str, n_tokens: int, seed: int) -> tuple[Scored, ...]:
@@ -79,16 +88,15 @@ class SavedModels:
 
 
 class WorkerGroups:
-    """The groups of a job. `groups`: name -> group; `models`: the same names -> what each trains.
+    """The groups of the job of `config`, by the names of its `worker_groups`.
 
     `stop` is set as soon as a group has failed: a group that waits for a process of its own gives up then.
     """
 
-    def __init__(
-        self, groups: Mapping[str, TrainsModels], models: Mapping[str, tuple[str, ...]], stop: Event | None = None
-    ) -> None:
-        self._groups, self._models = groups, models
-        self._holding = {name: group for group, names in models.items() for name in names}
+    def __init__(self, groups: Mapping[str, TrainsModels], config: Config, stop: Event | None = None) -> None:
+        self._groups, self._models = groups, config.worker_groups()
+        self._holding = {name: group for group, names in self._models.items() for name in names}
+        self._over_batch = config.trainer.algorithm.credit.normalise == "batch"
         self._stop = stop or Event()
         self._sound = False
         self._begun: tuple[str, str | None] = ("", None)
@@ -138,15 +146,20 @@ class WorkerGroups:
         if not any(samples.choices for samples in shares.by_model.values()):
             raise nothing_to_train(plan, excluded_by_reason(shares.consumption))
 
-        def train(name: str, group: TrainsModels) -> dict[str, StepResult]:
-            own = {model: shares.by_model[model] for model in self._models[name]}
-            return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens)
+        def train() -> dict[str, StepResult]:
+            batch = self._appraised(plan, shares, probe_tokens)
+
+            def one(name: str, group: TrainsModels) -> dict[str, StepResult]:
+                own = self._own(name, shares)
+                return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens, batch=batch)
+
+            return _joined(self._all(one))
 
         try:
-            return _joined(self._all(train))
+            return train()
         except WorkerDied:
             self.load(*self._begun)
-            again = _joined(self._all(train))
+            again = train()
             return {m: replace(done, metrics={**done.metrics, "workers_restarted": 1}) for m, done in again.items()}
 
     def save(self, root: str, step: int) -> SavedModels:
@@ -183,6 +196,20 @@ class WorkerGroups:
         return self._groups[self._holding[model]].perturbed(model, root, gap, sequences, seed)
 
     # -- inside
+
+    def _own(self, name: str, shares: Shares) -> dict[str, Samples]:
+        return {model: shares.by_model[model] for model in self._models[name]}
+
+    def _appraised(self, plan: BatchPlan, shares: Shares, probe_tokens: int) -> Statistics | None:
+        """What `normalise: batch` needs before any model can train; None where one model knows it by itself."""
+        if not self._over_batch or sum(bool(samples.choices) for samples in shares.by_model.values()) < 2:
+            return None
+
+        def one(name: str, group: TrainsModels) -> dict[str, Statistics]:
+            return group.appraise(plan, self._own(name, shares), probe_tokens=probe_tokens)
+
+        found = _joined(self._all(one))
+        return Statistics.joined([found[model] for model in self._holding if model in found])
 
     def _load(self, call: Callable[[str, TrainsModels], None]) -> None:
         self._stop.clear()

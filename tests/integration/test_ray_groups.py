@@ -130,7 +130,7 @@ def test_groups_of_two_workers_train_what_one_process_trains(tmp_path: Path, clu
     """In a cluster of two nodes that was there before: four processes. A death in a step costs nothing but time."""
     config = configured(tmp_path, per_group=2)
     shares = shares_of(config, tmp_path)
-    here = WorkerGroups({name: ModelGroup(config, name) for name in config.worker_groups()}, config.worker_groups())
+    here = WorkerGroups({name: ModelGroup(config, name) for name in config.worker_groups()}, config)
     here.create(str(tmp_path / "here"))
     step(here, shares)
     expected = tensors(here.save(str(tmp_path / "here"), 1).checkpoint.path)

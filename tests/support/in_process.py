@@ -15,7 +15,7 @@ class InProcess(WorkerGroups):
     def __init__(self, config: Config) -> None:
         models = config.worker_groups()
         groups = {name: ModelGroup(config, name) for name in models}
-        super().__init__(groups, models)
+        super().__init__(groups, config)
         self.learners: dict[str, Learner] = {
             model: learner for group in groups.values() for model, learner in group.learners.items()
         }

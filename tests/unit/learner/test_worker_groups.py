@@ -7,6 +7,7 @@ from threading import Barrier, Event
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import recorded_runs as recorded
 import torch
@@ -16,6 +17,7 @@ from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan, RunTrace
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.checkpoints import prune, remove_orphans, verify_checkpoint
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.errors import (
     CheckpointError,
     NothingToTrain,
@@ -26,6 +28,7 @@ from tracegrad.trainer.errors import (
 )
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.model_group import ModelGroup
+from tracegrad.trainer.ppo import PpoStep
 from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.shares import Shares, share
@@ -56,7 +59,7 @@ def groups_of(config: Config) -> dict[str, ModelGroup]:
 
 
 def groups_of_job(config: Config, groups: Mapping[str, Any] | None = None) -> WorkerGroups:
-    return WorkerGroups(groups if groups is not None else groups_of(config), config.worker_groups())
+    return WorkerGroups(groups if groups is not None else groups_of(config), config)
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +316,53 @@ def test_a_group_that_waits_is_told_when_another_has_failed(
             raise WorkerFailed("given up")
 
     groups = {"base": Waits(meet), "solo": Fake(meet, WorkerFailed("the worker of solo died"))}
-    workers = WorkerGroups(groups, config.worker_groups(), stop)
+    workers = WorkerGroups(groups, config, stop)
     workers.create(str(tmp_path))
     with pytest.raises(WorkerFailed, match="solo died"):
         apply(workers, shares_of(config, runs))
+
+
+@pytest.mark.parametrize("over", ["batch", "model"])
+def test_advantages_of_a_batch_are_normalised_over_all_its_models(
+    config: Config, runs: list[RunTrace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    """Also where a model's group learns the others' only by asking; nothing is evaluated twice for it."""
+    given: list[np.ndarray] = []
+    evaluations: list[int] = []
+
+    class Seen(PpoStep):
+        def _fixed(self, samples: Any, proximal: Any, reference_N: Any, credit: Any) -> Any:
+            given.append(credit.advantages_N)
+            return super()._fixed(samples, proximal, reference_N, credit)
+
+        def evaluate(self, choices: Any, *, full: bool = False) -> Any:
+            evaluations.append(len(choices))
+            return super().evaluate(choices, full=full)
+
+    monkeypatch.setattr("tracegrad.trainer.learner.PpoStep", Seen)
+    credit = {"credit": {"advantage": "gae", "normalise": over}, "loss": {"kl_coef": 0.1, "kl_in": "reward"}}
+    raw = msgspec.to_builtins(config)
+    raw["trainer"]["algorithm"] = credit
+    config = msgspec.convert(raw, Config)
+    workers = groups_of_job(config)
+    workers.create(str(tmp_path))
+    apply(workers, shares_of(config, runs))
+    assert len(given) == len(evaluations) == 2
+    for together in [np.concatenate(given)] if over == "batch" else given:
+        assert abs(together.mean()) < 1e-9 and abs(together.std(ddof=1) - 1) < 1e-4
+    if over == "batch":
+        assert max(abs(apart.mean()) for apart in given) > 0.01
+
+
+def test_a_step_that_was_not_begun_cannot_go_on(config: Config, runs: list[RunTrace], tmp_path: Path) -> None:
+    groups = groups_of(config)
+    groups_of_job(config, groups).create(str(tmp_path))
+    samples, batch = shares_of(config, runs).by_model, Statistics(3, 0.0, 1.0)
+    with pytest.raises(TrainerError, match="step 2 was not begun"):
+        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, batch=batch)
+    groups["solo"].appraise(plan(1), samples)
+    with pytest.raises(TrainerError, match="step 2 was not begun"):
+        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, batch=batch)
 
 
 @pytest.mark.parametrize("deaths", [1, 2])

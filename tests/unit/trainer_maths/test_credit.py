@@ -5,6 +5,7 @@ import pytest
 
 from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.tracestore.records import Reward
+from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.credit import assign, behaviour_logprobs, run_returns, spread, token_starts, whitened
 from tracegrad.trainer.errors import BatchError, SampleError
 
@@ -129,3 +130,27 @@ def test_flat_arrays_lay_choices_one_after_another(make_choice):
     assert starts.tolist() == [0, 2, 3, 6]
     assert spread(np.array([1.0, 2.0, 3.0]), starts).tolist() == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
     np.testing.assert_allclose(behaviour_logprobs(choices), [-0.5, -0.6, -0.5, -0.5, -0.6, -0.7])
+
+
+def test_statistics_of_parts_are_those_of_all():
+    rng = np.random.default_rng(5)
+    for sizes in ([1], [4], [1, 1], [2, 5, 1], [30, 3]):
+        parts = [rng.normal(size=size) for size in sizes]
+        joined, together = Statistics.joined([Statistics.of(list(part)) for part in parts]), np.concatenate(parts)
+        of_all = Statistics.of(list(together))
+        assert joined.count == len(together)
+        np.testing.assert_allclose([joined.mean, joined.std], [of_all.mean, of_all.std], rtol=1e-12)
+    equal = [Statistics.of([0.1] * 3), Statistics.of([0.1])]
+    assert Statistics.joined(equal).std == 0.0
+
+
+def test_a_batch_of_several_models_is_normalised_as_one(make_choice, make_samples):
+    """2, 4 of one model and 9 of another: their mean is 5, their deviation sqrt((9 + 1 + 16) / 2)."""
+    choices = [make_choice(run_id=run, call_id=run, tokens=(1,)) for run in "ab"]
+    ours = make_samples(choices, [reward("a", 2.0), reward("b", 4.0)])
+    batch = Statistics.joined([Statistics.of([2.0, 4.0]), Statistics.of([9.0])])
+    config = CreditConfig(advantage="reinforce++", normalise="batch")
+    np.testing.assert_allclose(
+        assign(ours, config, batch=batch).advantages_N, np.array([-3.0, -1.0]) / (13**0.5 + 1e-6)
+    )
+    np.testing.assert_allclose(assign(ours, config).advantages_N, np.array([-1.0, 1.0]) / (2**0.5 + 1e-6))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow, Publish
 from tracegrad.tracestore.rules import lease_rule
@@ -52,6 +53,7 @@ class ModelState:
     pinned: int | None
     publish: Publish | None
     publish_age_s: float | None
+    rejected_in_a_row: int
     paused_share: float | None
     """Share of time in which its calls were held for publishes; None before a second one."""
 
@@ -145,6 +147,7 @@ def _model(store: Store, model: str) -> ModelState:
         pinned=store.pinned(model),
         publish=last,
         publish_age_s=None if last is None else max(time.time() - last.entered[last.state], 0.0),
+        rejected_in_a_row=rejections_in_a_row(store.list_publishes(model)),
         paused_share=paused_share(store.last_publishes(model, CYCLES)),
     )
 
@@ -298,12 +301,26 @@ def _look_at_trainer(report: Report, config: Config) -> None:
     trainer = report.trainer
     if trainer is None or trainer.now is not None or trainer.step is None or trainer.step >= trainer.steps:
         return
+    if (row := _rejected_in_a_row(report, config)) is not None:
+        report.problems.append(
+            f"trainer: the gate rejected {row} versions in a row, which ends training at step {trainer.step} "
+            "(trainer.publish.gate.rejected.stop_after); `tracegrad versions` says why, `tracegrad train` tries again"
+        )
+        return
     waits = trainer.backlog.ready_groups >= config.trainer.batch.groups and not trainer.backlog.leased_groups
     if waits and not trainer.backlog.publishing and (trainer.step_age_s or 0.0) > IDLE_TRAINER_S:
         report.problems.append(
             f"trainer: {trainer.backlog.ready_groups} groups are ready for job {trainer.job!r}, and nobody has taken "
             f"them since step {trainer.step}; start `tracegrad train`, or read its log"
         )
+
+
+def _rejected_in_a_row(report: Report, config: Config) -> int | None:
+    """How many candidates of a model the gate has rejected since one went live, where so many end the training."""
+    gate = config.trainer.publish.gate
+    most = None if gate is None else gate.rejected.stop_after
+    row = max((state.rejected_in_a_row for state in report.models), default=0)
+    return row if most is not None and row >= most else None
 
 
 def fetch(url: str, path: str, timeout_s: float) -> tuple[int, Any]:

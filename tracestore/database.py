@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ class Database:
                     if broken is not None:
                         raise SchemaMismatch(f"{self.url.database} has rows of {broken[0]} without their {broken[2]}")
             finally:
-                driver.execute("PRAGMA foreign_keys=ON")
+                with suppress(sqlite3.ProgrammingError):  # Ctrl-C in a statement has closed it
+                    driver.execute("PRAGMA foreign_keys=ON")
 
     @contextmanager
     def outside(self) -> Iterator[Connection]:

@@ -7,13 +7,13 @@ terms, the evaluator names its runs by `run_prefix`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tracegrad.tracestore.bootstrap import bootstrap_difference
 from tracegrad.tracestore.config import GateRule
-from tracegrad.tracestore.records import Json
+from tracegrad.tracestore.records import Json, Publish
 
 _OF_A_GATE = re.compile(r"gate(\d+)_")
 
@@ -158,6 +158,16 @@ def publish_of_run(run_id: str | None) -> int | None:
     """Return the publish whose candidate a run evaluates, by its id; None for every other run."""
     found = None if run_id is None else _OF_A_GATE.match(run_id)
     return None if found is None else int(found[1])
+
+
+def rejections_in_a_row(publishes: Sequence[Publish]) -> int:
+    """Return how many candidates were rejected since one last went live; `publishes` of a model, oldest first."""
+    count = 0
+    for publish in reversed(publishes):
+        if publish.state == "live":
+            break
+        count += publish.state == "rejected"
+    return count
 
 
 def was_rejected(decision: Json | None) -> bool:

@@ -3,10 +3,14 @@
 The whole migration is one transaction under a lock (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock), so two
 processes that open an empty database at the same moment both succeed: the second finds nothing left to do. A database
 at a revision that this code does not know is newer than the code and is refused. Called by `store.open_store`.
-Alembic is imported only where there is something to migrate.
+Alembic is imported only where there is something to migrate. What is done to a store that exists is logged, revision by
+revision (on standard error where no logging is configured): a large one takes minutes.
 """
 
+import logging
+import time
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, inspect, text
 
@@ -14,6 +18,7 @@ from tracegrad.tracestore.database import Database, use_wal
 from tracegrad.tracestore.errors import SchemaMismatch, StoreUnavailable
 from tracegrad.tracestore.schema import HEAD
 
+log = logging.getLogger("tracegrad.store")
 _ADVISORY_LOCK = 0x74726163  # "trac"
 
 
@@ -71,7 +76,24 @@ def _upgrade(connection: Connection) -> None:
     found = revision(connection)
     if found is not None and found not in known:
         raise _too_new(found)
+    if found is not None and found != HEAD:
+        log.warning(
+            "bringing the store from revision %s to %s: a large one takes minutes; a stop leaves it as it was",
+            found,
+            HEAD,
+        )
+        config.attributes["on_version_apply"] = _teller()
     command.upgrade(config, "head")
+
+
+def _teller() -> Any:
+    """Return what Alembic calls after each revision."""
+    began = time.monotonic()
+
+    def tell(*, step: Any, **_: Any) -> None:
+        log.warning("revision %s is done, %.0f s", step.up_revision.revision, time.monotonic() - began)
+
+    return tell
 
 
 def _too_new(found: str) -> SchemaMismatch:

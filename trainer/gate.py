@@ -100,16 +100,6 @@ def needs_gate(store: Store, version: PolicyVersion, live: PolicyVersion | None)
     return all(p.state != "live" for p in store.list_publishes(version.model) if p.version_id == version.version_id)
 
 
-def rejections_in_a_row(store: Store, model: str) -> int:
-    """Return how many candidates were rejected since one last went live."""
-    count = 0
-    for publish in reversed(store.list_publishes(model)):
-        if publish.state == "live":
-            break
-        count += publish.state == "rejected"
-    return count
-
-
 def version_to_serve(store: Store, newest: PolicyVersion) -> PolicyVersion:
     """Return what a trainer serves when it starts: its newest version, unless that is held back.
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import Abandoned, Pinned, PublishUnderWay
+from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishRejected
-from tracegrad.trainer.gate import rejections_in_a_row, version_to_serve
+from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.job_folder import JobFolder
 from tracegrad.trainer.probe import ProbeSet
 from tracegrad.trainer.publish import Publisher
@@ -187,6 +188,6 @@ class Publishing:
                 if newer and each.kind == "step" and not each.abandoned:
                     store.abandon_version(each.version_id)
             self.went_back = True
-        row, most = rejections_in_a_row(store, version.model), gate.rejected.stop_after
+        row, most = rejections_in_a_row(store.list_publishes(version.model)), gate.rejected.stop_after
         if most is not None and row >= most:
             self.gave_up = f"the gate rejected {row} versions in a row (trainer.publish.gate.rejected.stop_after)"

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tracegrad.adapters import status_report
 from tracegrad.adapters.serving import free_port
 from tracegrad.adapters.status import status
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.records import Continues, Run
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import JOB, Clock, live_version, make_call, ready_group, sql, train
@@ -108,6 +109,23 @@ def test_a_trainer_is_told_by_what_it_does(
     assert (code, found["problems"], found["trainer"]["now"]["phase"]) == (0, [], phase)
     assert f"job {JOB}: {row} since 7 s; step 1 of" in text
     assert (f"the trainer is {row}; everything else is up" if phase == "loading" else "everything is up") in text
+
+
+def test_a_training_that_the_gate_ended_is_told_as_that(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:
+    live = live_version(store)
+    engine.version = str(live.version_id)
+    store.register_proxy("proxy_1", engine.url)
+    ready_group(store)
+    candidate = train(store)
+    publish = store.request_publish(candidate.version_id, gate={"share": 0.0, "engines": [], "timeout_s": 9.0})
+    why = {"passed": False, "judged": True, "why": "too bad"}
+    store.advance_publish(publish.publish_id, "rejected", decision=why)
+    gate = {"app": "a:g", "tasks": "t", "reward": "r:f", "rule": {"minimum": 1}, "rejected": {"stop_after": 1}}
+    store.beat_evaluator(Evaluator(evaluator_id="e", model="main", tasks_hash="t", score="reward"))
+    _, found, text = ask(trainer={"job": JOB, "publish": {"gate": gate}})
+    (problem,) = found["problems"]
+    assert problem.startswith("trainer: the gate rejected 1 versions in a row, which ends training at step 1 ")
+    assert f"version {candidate.version_id} was rejected: too bad" in text
 
 
 def test_each_trained_model_is_shown_and_an_adapter_that_is_not_served_is_a_problem(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -13,6 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
+from sqlalchemy.engine.default import DefaultDialect
 
 import tracegrad.tracestore.migrate
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, SchemaMismatch, StoreUnavailable
@@ -125,9 +127,14 @@ def to_revision(url: str, revision: str) -> None:
     engine.dispose()
 
 
-def test_a_store_of_the_first_revision_is_migrated_with_its_data(first_store: str) -> None:
+def test_a_store_of_the_first_revision_is_migrated_with_its_data(
+    first_store: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its calls are in the project of their run, its leases know no late attribution, and it is written to again."""
     store = open_store(first_store)
+    assert caplog.messages[0].startswith(f"bringing the store from revision 0001 to {HEAD}: a large one takes minutes")
+    steps = [said.split(" is done")[0] for said in caplog.messages[1:]]
+    assert steps == [f"revision {number:04}" for number in range(2, int(HEAD) + 1)]
     trace = store.trace("r")
     assert (trace.calls[0].project, trace.calls[0].endpoint, trace.calls[0].prompt_ids) == ("p", "chat", None)
     assert trace.calls[0].attribution.span is trace.spans[0]
@@ -140,6 +147,30 @@ def test_a_store_of_the_first_revision_is_migrated_with_its_data(first_store: st
         sql(store, "DELETE FROM calls WHERE call_id = 'c'")
     with pytest.raises(InvalidRecord):
         sql(store, "UPDATE calls SET role_source = 'nobody'")
+    store.close()
+
+
+def test_a_migration_that_is_stopped_leaves_the_store_as_it_was(
+    first_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C inside a statement is told as Ctrl-C, and the next start does all of it."""
+    execute = DefaultDialect.do_execute
+
+    def interrupted(self: DefaultDialect, cursor: Any, statement: str, *more: Any) -> None:
+        if "INSERT INTO choices" in statement:
+            raise KeyboardInterrupt
+        execute(self, cursor, statement, *more)
+
+    if not first_store.startswith("sqlite"):
+        pytest.skip("psycopg runs its statements elsewhere")
+    monkeypatch.setattr(DefaultDialect, "do_execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(first_store)
+    monkeypatch.undo()
+    with pytest.raises(SchemaMismatch, match="the store is at revision 0001"):
+        open_store(first_store, create=False)
+    store = open_store(first_store)
+    assert store.trace("r").calls and store.check() == []
     store.close()
 
 

@@ -15,12 +15,13 @@ from fake_engine import FakeEngine, save_weight
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
 from tracegrad.tracestore.errors import Pinned
 from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
-from tracegrad.trainer.gate import rejections_in_a_row, version_to_serve
+from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Publisher
 
@@ -174,7 +175,7 @@ def test_what_is_rejected_is_put_back_with_proof(house: House) -> None:
     assert (house.last.state, house.live_version()) == ("rejected", house.live.version_id)
     assert house.last.probe is not None and house.last.probe["put_back"]["verdict"] == "new"
     assert version_to_serve(house.store, new).version_id == house.live.version_id
-    assert rejections_in_a_row(house.store, "main") == 1
+    assert rejections_in_a_row(house.store.list_publishes("main")) == 1
 
 
 def test_nobody_waits_for_a_judge_that_is_not_there(house: House) -> None:

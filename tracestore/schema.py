@@ -36,7 +36,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0013"
+HEAD = "0014"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(

@@ -79,12 +79,15 @@ def test_what_json_cannot_hold_is_refused(value: object) -> None:
 
 
 def test_text_is_deflated_against_words_that_never_change() -> None:
-    """A text of this store, of one before the words, and one that a person wrote; damage is told, never given out."""
+    """A text of this store, and of those framed by zlib, with the words and before them; what is cut off is told."""
     text = b'{"role":"user","content":"Which of these questions should have been answered by the system before?"}' * 2
     blob = packed(text)
     assert len(blob) < len(text) / 3 and unpacked(blob) == text
-    assert unpacked(zlib.compress(text, wbits=12)) == text
+    framed = zlib.compressobj(6, zlib.DEFLATED, 12, 6, zlib.Z_DEFAULT_STRATEGY, WORDS)
+    framed_blob = framed.compress(text) + framed.flush()
+    assert unpacked(framed_blob) == unpacked(zlib.compress(text, wbits=12)) == text
+    assert blob[:1] == b"R" and framed_blob[:1] == b"H" and len(blob) == len(framed_blob) - 9
     assert (len(WORDS), zlib.adler32(WORDS)) == (2889, 4223997762)
-    for broken in (blob[:-1], blob + b"x", b"H" + blob[2:]):
+    for broken in (blob[:-1], blob + b"x", b"R", b"R\xff" + blob[2:], framed_blob[:-1], b"H" + blob[2:]):
         with pytest.raises(ValueError, match="cannot be inflated"):
             unpacked(broken)

@@ -133,4 +133,4 @@ def existing_job(connection: Connection, job_id: str, *, lock: bool = False) -> 
 def no_such_job(connection: Connection, job_id: str) -> NotFound:
     """Return what to raise where a job is not known."""
     names = connection.execute(select(jobs.c.job_id)).scalars().all()
-    return NotFound(f"no training job {job_id!r}{near_misses(job_id, names)}")
+    return NotFound(f"no training job {job_id!r}{near_misses(job_id, names)}: `tracegrad train` registers its own")

@@ -351,7 +351,7 @@ class LeaseContract:
     def test_all_or_nothing(self, store: Store) -> None:
         """Fewer ready groups than asked for: no lease, nothing held. Unknown job, wrong model, no groups: errors."""
         ready_group(store)
-        with pytest.raises(NotFound, match="no training job 'job'.*registers"):
+        with pytest.raises(NotFound, match=r"no training job 'job'.*registers"):
             store.lease(JOB, make_rule(), groups=1, lease_s=1, step=1, epoch=0, seed=0)
         store.register_job(JOB, [MODEL], {})
         assert store.lease(JOB, make_rule(), groups=2, lease_s=1, step=1, epoch=0, seed=0) is None

@@ -1,12 +1,15 @@
 """What every backend must do with gates, evaluations, evaluators and pins."""
 
 import itertools
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound, Pinned
 from tracegrad.tracestore.evaluations import Evaluator, Measured
 from tracegrad.tracestore.gating import GateTerms, StoredEvaluation, run_prefix
+from tracegrad.tracestore.pins import take_turn
 from tracegrad.tracestore.records import Publish, PublishState, Run
 from tracegrad.tracestore.schema import PUBLISH_STATES
 from tracegrad.tracestore.store import Store
@@ -257,3 +260,17 @@ class PinContract:
             store.pin_version(gone.version_id, "x")
         with pytest.raises(NotFound):
             store.pin_version(9_999, "x")
+
+    def test_a_pin_and_a_publish_of_a_model_take_turns(self, store: Store) -> None:
+        """Or each would see nothing in its way, and both would be."""
+        version = a_version(store).version_id
+        with ThreadPoolExecutor(3) as pool:
+            with store._db.write() as connection:
+                take_turn(connection, MODEL)
+                waits: list[Future[Any]] = [
+                    pool.submit(store.request_publish, version),
+                    pool.submit(store.pin_version, version, "by hand"),
+                    pool.submit(store.unpin, MODEL, "by hand"),
+                ]
+                assert len(wait(waits, 0.1).not_done) == 3
+            assert [each.exception() for each in waits] == [None] * 3

@@ -107,6 +107,12 @@ class Clock:
         _write(self._path, self._spent)
 
 
+def live_step(backlog: Mapping[str, Any]) -> int | None:
+    """The step of the weights that serve, by what `/tracegrad/v1/backlog` says of the one model; None: none do."""
+    (live,) = backlog["live"].values()
+    return None if live is None else int(live["step"])
+
+
 class Demo:
     """One start of the demo. Each phase does nothing where its file is there already."""
 
@@ -182,7 +188,7 @@ class Demo:
         while True:
             alive()
             state = self._backlog()
-            if state is not None and not state["publishing"] and state["live_version"] is not None:
+            if state is not None and not state["publishing"] and live_step(state) is not None:
                 ticker.show(f"ready after {time.monotonic() - started:.0f} s", now=True)
                 return
             if time.monotonic() - started > START_S:
@@ -306,7 +312,7 @@ class Demo:
         while True:
             state = self._backlog()
             busy = state is None or state["publishing"] or state["leased_groups"]
-            done = state is not None and state["live_step"] == self._last_step()
+            done = state is not None and live_step(state) == self._last_step()
             if not busy and done:
                 return
             alive()
@@ -322,7 +328,8 @@ class Demo:
 
     def _live_step(self) -> int:
         state = self._backlog()
-        return int(state["live_step"]) if state is not None else self._last_step()
+        live = None if state is None else live_step(state)
+        return self._last_step() if live is None else live
 
     def _report(self) -> None:
         files, job = self.files, self.config.trainer.job

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from examples.rag_qa.demo import live_step
 from tracegrad.tracestore.records import Run
 from tracegrad.tracestore.store import Store
 
@@ -80,12 +81,14 @@ def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace]
         post(proxy, "rewards", {"rewards": [{"run_id": run_id, "name": "f1", "value": 1.0}]})
         assert proxy.client.get("/tracegrad/v1/backlog").json()["ready_groups"] == 0
         post(proxy, f"runs/{run_id}/end", {})
-    assert proxy.client.get("/tracegrad/v1/backlog").json() == {
+    found = proxy.client.get("/tracegrad/v1/backlog").json()
+    assert found == {
         "ready_groups": 1,
         "leased_groups": 0,
         "publishing": False,
         "live": {"main": {"version": version.version_id, "step": 0}},
     }
+    assert live_step(found) == 0 and live_step({**found, "live": {"main": None}}) is None, "as the demo reads it"
 
 
 def test_spans_are_told_in_parts(proxy: SimpleNamespace, store: Store) -> None:

@@ -118,7 +118,7 @@ class RefusalConfig(Section, frozen=True, kw_only=True):
     """When a step is refused although every number in it is finite. A refused step changes no weight."""
 
     grad_norm_factor: _Positive | None = 100.0
-    """A gradient that clipping would cut explodes where its norm is above this many times the usual (median) one."""
+    """A gradient explodes where its norm is above this many times the usual (median) one and `max_grad_norm`."""
     grad_norm_history: Annotated[int, msgspec.Meta(ge=5)] = 20
     """How many steps' norms are remembered; the first five are never refused."""
     silent_steps: Annotated[int, msgspec.Meta(ge=1)] | None = 20

@@ -197,7 +197,7 @@ def test_unknown_paths_have_the_real_answer(real: httpx.Client, fake: SimpleName
 def test_adapters_are_refused_as_by_the_real_one(
     real: httpx.Client, fake: SimpleNamespace, name: str, path: str, body: dict[str, Any]
 ) -> None:
-    """That they are taken, and listed with their folder, the real one shows in test_adapters_loop.py."""
+    """That they are taken, and listed with their folder, the real one shows in test_roles_learn.py."""
     named = {key: name if value == "NAME" else value for key, value in body.items()}
     truth, ours = real.post(path, json=named), fake.client.post(path, json=named)
     assert (ours.status_code, ours.json()) == (truth.status_code, truth.json())

@@ -121,7 +121,7 @@ def lay_out_extension(folder: Path) -> Path:
     home, metadata = folder / "tracegrad" / "trainer", folder / "tracegrad_engine-0.dist-info"
     for each in (home, metadata):
         each.mkdir(parents=True, exist_ok=True)
-    for module in ("worker_extension.py", "weight_receiver.py"):
+    for module in ("worker_extension.py", "weight_receiver.py", "lora_products.py"):
         shutil.copyfile(Path(__file__).with_name(module), home / module)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tracegrad-engine\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(_PLUGIN)

@@ -126,10 +126,19 @@ def _transfer(extension: Mapping[str, Any] | None, model: ModelConfig) -> list[F
 
 
 def _adapters(client: EngineClient) -> list[Finding]:
-    if not isinstance(client, AdapterClient) or client.takes_adapters():
+    if not isinstance(client, AdapterClient):
         return []
-    what = f"loads no adapters at run time, and {client.name!r} is one"
-    return [Finding(code="adapters", what=what, add="--enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")]
+    if not client.takes_adapters():
+        what = f"loads no adapters at run time, and {client.name!r} is one"
+        return [Finding(code="adapters", what=what, add="--enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")]
+    extension = client.base.extension_info() or {}
+    if extension.get("cpu") and not extension.get("products"):
+        what = (
+            f"answers for the base as for an adapter while both are asked, on a CPU: {client.base.name!r} is not served"
+        )
+        add = "tracegrad's plugin for vLLM: start it with `tracegrad engine`, without VLLM_PLUGINS in its environment"
+        return [Finding(code="lora_products", what=what, add=add)]
+    return []
 
 
 def _no_extension(why: str) -> list[Finding]:

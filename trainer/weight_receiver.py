@@ -2,8 +2,8 @@
 
 vLLM makes it where `worker_extension.tracegrad_register` registered it and the engine was started with
 ``--weight-transfer-config '{"backend": "tracegrad"}'``; `shared_weights` is the trainer's end. Beside the worker
-extension this is the one module that imports vllm, and like it, it imports nothing else of tracegrad, so that copies of
-the two files serve an engine installed elsewhere.
+extension this is the one module that imports vllm, and it imports nothing else of tracegrad, so that copies of the
+files serve an engine installed elsewhere.
 
 Refuses (a 500 to whoever asked) a segment of another layout than its own or with a piece missing, and an update that
 leaves a weight of the model out. What a broken update left behind is thrown away before the next one begins.

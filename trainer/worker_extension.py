@@ -1,9 +1,9 @@
 """The class that vLLM mixes into its workers: a reload that reaches a tied output head too, and is whole or not there.
 
 vLLM loads it (``--worker-extension-cls tracegrad.trainer.worker_extension.TracegradWorkerExtension``); beside
-`weight_receiver` it is the one module that may import vllm, and only inside its functions. It imports nothing of
-tracegrad, so that a copy of this file serves an engine installed elsewhere. Called over HTTP: ``POST /collective_rpc``;
-`tracegrad_register` by vLLM itself, as a general plugin.
+`weight_receiver` it is the one module that may import vllm, and only inside its functions. Of tracegrad it imports
+`lora_products` alone, so that a copy of the three files serves an engine installed elsewhere. Called over HTTP:
+``POST /collective_rpc``; `tracegrad_register` by vLLM itself, as a general plugin.
 
 Why: on CPUs vLLM packs a linear's weight into a oneDNN (or sgl) handle when the model is loaded. A reload re-packs
 every linear that has weights of its own in the checkpoint; a head tied to the embedding has none, and keeps serving
@@ -20,11 +20,29 @@ RECEIVER = "tracegrad.trainer.weight_receiver"
 
 
 def tracegrad_register() -> None:
-    """Make our own weight-transfer backend known in a process of vLLM's. May be called more than once."""
+    """Prepare a process of vLLM's: our weight-transfer backend, and on a CPU our products of adapters.
+
+    May be called more than once.
+    """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
 
     if "tracegrad" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("tracegrad", RECEIVER, "SharedMemoryEngine")
+    if current_platform.is_cpu():
+        from vllm.lora.ops.torch_ops import lora_ops
+        from vllm.lora.punica_wrapper import punica_cpu
+
+        from tracegrad.trainer.lora_products import put_in_place
+
+        put_in_place(lora_ops, punica_cpu)
+
+
+def tracegrad_has_products() -> bool:
+    """Return whether this process computes adapters on a CPU as `lora_products` does."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    return bool(punica_cpu.bgmv_expand.__module__ == "tracegrad.trainer.lora_products")
 
 
 class TracegradWorkerExtension:
@@ -33,8 +51,8 @@ class TracegradWorkerExtension:
     def tracegrad_info(self) -> dict[str, Any]:
         """Say what this worker serves: ``cpu``, and whether the head is ``tied`` to the embedding.
 
-        And how it takes weights besides from files: ``transfer`` names vLLM's backend ("" for none); ``process`` is
-        another one after each restart.
+        How it takes weights besides from files: ``transfer`` names vLLM's backend ("" for none). Whether adapters are
+        computed by our ``products``, which matters on CPUs. ``process`` is another one after each restart.
         """
         import os
 
@@ -45,6 +63,7 @@ class TracegradWorkerExtension:
             "cpu": bool(current_platform.is_cpu()),
             "tied": tracegrad_tied_head(self.get_model(), self.model_config) is not None,  # type: ignore[attr-defined]
             "transfer": "" if transfer is None else str(transfer.backend),
+            "products": tracegrad_has_products(),
             "process": os.getpid(),
         }
 

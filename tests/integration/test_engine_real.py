@@ -354,6 +354,9 @@ def test_the_preflight_passes_on_ours(engine: Any, tied_engine: TiedStory) -> No
     engine.reset()
     assert preflight(engine.process.client, engine.process.model) == []
     assert preflight(tied_engine.client, tied_engine.process.model) == []
+    info = tied_engine.client.extension_info()
+    assert info is not None
+    assert info["products"], "vLLM did not load our plugin in its worker"
 
 
 def test_the_preflight_names_what_an_engine_started_by_the_manual_lacks(tied_engine: TiedStory) -> None:

@@ -73,6 +73,7 @@ class FakeEngine(TransferWire):
         self.adapters: dict[str, str] = {}
         """Name -> folder; None of them can be loaded without `takes_adapters`."""
         self.takes_adapters = True
+        self.products = True
         self.adapter_weights: dict[str, float] = {}
         self.events: list[str] = []
         handler = type("Handler", (_Handler,), {"engine": self})
@@ -160,6 +161,7 @@ class FakeEngine(TransferWire):
             return 500, _error(f"'CPUWorker' object has no attribute '{method}'")
         if method == "tracegrad_info":
             info = {"cpu": True, "tied": True, "transfer": self.transfer_backend, "process": self.process}
+            info["products"] = self.products
             return 200, {"results": [info]}
         if method == "tracegrad_break_off":
             self.update_active = False

@@ -82,7 +82,7 @@ class SwapWire:
             self.answer_text = (folder / "answer.txt").read_text()
             answer = {"results": [{"tied": False, "repacked": False}]}
         else:
-            answer = {"results": [{"cpu": True, "tied": False}]}
+            answer = {"results": [{"cpu": True, "tied": False, "products": True}]}
         await reply(send, 200, dumps(answer))
 
 

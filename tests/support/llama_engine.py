@@ -27,7 +27,7 @@ class LlamaEngine(FakeEngine):
 
     def _rpc(self, method: str, kwargs: dict[str, str]) -> tuple[int, Any]:
         if method == "tracegrad_info":
-            return 200, {"results": [{"cpu": True, "tied": False}]}
+            return 200, {"results": [{"cpu": True, "tied": False, "products": True}]}
         if self.fail_reloads:
             self.fail_reloads -= 1
             return 500, {"error": {"message": "out of memory", "type": "Error", "param": None, "code": 0}}

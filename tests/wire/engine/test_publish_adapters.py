@@ -122,6 +122,9 @@ def test_the_canary_of_an_adapter_is_seen(
 def test_an_engine_that_loads_no_adapters_is_refused(engine: FakeEngine) -> None:
     client = AdapterClient(engine.url, "p", "base")
     check(client, ModelConfig(checkpoint=engine.root, engine=EngineConfig(max_model_len=64)))
+    engine.products = False
+    with pytest.raises(EngineNotReady, match=r"lora_products: .*'base' is not served; add tracegrad's plugin"):
+        check(client, ModelConfig(checkpoint=engine.root, engine=EngineConfig(max_model_len=64)))
     engine.takes_adapters = False
     with pytest.raises(EngineNotReady, match=r"adapters: .*'p' is one; add --enable-lora"):
         check(client, ModelConfig(checkpoint=engine.root, engine=EngineConfig(max_model_len=64)))

@@ -124,7 +124,7 @@ def test_a_choice_that_a_later_call_is_rewarded_for_is_learnt_by_graph_credit_on
         credit = {"advantage": "grpo", "scope": scope}
         configured = adapters(folder, tiny_model, base_url, credit, HANDED_ON_STEPS)
         before, after[scope] = gain(learn(folder, configured, reward="handed_on"), "checker")
-        assert before < 0.35
+        assert before < 0.45, "a quarter of 64 answers, by chance; 0.45 is four deviations away"
     assert after["graph"] > 0.45, after
     assert after["call"] < 0.38, after
 

@@ -90,6 +90,7 @@ def measure(kind: str, asked: argparse.Namespace, rounds: int) -> dict[str, Figu
     with tempfile.TemporaryDirectory(prefix="tracegrad-bench-") as scratch:
         driven: dict[str, Driven] = {}
         for system in asked.systems:
+            print(f"{kind}: {system} starts", file=sys.stderr)
             try:
                 driven[system] = start(system, kind, asked, Path(scratch))
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -97,6 +98,7 @@ def measure(kind: str, asked: argparse.Namespace, rounds: int) -> dict[str, Figu
                     raise
                 found[system] = {"not_measured": str(error)}
         for number in range(rounds):
+            print(f"{kind}: round {number + 1} of {rounds}", file=sys.stderr)
             for one in driven.values():
                 one.play(f"round{number}")
         for system, one in driven.items():

@@ -66,22 +66,31 @@ def main() -> None:
         return
     rounds = 1 if asked.quick else asked.rounds
     began = time.monotonic()
-    kinds = {kind: measure(kind, asked, rounds) for kind in asked.shapes}
-    peaks = [one["bound"].pop("peak_gflops") for one in kinds.values() if "bound" in one]
-    report: Figures = {
+    kinds: dict[str, dict[str, Figures]] = {}
+    report: Figures = {}
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    for kind in asked.shapes:
+        kinds[kind] = measure(kind, asked, rounds)
+        report = report_of(asked, kinds) | {"rounds": rounds, "seconds": round(time.monotonic() - began, 1)}
+        asked.out.write_text(json.dumps(report, indent=1) + "\n")  # after each: the whole takes half an hour
+    _print(report)
+
+
+def report_of(asked: argparse.Namespace, measured: dict[str, dict[str, Figures]]) -> Figures:
+    """Return what is measured so far, with the bound by the highest peak that was seen."""
+    peak = max((one["bound"]["peak_gflops"] for one in measured.values() if "bound" in one), default=0.0)
+    return {
         "model": asked.model.name,
         "precision": "bf16 over float32 masters",
         "threads": asked.threads,
-        "rounds": rounds,
         "load_average": os.getloadavg()[0],
-        **({"matmul_peak_gflops": round(max(peaks), 1)} if peaks else {}),
+        **({"matmul_peak_gflops": round(peak, 1)} if peak else {}),
         **published(asked.publish, asked.metrics),
-        "shapes": {kind: completed(kind, systems, max(peaks, default=0.0)) for kind, systems in kinds.items()},
-        "seconds": round(time.monotonic() - began, 1),
+        "shapes": {
+            kind: completed(kind, {name: dict(one) for name, one in systems.items()}, peak)
+            for kind, systems in measured.items()
+        },
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(report, indent=1) + "\n")
-    _print(report)
 
 
 def measure(kind: str, asked: argparse.Namespace, rounds: int) -> dict[str, Figures]:

@@ -311,7 +311,6 @@ def test_weights_that_are_sent_are_served_and_half_of_them_never(
     report = publisher.publish(add_version(store, other, 2).version_id, probe_of(drawn, other, base))
     assert report.probe is not None
     assert (report.probe.verdict, report.probe.mean_abs_new < PARITY) == ("new", True)
-    print(f"{way}: {report.as_json()}")
 
 
 def test_rollback_brings_back_what_the_engine_served_before(

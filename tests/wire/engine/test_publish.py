@@ -9,6 +9,7 @@ from pathlib import Path
 import fake_engine
 import pytest
 from fake_engine import FakeEngine, save_weight
+from versions import add_version
 
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.errors import Conflict
@@ -41,16 +42,7 @@ class House:
         return save_weight(self.tmp_path / f"w{weight}", weight, tied=True)
 
     def version(self, weight: float) -> PolicyVersion:
-        path = self.checkpoint(weight)
-        return self.store.add_version(
-            model="main",
-            kind="step",
-            parent_id=None,
-            checkpoint_path=str(path),
-            checkpoint_hash=path.name,
-            step=0,
-            job_id=None,
-        )
+        return add_version(self.store, self.checkpoint(weight), model="main", kind="step")
 
     def publisher(self, **options: float) -> Publisher:
         client = EngineClient(self.engine.url, "main", timeout_s=5)

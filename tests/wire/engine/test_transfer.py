@@ -14,6 +14,7 @@ import fake_sender
 import pytest
 from fake_engine import FakeEngine, save_weight
 from fake_transfer import STEPS
+from versions import add_version
 
 from tracegrad.tracestore.config import PublishConfig, TransferConfig, parse_config
 from tracegrad.tracestore.store import Store, open_store
@@ -55,16 +56,7 @@ class House:
         return Publisher(self.store, "main", clients, SETTINGS, on_state=self.states.append)
 
     def version(self, weight: float) -> int:
-        path = self.checkpoint(weight)
-        return self.store.add_version(
-            model="main",
-            kind="step",
-            parent_id=None,
-            checkpoint_path=str(path),
-            checkpoint_hash=path.name,
-            step=0,
-            job_id=None,
-        ).version_id
+        return add_version(self.store, self.checkpoint(weight), model="main", kind="step").version_id
 
     def steps(self) -> list[str]:
         """The steps of the protocol so far; forgotten."""

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_engine
 import pytest
 from fake_engine import FakeEngine, save_weight
 from versions import add_version
+from weight_probes import probe
 
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.errors import Conflict
@@ -17,15 +17,9 @@ from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed
-from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
 
 SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=0.6)
-SEQUENCES = tuple(
-    ProbeSequence(ids=tuple((start + step * i) % 11 for i in range(40)), n_prompt=5)
-    for start in range(3)
-    for step in (2, 3)
-)
 
 
 class House:
@@ -69,15 +63,6 @@ def house(tmp_path: Path, empty_store: Path) -> Iterator[House]:
     with house.engine:
         yield house
     house.store.close()
-
-
-def probe(new: float, previous: float | None) -> ProbeSet:
-    def series(weight: float) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(fake_engine.logprobs(weight, s.ids, s.n_prompt)) for s in SEQUENCES)
-
-    return ProbeSet(
-        sequences=SEQUENCES, new_logprobs=series(new), previous_logprobs=None if previous is None else series(previous)
-    )
 
 
 def test_a_version_goes_live_through_every_state(house: House) -> None:

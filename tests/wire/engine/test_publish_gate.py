@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import fake_engine
 import pytest
 from fake_engine import FakeEngine, save_weight
+from weight_probes import probe
 
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
 from tracegrad.tracestore.errors import Pinned
@@ -22,10 +22,7 @@ from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
 from tracegrad.trainer.gate import version_to_serve
-from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Publisher
-
-SEQUENCES = tuple(ProbeSequence(ids=tuple((s + 2 * i) % 11 for i in range(40)), n_prompt=5) for s in range(4))
 
 
 class Died(BaseException):
@@ -137,15 +134,6 @@ def make_house(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def house(make_house: Callable[[int], House]) -> House:
     return make_house(1)
-
-
-def probe(new: float, previous: float | None = None) -> ProbeSet:
-    def series(weight: float) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(fake_engine.logprobs(weight, s.ids, s.n_prompt)) for s in SEQUENCES)
-
-    return ProbeSet(
-        sequences=SEQUENCES, new_logprobs=series(new), previous_logprobs=None if previous is None else series(previous)
-    )
 
 
 def test_what_passes_goes_live_and_is_the_next_baseline(house: House) -> None:

@@ -9,29 +9,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_engine
 import fake_sender
 import pytest
 from fake_engine import FakeEngine, save_weight
 from fake_transfer import STEPS
 from versions import add_version
+from weight_probes import probe
 
 from tracegrad.tracestore.config import PublishConfig, TransferConfig, parse_config
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer.adapter_client import AdapterClient, engine_clients
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed
-from tracegrad.trainer.probe import ProbeSequence, ProbeSet
 from tracegrad.trainer.publish import Publisher
 from tracegrad.trainer.sender_process import SenderProcess
 from tracegrad.trainer.transfer_client import MemorySender, Sender, TransferClient
 
 SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=5)
-SEQUENCES = tuple(
-    ProbeSequence(ids=tuple((start + step * i) % 11 for i in range(40)), n_prompt=5)
-    for start in range(3)
-    for step in (2, 3)
-)
 
 
 class House:
@@ -75,15 +69,6 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 def segments(process: int) -> list[Path]:
     return list(Path("/dev/shm").glob(f"tracegrad-{process}-*"))
-
-
-def probe(new: float, previous: float | None) -> ProbeSet:
-    def series(weight: float) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(fake_engine.logprobs(weight, s.ids, s.n_prompt)) for s in SEQUENCES)
-
-    return ProbeSet(
-        sequences=SEQUENCES, new_logprobs=series(new), previous_logprobs=None if previous is None else series(previous)
-    )
 
 
 def test_a_version_goes_live_by_the_protocol(house: House) -> None:

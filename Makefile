@@ -35,7 +35,7 @@ test-integration: $(STAMP) ## real vLLM and real Ray on a tiny model, under ten 
 	$(BIN)/python -m pytest tests/integration -m "not long" --durations=15
 
 test-long: clients ## many kills, soaks, fuzz
-	TRACEGRAD_LONG=1 $(BIN)/python -m pytest tests -m long --timeout 7200
+	TRACEGRAD_LONG=1 bash scripts/with_postgres.sh $(BIN)/python -m pytest tests -m long --timeout 7200
 
 lint: $(STAMP) ## ruff, mypy --strict, import law
 	$(BIN)/ruff check .

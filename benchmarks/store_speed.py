@@ -71,6 +71,27 @@ def append_speed(store: Store, rounds: int) -> dict[str, float]:
     }
 
 
+def disk_sync_us(folder: Path, pages: int = 20, rounds: int = 300) -> float:
+    """Median microseconds that the disk takes to make a commit's pages durable, over bytes that a file has already.
+
+    SQLite's commit of one call cannot take less. Written and waited for here with nothing else to do.
+    """
+    page, log = os.urandom(4096), folder / "sync"
+    with log.open("w+b", buffering=0) as file:
+        file.write(page * pages * rounds)
+        os.fsync(file.fileno())
+        file.seek(0)
+        took = []
+        for _ in range(rounds):
+            for _ in range(pages):
+                file.write(page)
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - began)
+    log.unlink()
+    return 1e6 * statistics.median(took)
+
+
 def conversation(run: str, seed: int) -> Iterator[Call]:
     """Twenty turns of an agent that sends its whole history each time; prompts go on as sampled."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": prose(4 * SYSTEM, seed)}]
@@ -188,6 +209,7 @@ def run(rounds: int, largest: int, *, peers: bool) -> dict[str, Any]:
     sizes = [n for n in (10_000, 100_000, 1_000_000) if n <= largest]
     with tempfile.TemporaryDirectory(dir=OUT) as name:
         folder = Path(name)
+        report["disk_sync_us"] = disk_sync_us(folder)
         report["sqlite"] = measure(lambda name: sqlite_file(folder, name), sqlite_size, rounds, sizes)
         if (server := os.environ.get("TRACEGRAD_TEST_POSTGRES")) is not None:
             report["postgresql"] = measure(lambda name: postgres_database(server, name), postgres_size, rounds, sizes)
@@ -206,6 +228,7 @@ def show(report: dict[str, Any]) -> None:
             continue
         for row in _rows(found, GOALS[backend]):
             table.add_row(backend, *row)
+    table.add_row("the disk", "a commit's 20 pages made durable (us)", f"{report['disk_sync_us']:.0f}", "")
     Console().print(table)
     if ASIDE in report:
         Console().print(_beside(report))

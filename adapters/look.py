@@ -35,6 +35,7 @@ from tracegrad.tracestore.records import (
     Attribution,
     AttributionConflict,
     Call,
+    Choice,
     Continues,
     Drift,
     Purpose,
@@ -291,7 +292,7 @@ def _print_call(console: Console, numbers: Mapping[str, int], call: Call, longes
     for message in call.request.get("messages", ()):
         table.add_row(escape(str(message.get("role"))), escape(_shorten(message_text(message), longest)))
     for choice in call.choices:
-        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags]))})[/]"
+        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags, *_exchanges(choice)]))})[/]"
         answer = escape(_shorten(message_text(choice.message), longest))
         table.add_row(f"[bold]answer {choice.index}[/]", f"[bold]{answer}[/]{ending}")
     console.print(table)
@@ -346,6 +347,11 @@ def _passage(call: Call) -> str:
         return "unknown"
     changed = call.version_completed not in (None, call.version_dispatched)
     return f"{call.version_dispatched} → {call.version_completed}" if changed else str(call.version_dispatched)
+
+
+def _exchanges(choice: Choice) -> list[str]:
+    """Which version sampled which tokens, where it was not the version at dispatch that sampled all of them."""
+    return [f"version {version} from token {first}" for first, version in choice.version_spans]
 
 
 def _sampling(call: Call) -> str:

@@ -128,6 +128,12 @@ def _check(call: Call) -> None:
                 f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids and "
                 f"{len(choice.logprobs)} logprobs: record logprobs None and quarantine the call"
             )
+        firsts = [first for first, _ in choice.version_spans]
+        if firsts and (firsts[0] != 0 or firsts != sorted(set(firsts)) or firsts[-1] >= len(choice.token_ids)):
+            raise InvalidRecord(
+                f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids, and version spans "
+                f"from tokens {firsts}: begin with 0, go up, and stay inside, or quarantine the call"
+            )
     span = call.attribution.span
     if span is not None and span.run_id != call.attribution.run_id:
         raise InvalidRecord(

@@ -27,7 +27,7 @@ from tracegrad.tracestore.schema import choices
 from tracegrad.tracestore.serials import Serials
 
 Row = tuple[Any, ...]
-_CHOICES = HotInsert(choices, "seq", "choice_index", "n_tokens", "finish_reason", "flags")
+_CHOICES = HotInsert(choices, "seq", "choice_index", "n_tokens", "finish_reason", "flags", "version_spans")
 _TOKENS = HotInsert(choice_payloads, "seq", "choice_index", "n_tokens", "token_ids", "logprobs", "message")
 _PAYLOADS = HotInsert(
     call_payloads,
@@ -46,6 +46,7 @@ class Answer:
     finish_reason: str | None
     flags: str
     message: str
+    version_spans: str | None
 
 
 class Draft(NamedTuple):
@@ -83,6 +84,7 @@ def draft_of(call: Call) -> Draft:
             one.finish_reason,
             encode_json(one.flags),
             encode_json(one.message),
+            encode_json(one.version_spans) if one.version_spans else None,
         )
         for one in call.choices
     ]
@@ -176,7 +178,7 @@ def _differ(left: Any, right: Any, name: str) -> bool:
 def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[Answer]]:
     """Return the choices of calls as they lie, by the number of the call and in order."""
     columns = [choices.c.choice_index, choices.c.n_tokens, choice_payloads.c.token_ids, choice_payloads.c.logprobs]
-    columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message]
+    columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message, choices.c.version_spans]
     raw = [type_coerce(one, plain_type(one)).label(one.name) for one in columns]
     found: dict[int, list[Answer]] = {}
     for row in connection.execute(
@@ -186,7 +188,8 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
         .order_by(choices.c.seq, choices.c.choice_index)
     ):
         tokens = widened(row.token_ids, row.n_tokens)
-        answer = Answer(row.choice_index, row.n_tokens, tokens, row.logprobs, row.finish_reason, row.flags, row.message)
+        counted = row.choice_index, row.n_tokens, tokens, row.logprobs
+        answer = Answer(*counted, row.finish_reason, row.flags, row.message, row.version_spans)
         found.setdefault(row.seq, []).append(answer)
     return found
 
@@ -199,7 +202,7 @@ def _payload_row(seq: int, draft: Draft, ids_head: int | None, text_head: int | 
 
 
 def _choice_row(seq: int, answer: Answer) -> Row:
-    return seq, answer.choice_index, answer.n_tokens, answer.finish_reason, answer.flags
+    return seq, answer.choice_index, answer.n_tokens, answer.finish_reason, answer.flags, answer.version_spans
 
 
 def _token_row(seq: int, answer: Answer) -> Row:

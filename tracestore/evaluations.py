@@ -67,7 +67,8 @@ class Evaluations(Noun):
             version = existing(connection, measured.version_id)
             for start in range(0, len(measured.run_ids), _AT_ONCE):
                 part = measured.run_ids[start : start + _AT_ONCE]
-                other = or_(calls.c.version_dispatched.is_(None), calls.c.version_dispatched != version.version_id)
+                began_by = calls.c.version_dispatched.is_distinct_from(version.version_id)
+                other = or_(began_by, calls.c.version_completed != version.version_id)
                 strange = select(func.count()).where(
                     calls.c.run_id.in_(part), calls.c.model == version.model, calls.c.status == "complete", other
                 )

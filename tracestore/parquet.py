@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Heard = Callable[[str, int], None]
 _MARK = b"tracegrad"
 _ROWS_AT_ONCE = 500
-_CHOICE = ("choice_index", "token_ids", "logprobs", "finish_reason", "flags", "message")
+_CHOICE = ("choice_index", "token_ids", "logprobs", "finish_reason", "flags", "message", "version_spans")
 _CARD = """---
 configs:
 {configs}

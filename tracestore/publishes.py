@@ -59,6 +59,7 @@ def _view() -> Select[Any]:
             newest.c.state,
             newest.c.version_id.label("candidate"),
             newest.c.gate,
+            newest.c.in_flight,
             newest.c.swapping_at,
             newest.c.evaluating_at,
             newest.c.settling_at,
@@ -75,8 +76,10 @@ _VIEW = _view()
 class Publishes(Noun):
     """The part of the store that knows how weights reach the engine, and who must stand still for it."""
 
-    def request_publish(self, version_id: int, *, gate: Json | None = None) -> Publish:
+    def request_publish(self, version_id: int, *, gate: Json | None = None, in_flight: bool = False) -> Publish:
         """Open a publish of a version; with `gate` (its terms) it goes live only where an evaluation says so.
+
+        With `in_flight` proxies need not finish what they have with the engines before they acknowledge.
 
         Raises:
             NotFound: no such version.
@@ -101,7 +104,7 @@ class Publishes(Noun):
                     f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
                     "wait for it, or advance it to failed"
                 )
-            return _add(connection, version, self._db.now(), state="requested", gate=gate)
+            return _add(connection, version, self._db.now(), state="requested", gate=gate, in_flight=in_flight)
 
     def skip_publish(self, version_id: int, reason: str) -> Publish:
         """Write down that a version is not published, and why. Raises NotFound."""
@@ -191,7 +194,9 @@ class Publishes(Noun):
             connection.execute(delete(proxies).where(proxies.c.proxy_id == proxy_id))
 
     def ack_publish(self, publish_id: int, proxy_id: str, phase: PublishState = "draining") -> None:
-        """Say that `proxy_id` dispatches nothing and has nothing in flight for this drain. Twice is a no-op.
+        """Say that `proxy_id` dispatches nothing for this drain, and has nothing in flight. Twice is a no-op.
+
+        Of a publish that calls go on through, it may have calls in flight that the engine tells the versions of.
 
         Raises:
             NotFound: no such publish or proxy.
@@ -231,6 +236,7 @@ class Publishes(Noun):
                     state=row.state,
                     candidate=row.candidate,
                     gate=row.gate,
+                    in_flight=row.in_flight,
                     overdue=row.state == "evaluating" and now > row.evaluating_at + row.gate["timeout_s"],
                     swaps=(row.swapping_at is not None) + (row.settling_at is not None and row.state != "settling"),
                 )
@@ -294,5 +300,6 @@ def publish_of(row: Any) -> Publish:
         probe=row.probe,
         gate=row.gate,
         decision=row.decision,
+        in_flight=row.in_flight,
         entered={state: at for state, at in times.items() if at is not None},
     )

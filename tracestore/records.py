@@ -107,6 +107,8 @@ class Choice:
     message as the client got it (text is for people; nothing is re-tokenised). `flags` names what the trainer
     must know: "greedy", "constrained", "penalised", "truncated_sampling", "stop_string", "reasoning",
     "hidden_tool_calls" (the model wrote more than the client got), "external" (sampled by somebody else's engine).
+    `version_spans`: (first token, policy version), from token 0 on, ascending, where weights were exchanged while the
+    call was in flight; empty: the version at dispatch sampled all of it.
     """
 
     index: int
@@ -115,6 +117,7 @@ class Choice:
     finish_reason: str | None
     message: Json = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    version_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +205,8 @@ class Call:
     """One request to a model with its choices: the unit that is committed before the reply ends (law 3).
 
     `model` is the physical model of the role map; `requested_model` is the name in the request.
-    `version_dispatched`/`version_completed` are policy version ids of `model`; unequal ones quarantine.
+    `version_dispatched`/`version_completed` are policy version ids of `model`; unequal ones quarantine, but where the
+    engine told which sampled which token (`Choice.version_spans`).
     `requested`/`effective` hold the sampling parameters as sent by the client and as sent to the engine.
     `request` is the client's body without them (messages, tools, ...). `quarantine` is a reason or None.
     `request_hash` is a digest of the body as sent; `retry_of` names the call that this one was sent again for, because
@@ -306,6 +310,8 @@ class Publish:
     """State -> Unix time it was entered."""
     gate: Json | None = None
     decision: Json | None = None
+    in_flight: bool = False
+    """Calls go on through it: engines are paused for the exchange, and tell which version sampled which token."""
 
     @property
     def paused_s(self) -> float:
@@ -437,6 +443,8 @@ class ModelState:
     """Whether the candidate is being evaluated for longer than its gate allows."""
     swaps: int = 0
     """How often engines were (perhaps) given other weights by the newest publish: 0, 1, or 2 where it settled."""
+    in_flight: bool = False
+    """Whether calls go on through the newest publish."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

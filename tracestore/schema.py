@@ -31,12 +31,13 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0014"
+HEAD = "0015"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -289,12 +290,14 @@ choices = Table(
     Column("n_tokens", Integer, primary_key=True, autoincrement=False),
     _word("finish_reason", null=True),
     Column("flags", JsonText, nullable=False),
+    Column("version_spans", JsonText),
     CheckConstraint("choice_index >= 0", name="choice_index"),
     CheckConstraint("n_tokens >= 0", name="n_tokens"),
     sqlite_with_rowid=False,
 )
 """`n_tokens` is in the key so that rows elsewhere name it with the choice. That an index stands once in a call, the key
-of `choice_payloads` says, which is written beside each."""
+of `choice_payloads` says, which is written beside each. `version_spans` is NULL but where weights were exchanged while
+the choice was sampled: [[first token, version], ...]."""
 
 rewards = Table(
     "rewards",
@@ -448,6 +451,7 @@ publishes = Table(
     Column("probe", JsonText),
     Column("gate", JsonText),
     Column("decision", JsonText),
+    Column("in_flight", Boolean(create_constraint=False), nullable=False, server_default=false()),
     _time("requested_at"),
     *(_time(f"{state}_at", null=True) for state in PUBLISH_STATES[1:]),
     ForeignKeyConstraint(["version_id", "model"], ["policy_versions.version_id", "policy_versions.model"]),

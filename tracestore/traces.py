@@ -134,7 +134,8 @@ def _calls(
     known: Mapping[tuple[str, str], Span],
 ) -> Iterator[Call]:
     """The calls that `within` selects; `known` holds their spans by run and id."""
-    sampled = _choices(connection, select(choices.c.seq, choices.c.finish_reason, choices.c.flags), within)
+    columns = select(choices.c.seq, choices.c.finish_reason, choices.c.flags, choices.c.version_spans)
+    sampled = _choices(connection, columns, within)
     rows = connection.execute(select(calls).where(within).order_by(calls.c.dispatched_at, calls.c.seq))
     found = list(rows.mappings())
     payloads = payloads_of(connection, [row[calls.c.seq] for row in found])
@@ -175,6 +176,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
                 finish_reason=row.finish_reason,
                 message=row.message,
                 flags=tuple(row.flags),
+                version_spans=tuple((first, version) for first, version in row.version_spans or ()),
             )
         )
     return by_call

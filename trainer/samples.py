@@ -260,7 +260,8 @@ def _bad_call(call: Call, choice: Choice) -> str | None:
         return QUARANTINED + call.quarantine
     if call.version_dispatched is None:
         return NO_VERSION
-    return None if call.version_completed == call.version_dispatched else VERSION_CHANGED
+    told = any(each.version_spans for each in call.choices)  # the choices without are all of the version at dispatch
+    return None if told or call.version_completed == call.version_dispatched else VERSION_CHANGED
 
 
 def _bad_tokens(call: Call, choice: Choice) -> str | None:
@@ -328,4 +329,5 @@ def _sample(trace: RunTrace, call: Call, choice: Choice) -> ChoiceSample:
         temperature=effective_temperature(call),
         finish_reason=choice.finish_reason,
         version_id=call.version_dispatched,
+        version_spans=choice.version_spans,
     )

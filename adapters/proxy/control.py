@@ -307,6 +307,7 @@ def _summary(call: Call) -> dict[str, Any]:
         "sampled_tokens": [len(choice.token_ids) for choice in call.choices],
         "finish_reasons": [choice.finish_reason for choice in call.choices],
         "flags": [list(choice.flags) for choice in call.choices],
+        "version_spans": [choice.version_spans for choice in call.choices],
         "dispatched_at": call.timing.dispatched_at,
     }
 

@@ -194,6 +194,9 @@ class EvaluationContract:
             call = make_call(f"{run_id}-{model}", run_id, model=model, version_dispatched=version)
             store.append_calls([call])
         evaluation(store, new)
+        store.append_calls([make_call("changed", "x", version_dispatched=new, version_completed=old)])
+        with pytest.raises(InvalidRecord, match="1 calls of its runs were answered by another one"):
+            evaluation(store, new, run_ids=("x",))
         with pytest.raises(InvalidRecord, match="2 calls of its runs were answered by another one"):
             evaluation(store, old)
         store.append_calls([make_call("blind", "c", version_dispatched=None, version_completed=None)])

@@ -129,10 +129,11 @@ class PublishContract:
         rollback = store.request_publish(first.version_id).publish_id
         for state in STATES[1:4]:
             store.advance_publish(rollback, state)
-        failed = store.request_publish(a_version(store).version_id).publish_id
+        failed = store.request_publish(a_version(store).version_id, in_flight=True).publish_id
         view = store.publish_view([MODEL, "other"])
         assert (view[MODEL].live_version, view[MODEL].publish_id) == (first.version_id, failed)
         assert (view[MODEL].state, view["other"].live_version) == ("requested", None)
+        assert view[MODEL].in_flight and [each.in_flight for each in store.list_publishes(MODEL)][-2:] == [False, True]
         store.advance_publish(failed, "failed")
         live = store.live_version(MODEL)
         assert live is not None

@@ -171,7 +171,8 @@ class CallContract:
         version = live_version(store).version_id
         odd = (-0.1, -math.inf, math.nan, 0.0, -1e-45, -123.456)
         call = make_call("c", "r", version=version, stream=True, quarantine="nan logprob", error="e", status="aborted")
-        call = replace(call, choices=(make_choice(1, range(6), odd), replace(make_choice(0, ()), flags=())))
+        two = replace(make_choice(1, range(6), odd), version_spans=((0, version), (4, version + 1)))
+        call = replace(call, choices=(two, replace(make_choice(0, ()), flags=())))
         bare = make_call("d", "r", tokens=[], prompt_ids=None, completion_id=None, status="failed", at=500.0)
         none = replace(
             make_call("e", "r"), choices=(Choice(index=0, token_ids=(9,), logprobs=None, finish_reason=None),)
@@ -232,6 +233,10 @@ class CallContract:
             (replace(good, call_id="bad", choices=good.choices * 2), "choice 0 twice"),
             (replace(good, call_id="bad", attribution=replace(good.attribution, run_id="other")), "its span"),
             (replace(good, call_id="bad", version_dispatched=99), "constraint"),
+            *(
+                (replace(good, call_id="bad", choices=(replace(make_choice(0, (1, 2)), version_spans=spans),)), "spans")
+                for spans in (((1, 5),), ((0, 5), (2, 6)), ((0, 5), (1, 6), (1, 7)))
+            ),
             (replace(good, call_id="bad", choices=(make_choice(0, (2**31,)),)), "int32"),
             (replace(good, call_id="bad", prompt_ids=(-(2**31) - 1,)), "int32"),
             (replace(good, call_id="bad", request={"x": object()}), "JSON"),

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tracegrad.tracestore.records import Attribution, LateAttribution
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.chains import asked, stored_units, twice
-from tracegrad.tracestore.testing.rows import JOB, make_call, ready_group, sql, train
+from tracegrad.tracestore.testing.rows import JOB, make_call, make_choice, ready_group, sql, train
 
 
 def url_of(path: Path) -> str:
@@ -265,6 +266,21 @@ def test_blocks_that_lie_twice_become_one_on_the_way_back(empty_url: str) -> Non
 
 def chained(store: Store) -> int:
     return sum(stored_units(store))
+
+
+def test_a_call_of_two_versions_is_quarantined_by_the_revision_before(first_store: str) -> None:
+    store = open_store(first_store)
+    two = replace(make_choice(0, (4, 5)), version_spans=((0, 1), (1, 2)))
+    store.append_calls([make_call("two", "r", choices=(two,)), make_call("one", "r")])
+    store.close()
+    to_revision(first_store, "0014")
+    store = open_store(first_store)
+    assert [(c.call_id, c.quarantine) for c in store.trace("r").calls] == [
+        ("c", None),
+        ("two", "version changed"),
+        ("one", None),
+    ]
+    store.close()
 
 
 def test_every_revision_can_be_taken_back(first_store: str) -> None:

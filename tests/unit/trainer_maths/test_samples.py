@@ -35,6 +35,13 @@ def test_a_sound_call_becomes_a_sample_with_what_was_recorded(make_call, make_tr
     )
 
 
+def test_tokens_of_two_versions_are_of_two_versions(make_call, make_trace):
+    """A choice that ended before the exchange is all of the first; without anybody's word none of them trains."""
+    two = [*choice(version_spans=((0, 3), (1, 4))), *choice(index=1)]
+    samples = batch([make_trace(calls=[make_call(choices=tuple(two), version_completed=4)], rewards=[score()])])
+    assert [each.token_versions for each in samples.choices] == [(3, 4), (3, 3)]
+
+
 def test_a_missing_temperature_is_the_engines_default_of_one(make_call, make_trace):
     samples = batch([make_trace(calls=[make_call(effective={})], rewards=[score()])])
     assert samples.choices[0].temperature == 1.0

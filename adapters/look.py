@@ -119,7 +119,7 @@ def show(
     \b
     tracegrad show RUN
     tracegrad show CALL               by its id or the completion's; which weights answered it, what was made from it
-    tracegrad show version:12         which calls made these weights (--calls lists them)
+    tracegrad show version:12         or just 12: which calls made these weights (--calls lists them)
     tracegrad show checkpoint:1a2b    the same, by the beginning of the checkpoint's hash
     tracegrad show step:JOB/3         the same, by a job's step
     """

@@ -19,12 +19,12 @@ from tracegrad.tracestore.provenance import CallUse, MadeFrom, TrainedCall, Vers
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
 
-_NAMED = re.compile(r"version:(?P<version>\d+)|checkpoint:(?P<hash>\w+)|step:(?P<job>.+)/(?P<step>\d+)")
+_NAMED = re.compile(r"(?:version:)?(?P<version>\d+)|checkpoint:(?P<hash>\w+)|step:(?P<job>.+)/(?P<step>\d+)")
 _KINDS = ("version:", "checkpoint:", "step:")
 
 
 def versions_named(store: Store, named: str) -> list[int]:
-    """Return the versions that `version:N`, `checkpoint:HASH` or `step:JOB/N` means; none where it is no such name.
+    """Return the versions that `N`, `version:N`, `checkpoint:HASH` or `step:JOB/N` means; else none.
 
     A checkpoint and a step have a version for each model that was trained.
 

@@ -117,13 +117,21 @@ class Publishing:
         return reports
 
     def catch_up(self, versions: Versions, workers: WorkerGroups) -> None:
-        """Publish the newest versions once a pin no longer holds them back. Called while there is nothing to train."""
+        """Publish the newest versions once a pin no longer holds them back. Called while there is nothing to train.
+
+        A pin at an older version took the newest out of service: it is remembered, too.
+        """
         settings = self._config.trainer
-        for model in sorted(self._unserved):
+        for model in sorted(self._publishers):
             version = versions[model]
-            if self._store.pinned(model) is not None:
+            if (pinned := self._store.pinned(model)) not in (None, version.version_id):
+                self._unserved.add(model)
+            if pinned is not None or model not in self._unserved:
                 continue
             self._unserved.discard(model)
+            live = self._store.live_version(model)
+            if live is not None and live.version_id == version.version_id:
+                continue
             if version_to_serve(self._store, version).version_id != version.version_id:
                 continue  # it was judged against
             sequences = workers.probe_sequences(model, settings.publish.probe_tokens, settings.seed)

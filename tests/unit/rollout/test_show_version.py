@@ -33,7 +33,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner(env={"COLUMNS": "200"}).invoke(show, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("named", ["version:3", "checkpoint:22", f"step:{JOB}/2"])
+@pytest.mark.parametrize("named", ["version:3", "3", "checkpoint:22", f"step:{JOB}/2"])
 def test_a_version_says_what_it_was_made_from(url: str, named: str) -> None:
     shown = invoke(named, "--store", url).stdout
     assert "version 3 of main" in shown and "job job, step 2, epoch 0" in shown and "version 2" in shown

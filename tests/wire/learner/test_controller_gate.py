@@ -200,6 +200,34 @@ def test_a_pin_holds_serving_while_training_goes_on_and_its_end_publishes_the_ne
     assert "skipped" in metrics(config)[1]
 
 
+def test_the_end_of_a_pin_at_an_older_version_publishes_the_newest_again_while_runs_are_waited_for(
+    configure: Callable[..., Config], store: Store, engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest was live when the pin came, so that the trainer never held anything back itself."""
+    catch_up = publishing.Publishing.catch_up
+
+    def before(asked: int) -> bool:
+        if asked == 2:
+            first = next(v for v in store.list_versions(recorded.MODEL) if v.step == 0)
+            store.pin_version(first.version_id, "by hand")
+            publish = store.request_publish(first.version_id)
+            for state in ("draining", "swapping", "live"):
+                store.advance_publish(publish.publish_id, state)
+        return asked != 2
+
+    def then_unpin(self: publishing.Publishing, *given: Any) -> None:
+        catch_up(self, *given)
+        if store.pinned(recorded.MODEL) is not None:
+            assert live_of(store).step == 0
+            store.unpin(recorded.MODEL, "by hand")
+
+    monkeypatch.setattr(publishing.Publishing, "catch_up", then_unpin)
+    config = configure(steps=2, publish=PUBLISH, batch={"max_staleness": 9})
+    _, said = run(config, store, engine, Generates(config, store, before))
+    assert states(store) == [(0, "live"), (1, "live"), (0, "live"), (1, "live"), (2, "live")]
+    assert any("the pin is off" in line for line in said)
+
+
 def test_a_trainer_that_starts_under_a_pin_serves_the_pinned_version(
     configure: Callable[..., Config], store: Store, engine: LlamaEngine
 ) -> None:

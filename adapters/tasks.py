@@ -86,7 +86,7 @@ def _read_line(line: str, project: str) -> Task:
         raise ValueError("`input` is missing or not an object")
     reference = raw.get("reference") or {}
     if not isinstance(reference, dict):
-        raise ValueError("`reference` is not an object")
+        raise ValueError(f'`reference` is not an object: write {{"answer": {json.dumps(reference)}}}')
     task_id = raw.get("id", content_id(raw["input"]))
     if not isinstance(task_id, str) or not task_id or len(task_id) > 200:
         raise ValueError("`id` must be a string of 1 to 200 characters")

@@ -46,7 +46,7 @@ def test_every_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
         f"line 6: the same task as line 1 (id {content_id({'q': 1})})",
         "line 7: NaN is not JSON",
         "line 8: `id` must be a string",
-        "line 9: `reference` is not an object",
+        "line 9: `reference` is not an object: write {",
     ]:
         assert part in message
 

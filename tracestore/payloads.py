@@ -121,7 +121,7 @@ class ChainReader:
         """Read the chains that end with these blocks, as far as they are not here."""
         wanted = sorted(heads - self._parents.keys())
         for start in range(0, len(wanted), _AT_ONCE):
-            for row in self._connection.execute(_REACHED, {"ids": wanted[start : start + _AT_ONCE]}):
+            for row in self._connection.execute(_REACHED, {"ids": wanted[start : start + _AT_ONCE]}).all():
                 if row.block_id not in self._parents:
                     self._parents[row.block_id] = row.parent_id
                     self._packed[row.block_id] = row.coding, row.content

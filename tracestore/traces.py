@@ -137,16 +137,16 @@ def _calls(
     columns = select(choices.c.seq, choices.c.finish_reason, choices.c.flags, choices.c.version_spans)
     sampled = _choices(connection, columns, within)
     rows = connection.execute(select(calls).where(within).order_by(calls.c.dispatched_at, calls.c.seq))
-    found = list(rows.mappings())
-    payloads = payloads_of(connection, [row[calls.c.seq] for row in found])
+    found = rows.all()
+    payloads = payloads_of(connection, [row.seq for row in found])
     for row in found:
-        payload = payloads.get(row[calls.c.seq])
+        payload = payloads.get(row.seq)
         if payload is None:
             continue  # the stub of a deleted run's
-        span = known[row[calls.c.run_id], row[calls.c.span_id]] if row[calls.c.span_id] is not None else None
-        role_by = row[calls.c.role_by]
+        span = known[row.run_id, row.span_id] if row.span_id is not None else None
+        role_by = row.role_by
         knows_role = until is None or role_by is None or role_by <= until.attributions
-        yield _call(row, payload, span, tuple(sampled[row[calls.c.seq]]), knows_role=knows_role)
+        yield _call(row, payload, span, tuple(sampled[row.seq]), knows_role=knows_role)
 
 
 def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[int, list[Choice]]:
@@ -167,7 +167,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
         .order_by(choices.c.seq, choices.c.choice_index)
     )
     by_call: dict[int, list[Choice]] = defaultdict(list)
-    for row in connection.execute(statement):
+    for row in connection.execute(statement).all():
         by_call[row.seq].append(
             Choice(
                 index=row.choice_index,
@@ -183,51 +183,49 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
 
 
 def _call(row: Any, payload: Payload, span: Span | None, sampled: tuple[Choice, ...], *, knows_role: bool) -> Call:
-    column = calls.c
     return Call(
-        call_id=row[column.call_id],
-        completion_id=row[column.completion_id],
+        call_id=row.call_id,
+        completion_id=row.completion_id,
         attribution=Attribution(
-            run_id=row[column.run_id],
-            run_source=row[column.run_source],
-            role=row[column.role] if knows_role else None,
-            role_source=row[column.role_source] if knows_role else None,
+            run_id=row.run_id,
+            run_source=row.run_source,
+            role=row.role if knows_role else None,
+            role_source=row.role_source if knows_role else None,
             span=span,
         ),
-        model=row[column.model],
-        requested_model=row[column.requested_model],
-        version_dispatched=row[column.version_dispatched],
-        version_completed=row[column.version_completed],
+        model=row.model,
+        requested_model=row.requested_model,
+        version_dispatched=row.version_dispatched,
+        version_completed=row.version_completed,
         prompt_ids=payload.prompt_ids,
         choices=sampled,
-        status=row[column.status],
+        status=row.status,
         timing=CallTiming(
-            received_at=row[column.received_at],
-            dispatched_at=row[column.dispatched_at],
-            first_token_at=row[column.first_token_at],
-            completed_at=row[column.completed_at],
+            received_at=row.received_at,
+            dispatched_at=row.dispatched_at,
+            first_token_at=row.first_token_at,
+            completed_at=row.completed_at,
         ),
         request=payload.request_json,
         requested=decode_json(payload.requested),
         effective=decode_json(payload.effective),
-        stream=row[column.stream],
-        quarantine=row[column.quarantine],
-        error=row[column.error],
-        endpoint=row[column.endpoint],
-        request_hash=row[column.request_hash],
-        retry_of=row[column.retry_of],
-        project=row[column.project],
+        stream=row.stream,
+        quarantine=row.quarantine,
+        error=row.error,
+        endpoint=row.endpoint,
+        request_hash=row.request_hash,
+        retry_of=row.retry_of,
+        project=row.project,
         continues=_continues(row),
     )
 
 
 def _continues(row: Any) -> Continues | None:
-    column = calls.c
-    if row[column.continues] is None:
+    if row.continues is None:
         return None
     return Continues(
-        call_id=row[column.continues],
-        choice=row[column.continues_choice],
-        drift=row[column.drift],
-        token_in=row[column.token_in],
+        call_id=row.continues,
+        choice=row.continues_choice,
+        drift=row.drift,
+        token_in=row.token_in,
     )

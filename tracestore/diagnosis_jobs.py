@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from tracegrad.tracestore.branches import live_of
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import (
     Extent,
@@ -21,7 +22,7 @@ from tracegrad.tracestore.jobs import models_of
 from tracegrad.tracestore.leases import rule_of
 from tracegrad.tracestore.ledger import versions_of_steps
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.publishes import live_steps, publish_of
+from tracegrad.tracestore.publishes import publish_of
 from tracegrad.tracestore.readiness import beside, is_complete, is_free, is_large_enough, members, units
 from tracegrad.tracestore.records import Publish
 from tracegrad.tracestore.schema import (
@@ -71,7 +72,7 @@ class JobDiagnosis(Noun):
     def trained_staleness(self, job_id: str, extent: Extent) -> dict[int, int]:
         """Return lag -> trained tokens: the step of the weights that were trained minus the one that sampled them.
 
-        0 is on-policy. A negative lag is of weights that came later: those of another job.
+        0 is on-policy. A negative lag is of weights that came later: those of another job, or abandoned ones.
         """
         made, parent = policy_versions.alias("made"), policy_versions.alias("parent")
         lag = (func.coalesce(parent.c.step, ledger.c.step - 1) - policy_versions.c.step).label("lag")
@@ -110,7 +111,7 @@ class JobDiagnosis(Noun):
             rule = rule_of(connection.execute(select(jobs.c.rule).where(jobs.c.job_id == job_id)).scalar())
             if rule is None:
                 return None
-            live = live_steps(connection, rule.models)
+            live = live_of(connection, rule.models)
             unit = units(members(job_id, rule, self._db.now(), live, beside(extent.run_id)))
             ripe = select(func.coalesce(unit.c.lag, 0).label("lag")).where(
                 is_free(unit), is_complete(unit), is_large_enough(unit, rule)
@@ -118,7 +119,7 @@ class JobDiagnosis(Noun):
             aged = ripe.subquery("aged")
             rows = connection.execute(select(aged.c.lag, func.count()).group_by(aged.c.lag).order_by(aged.c.lag))
             by_lag = {int(steps): int(groups) for steps, groups in rows}
-            return WaitingGroups(live=live, max_staleness=rule.max_staleness, by_lag=by_lag)
+            return WaitingGroups(live=live.steps, max_staleness=rule.max_staleness, by_lag=by_lag)
 
     def held_leases(self, job_id: str) -> list[HeldLease]:
         """Return the leases of a job that have not ended, the oldest first."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, case, delete, func, or_, select, update
 
+from tracegrad.tracestore.branches import live_of
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Conflict, NotFound
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.publishes import is_publishing, live_steps
+from tracegrad.tracestore.publishes import is_publishing
 from tracegrad.tracestore.readiness import in_reach, is_allowed, is_by_roles, is_exact, is_ready, members, units
 from tracegrad.tracestore.records import Backlog, Json, LeaseRule
 from tracegrad.tracestore.schema import (
@@ -88,7 +89,7 @@ class Jobs(Noun):
     def backlog(self, job_id: str, rule: LeaseRule) -> Backlog:
         """Return what waits for the job under `rule`. A job that is not registered yet has consumed nothing."""
         with self._db.read() as connection:
-            live = live_steps(connection, rule.models)
+            live = live_of(connection, rule.models)
             unit = units(members(job_id, rule, self._db.now(), live, in_reach(connection, job_id, rule, live)))
             ready = is_ready(unit, rule)
             leased = and_(unit.c.held == 1, unit.c.eligible > 0)

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, and_, delete, func, select, update
 
+from tracegrad.tracestore.branches import live_of
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import InvalidRecord, LeaseLost
 from tracegrad.tracestore.jobs import existing_job, models_of
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.publishes import live_steps
 from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
 from tracegrad.tracestore.schema import CONTENT_DELETED, attributions, calls, holds, jobs, leases, rewards, runs
@@ -143,7 +143,7 @@ def drop_holds(connection: Connection, lease_id: int) -> None:
 
 def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now: float) -> dict[str, str] | None:
     """Return run id -> purpose of the eligible members of `wanted` ready groups, locked; None where fewer are ready."""
-    live = live_steps(connection, rule.models)
+    live = live_of(connection, rule.models)
     unit = units(members(job_id, rule, now, live, in_reach(connection, job_id, rule, live)))
     ready = select(unit.c.unit).where(is_ready(unit, rule))
     chosen = list(connection.execute(ready.order_by(unit.c.opened_at, unit.c.unit).limit(wanted)).scalars())

@@ -24,7 +24,6 @@ from tracegrad.tracestore.records import Json, ModelState, PolicyVersion, Publis
 from tracegrad.tracestore.schema import (
     PUBLISH_STATES,
     UNFINISHED_STATES,
-    policy_versions,
     proxies,
     publish_acks,
     publishes,
@@ -247,21 +246,6 @@ def is_publishing(connection: Connection, models: Sequence[str]) -> bool:
     """Whether one of the models has an unfinished publish."""
     chosen = select(publishes.c.publish_id).where(publishes.c.model.in_(models), publishes.c.state.in_(UNFINISHED))
     return connection.execute(chosen).first() is not None
-
-
-def live_steps(connection: Connection, models: Sequence[str]) -> dict[str, int]:
-    """Return the step of the live version of each of the models; without those of which nothing is live."""
-    newest = (
-        select(func.max(publishes.c.publish_id))
-        .where(publishes.c.model.in_(models), publishes.c.state == "live")
-        .group_by(publishes.c.model)
-    )
-    chosen = (
-        select(publishes.c.model, policy_versions.c.step)
-        .join(policy_versions, policy_versions.c.version_id == publishes.c.version_id)
-        .where(publishes.c.publish_id.in_(newest))
-    )
-    return {str(model): int(step) for model, step in connection.execute(chosen)}
 
 
 def _existing_publish(connection: Connection, publish_id: int, *, lock: bool = False) -> Publish:

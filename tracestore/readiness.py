@@ -29,6 +29,7 @@ from sqlalchemy import (
     union,
 )
 
+from tracegrad.tracestore.branches import Live
 from tracegrad.tracestore.records import LeaseRule, ModelCalls
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
@@ -150,13 +151,13 @@ def is_refused(job_id: str, epoch: int) -> ColumnElement[bool]:
     return exists().where(refusals.c.job_id == job_id, refusals.c.run_id == runs.c.run_id, refusals.c.epoch == epoch)
 
 
-def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live: Mapping[str, int]) -> ColumnElement[bool]:
+def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live: Live) -> ColumnElement[bool]:
     """Whether the run of the row is of a unit that could be fresh (see `is_fresh`), or that the job holds.
 
     The recent versions are looked up here and named: of a subquery PostgreSQL's planner would assume that its versions
     sampled as much as others did, and would read all calls.
     """
-    since = {model: live[model] - rule.max_staleness if model in live else 0 for model in rule.models}
+    since = {model: live.steps.get(model, 0) - rule.max_staleness for model in rule.models}
     if all(step <= 0 for step in since.values()):
         return true()
     named = select(policy_versions.c.version_id).where(
@@ -186,13 +187,11 @@ def beside(run_id: str | None) -> ColumnElement[bool] | None:
     return select(_unit(one)).where(one.c.run_id == run_id).scalar_subquery() == UNIT
 
 
-def members(
-    job_id: str, rule: LeaseRule, now: float, live: Mapping[str, int], among: ColumnElement[bool] | None = None
-) -> Subquery:
+def members(job_id: str, rule: LeaseRule, now: float, live: Live, among: ColumnElement[bool] | None = None) -> Subquery:
     """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it.
 
-    `live`: model -> step of its live version. `lag` of a run is that step minus the one that sampled, of its call that
-    is the most of them behind; NULL where nothing is live.
+    `lag` of a run: the step that is live minus the one that sampled, of its call that is the most of them behind; NULL
+    where nothing is live.
     """
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
     settled = is_settled(rule, now)
@@ -202,7 +201,7 @@ def members(
     trainable = and_(whole, exists().where(counted, is_exact()))
     eligible = and_(whole, is_rewarded(rule), exists().where(counted, is_exact()))
     lag = (
-        select(func.max(_live_step(rule, live) - policy_versions.c.step))
+        select(func.max(_live_step(rule, live.steps) - live.counted_step()))
         .select_from(calls.join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched))
         .where(counted)
         .scalar_subquery()

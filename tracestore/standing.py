@@ -6,7 +6,6 @@ always); one with such a row has what the step said of it. Runs in which nothing
 `queue`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +26,11 @@ from sqlalchemy import (
     union_all,
 )
 
+from tracegrad.tracestore.branches import Live, live_of
 from tracegrad.tracestore.diagnosis_extent import calls_within, runs_within
 from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.jobs import models_of
 from tracegrad.tracestore.leases import rule_of
-from tracegrad.tracestore.publishes import live_steps
 from tracegrad.tracestore.readiness import (
     UNIT,
     beside,
@@ -95,14 +94,14 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 class JobView:
     """A job as it is judged by: the rule that it last leased by (None: it never did), and now.
 
-    `models` is empty for a job that is not registered; `live` has the step of the live version of each of them.
+    `models` is empty for a job that is not registered; `live` is what is live of them.
     """
 
     job_id: str
     models: tuple[str, ...]
     rule: LeaseRule | None
     epoch: int
-    live: Mapping[str, int]
+    live: Live
     now: float
 
 
@@ -117,7 +116,7 @@ def job_view(connection: Connection, job_id: str, epoch: int | None, now: float)
         models=models,
         rule=None if rule is None else replace(rule, epoch=epoch),
         epoch=epoch,
-        live=live_steps(connection, models),
+        live=live_of(connection, models),
         now=now,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tracegrad.tracestore import migrate
 from tracegrad.tracestore.attributions import Attributions
 from tracegrad.tracestore.blocks import KnownBlocks
+from tracegrad.tracestore.branches import Branches
 from tracegrad.tracestore.calls import Calls
 from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.continued import Continued
@@ -64,6 +65,7 @@ class Store(
     QueueView,
     Provenance,
     Versions,
+    Branches,
     Publishes,
     Evaluations,
     Pins,

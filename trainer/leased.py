@@ -30,13 +30,14 @@ def leased_shares(
     live version samples must not be leased and returned for ever. Ages count from `steps`, the weights' own by model.
     """
     live = {model: version.step for model in rule.models if (version := store.live_version(model)) is not None}
+    counted = store.counted_steps(rule.models)
     shares, stale = without_stale_runs(
         share(
             store.lease_traces(lease, rule),
             rule.models,
             lambda traces, model: build_batch(traces, rule.of(model), scope=scope),
         ),
-        lambda version_id: store.get_version(version_id).step,
+        lambda version_id: counted[version_id] if version_id in counted else store.get_version(version_id).step,
         steps=steps,
         live=live,
         max_staleness=rule.max_staleness,

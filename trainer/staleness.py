@@ -26,9 +26,10 @@ def without_stale_runs(
 ) -> tuple[Shares, frozenset[str]]:
     """Return the shares without over-stale runs and with the age of each version, and the ids of those runs.
 
-    `step_of`: policy version -> the step that made it (asked once for each). `steps`: model -> the step of its weights
-    that are about to be trained: ages count from it. A run is too stale for a model when ``live - oldest`` exceeds
-    `max_staleness`, as readiness counts; where nothing of the model is live, `steps` stands for it.
+    `step_of`: policy version -> the step it counts as (asked once for each; see `tracestore.branches`). `steps`: model
+    -> the step of its weights that are about to be trained: ages count from it. A run is too stale for a model when
+    ``live - oldest`` exceeds `max_staleness`, as readiness counts; where nothing of the model is live, `steps` stands
+    for it.
     """
     aged: dict[str, Samples] = {}
     stale: set[str] = set()

@@ -27,6 +27,7 @@ from tracegrad.tracestore.testing.publishing import PublishContract, VersionCont
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
 from tracegrad.tracestore.testing.several_models import SeveralModelsContract
+from tracegrad.tracestore.testing.staleness import StalenessContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract
 
 
@@ -41,6 +42,7 @@ class StoreContract(
     LangSmithContract,
     AttemptContract,
     ReadinessContract,
+    StalenessContract,
     LeaseContract,
     LedgerContract,
     SeveralModelsContract,

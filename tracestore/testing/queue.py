@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tracegrad.tracestore.branches import Live
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
 from tracegrad.tracestore.readiness import calls_that_count, in_reach, is_ready, members, units
 from tracegrad.tracestore.records import Lease, ModelCalls, Purpose, Run, RunStatus
@@ -74,7 +75,7 @@ class ReadinessContract:
         for step in (None, 1, 2, 3, 4, 6):
             for bound, other in ((0, 0), (1, 3), (2, 6), (0, None)):
                 known = {MODEL: step, "other": other}
-                live = {model: each for model, each in known.items() if each is not None}
+                live = Live({model: each for model, each in known.items() if each is not None})
                 chosen = replace(rule, max_staleness=bound)
                 with store._db.read() as connection:
                     near, everything = (
@@ -283,20 +284,6 @@ class ReadinessContract:
             "leased": 6 + 3,
             "no group": 3,
         }
-
-    def test_stale_groups_are_not_leased(self, store: Store) -> None:
-        """live step - oldest step that sampled the group <= max_staleness; a version that is not live is no measure."""
-        old = live_version(store, step=0)
-        runs = add_group(store)
-        finish_run(store, runs[0], version=old.version_id)
-        live_version(store, step=2)
-        newer = live_version(store, step=3)
-        finish_run(store, runs[1], version=newer.version_id)
-        assert [self.ready(store, max_staleness=bound) for bound in (2, 3)] == [0, 1]
-        store.add_version(
-            model=MODEL, kind="step", parent_id=None, checkpoint_path="", checkpoint_hash="", step=9, job_id=None
-        )
-        assert self.ready(store, max_staleness=3) == 1
 
     def test_an_eval_run_is_never_ready(self, store: Store) -> None:
         """Not even where the rule asks for it."""

@@ -154,15 +154,28 @@ def test_a_death_inside_a_publish_is_ended_by_the_next_start(
     assert [v.step for v in store.list_versions(recorded.MODEL) if v.kind == "step"] == [1, 2]
 
 
-@pytest.mark.parametrize("fresh_groups", [0, 1])
+@pytest.mark.parametrize("case", [(0, False), (1, False), (0, True)], ids=["all", "half", "rolled back"])
 def test_what_became_too_stale_since_the_lease_is_returned_or_left_out_with_a_count(
-    config: Config, configure: Callable[..., Config], store: Store, engine: LlamaEngine, fresh_groups: int
+    config: Config, configure: Callable[..., Config], store: Store, engine: LlamaEngine, case: tuple[int, bool]
 ) -> None:
-    """A trainer dies after leasing; the next one has a stricter bound. Step 2 is live, step 0 sampled the old runs."""
+    """A trainer dies after leasing; the next one has a stricter bound. Step 2 is live, step 0 sampled the old runs, or
+    weights of a later step that were rolled back to step 0."""
+    fresh_groups, rolled_back = case
     worker = Generates(config, store)
     run(config, store, engine, worker)
-    initial, *_, live = store.list_versions(recorded.MODEL)
-    for version, count, seed in ((initial, 2 - fresh_groups, 50), (live, fresh_groups, 51)):
+    old, *_, live = store.list_versions(recorded.MODEL)
+    if rolled_back:
+        old = store.add_version(
+            model=recorded.MODEL,
+            kind="step",
+            parent_id=old.version_id,
+            checkpoint_path="/gone",
+            checkpoint_hash="gone",
+            step=2,
+            job_id=None,
+        )
+        store.abandon_version(old.version_id)
+    for version, count, seed in ((old, 2 - fresh_groups, 50), (live, fresh_groups, 51)):
         recorded.fill(
             store, recorded.recorded_groups(count, score=worker.score, version_id=version.version_id, seed=seed)
         )

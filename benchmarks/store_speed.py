@@ -46,28 +46,34 @@ def per_second(work: Callable[[], None], count: int) -> float:
 
 
 def append_speed(store: Store, rounds: int) -> dict[str, float]:
-    """Calls per second, many in a transaction and one in each; medians of alternating rounds.
+    """Calls per second, many in a transaction and one in each, and the slowest of the latter (ms).
 
-    A round of single ones is as long as SQLite's log several times over: what copying it costs is in each.
+    Medians of alternating rounds. A round of single ones is as long as SQLite's log several times over: what copying
+    it costs is in each.
     """
-    batched, single = [], []
+    batched, single, slowest = [], [], []
     for number in range(rounds):
         many = large_calls(8 * BATCH, f"many{number}", 10_000 * number)
         few = large_calls(1_000, f"few{number}", 5_000_000 + 10_000 * number)
+        took: list[float] = []
 
         def all_together(many: list[Call] = many) -> None:
             for start in range(0, len(many), BATCH):
                 store.append_calls(many[start : start + BATCH])
 
-        def one_by_one(few: list[Call] = few) -> None:
+        def one_by_one(few: list[Call] = few, took: list[float] = took) -> None:
             for call in few:
+                began = time.perf_counter()
                 store.append_calls([call])
+                took.append(time.perf_counter() - began)
 
         batched.append(per_second(all_together, len(many)))
         single.append(per_second(one_by_one, len(few)))
+        slowest.append(1_000 * max(took))
     return {
         "append_batched_per_s": statistics.median(batched),
         "append_single_per_s": statistics.median(single),
+        "append_single_slowest_ms": statistics.median(slowest),
     }
 
 
@@ -237,6 +243,7 @@ def show(report: dict[str, Any]) -> None:
 def _rows(found: dict[str, Any], goals: dict[str, int]) -> Iterator[tuple[str, str, str]]:
     for what in ("append_batched_per_s", "append_single_per_s"):
         yield what, f"{found[what]:,.0f}", f">= {goals[what]:,}" if what in goals else ""
+    yield "the slowest of 1,000 single appends (ms)", f"{found['append_single_slowest_ms']:.0f}", ""
     yield "bytes per call, 20 turns, of JSON", _of_json(found, "20_turns"), f"<= {GOAL_SHARE_OF_JSON}"
     yield "bytes per call, 1,000 runs of one system prompt", _of_json(found, "one_system_prompt"), ""
     for size, took in found["lease_ms"].items():

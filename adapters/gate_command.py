@@ -20,7 +20,7 @@ from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import load_config
 from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.evaluations import Evaluator
-from tracegrad.tracestore.gating import StoredEvaluation
+from tracegrad.tracestore.gating import StoredEvaluation, evaluator_of
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.store import open_store
 
@@ -58,19 +58,21 @@ def gate(path: Path, proxy: str | None, as_json: bool) -> None:
     tasks_hash = hashlib.sha256(Path(settings.tasks).read_bytes()).hexdigest()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
     store = open_store(config.store)
+    models = config.trained_models()
     me = Evaluator(
-        evaluator_id=new_id("evaluator"), model=config.trainer.model, tasks_hash=tasks_hash, score=settings.score
+        evaluator_id=new_id("evaluator"), model=evaluator_of(models), tasks_hash=tasks_hash, score=settings.score
     )
     try:
         root = proxy_root(proxy, str(path), os.environ)
         session = open_session(root, app=settings.app, reward=settings.reward, purpose="eval", source="gate")
-        _say(f"evaluating versions of {me.model!r} over {len(tasks)} tasks of {settings.tasks}")
+        _say(f"evaluating versions of {', '.join(models)} over {len(tasks)} tasks of {settings.tasks}")
         evaluator = GateEvaluator(
             store,
             me,
             settings,
             tasks,
             session,
+            models=models,
             expires_s=config.proxy.heartbeat_expires_s,
             tell=_print_json if as_json else _print_line,
             warn=_say,
@@ -98,7 +100,8 @@ def _print_line(found: StoredEvaluation) -> None:
     else:
         said = f"mean {found.score} {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}] over {len(found.values)} tasks"
         said += f", {found.n_failed} of {found.n_runs} runs failed"
-    click.echo(f"version {found.version_id} ({whose}): {said} ({seconds:.1f} s)")
+    ids = ", ".join(str(version_id) for _, version_id in sorted(found.versions.items()))
+    click.echo(f"version{'s' * (len(found.versions) > 1)} {ids} ({whose}): {said} ({seconds:.1f} s)")
 
 
 def _say(text: str) -> None:

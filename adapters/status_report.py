@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
-from tracegrad.tracestore.gating import rejections_in_a_row
+from tracegrad.tracestore.gating import evaluator_of, rejections_in_a_row
+from tracegrad.tracestore.overview import OpenRuns, ProxyRow
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import Backlog, DriftCount, OpenRuns, ProxyRow, Publish
+from tracegrad.tracestore.records import Backlog, DriftCount, Publish
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.time_shares import CYCLES, paused_share, wait_share
@@ -129,9 +130,8 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
             report.problems.append(problem)
     if config.trained_models():
         report.trainer = _trainer(store, config)
-    if config.trainer.publish.gate is not None and not any(
-        store.living_evaluators(name, expires_s) for name in config.trained_models()
-    ):
+    judges = evaluator_of(config.trained_models())
+    if config.trainer.publish.gate is not None and not store.living_evaluators(judges, expires_s):
         report.problems.append(
             "no evaluator has a heartbeat: new versions are rejected unjudged; start `tracegrad gate`"
         )

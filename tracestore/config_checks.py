@@ -110,21 +110,17 @@ def _check_redactions(config: "Config", origin: str) -> None:
 
 
 def _check_gate(config: "Config", origin: str) -> None:
-    gate, model = config.trainer.publish.gate, config.models.get(config.trainer.model)
+    gate = config.trainer.publish.gate
     if gate is None:
         return
     where = f"{origin}: trainer.publish.gate"
-    if len(several := config.trained_models()) > 1:
-        raise ConfigError(
-            f"{where} judges the versions of one model, and the job trains {', '.join(several)}: name one with "
-            "trainer.model, or leave the gate out"
-        )
     if gate.rule.minimum is None and gate.rule.max_drop is None:
         raise ConfigError(f"{where}.rule lets everything pass: give it a minimum, a max_drop, or both")
-    if model is not None and not model.replicas and gate.share not in (0.0, 1.0):
+    alone = [name for name in config.trained_models() if len(config.engines_of(name)) == 1]
+    if alone and gate.share not in (0.0, 1.0):
         raise ConfigError(
             f"{where}.share is {gate.share:g}, and one engine serves one version at a time: write 0 (others wait while "
-            "the candidate is judged) or 1 (they get the candidate), or add replicas"
+            f"the candidate is judged) or 1 (they get the candidate), or add replicas to {', '.join(alone)}"
         )
 
 

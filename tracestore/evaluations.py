@@ -1,15 +1,16 @@
 """Evaluations of policy versions, append-only, and the evaluators that make them.
 
-An evaluation is of one version: it is refused where a call of its runs was sampled by another one (law 8). Evaluators
-are rows with a heartbeat that say which tasks they evaluate on; a dead one expires. Called by `tracegrad gate`, the
-publisher and `tracegrad versions`, through `Store`.
+An evaluation is of one version, or of one of each of several models that are judged as one: it is refused where a call
+of its runs was sampled by another version of one of them (law 8). Evaluators are rows with a heartbeat that say which
+tasks they evaluate on; a dead one expires. Called by `tracegrad gate`, the publisher and `tracegrad versions`, through
+`Store`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import Connection, delete, func, or_, select
 
 from tracegrad.tracestore.bootstrap import bootstrap_mean
 from tracegrad.tracestore.database import insert
@@ -26,7 +27,10 @@ _FORGOTTEN_AFTER_S = 86_400.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What an evaluator found: `values` task id -> mean score, of so many runs; `error` where it could not be made."""
+    """What an evaluator found: `values` task id -> mean score, of so many runs; `error` where it could not be made.
+
+    `versions`: model -> version of all that it is of, where that is more than `version_id`.
+    """
 
     version_id: int
     publish_id: int | None
@@ -38,11 +42,12 @@ class Measured:
     n_failed: int = 0
     values: dict[str, float] | None = None
     error: str | None = None
+    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluator:
-    """An evaluator with a fresh heartbeat, and what it evaluates on."""
+    """An evaluator with a fresh heartbeat, and what it evaluates on. `model`: see `gating.evaluator_of`."""
 
     evaluator_id: str
     model: str
@@ -65,18 +70,11 @@ class Evaluations(Noun):
         mean = bootstrap_mean(list(values.values())) if values and measured.error is None else None
         with self._db.write() as connection:
             version = existing(connection, measured.version_id)
-            for start in range(0, len(measured.run_ids), _AT_ONCE):
-                part = measured.run_ids[start : start + _AT_ONCE]
-                began_by = calls.c.version_dispatched.is_distinct_from(version.version_id)
-                other = or_(began_by, calls.c.version_completed != version.version_id)
-                strange = select(func.count()).where(
-                    calls.c.run_id.in_(part), calls.c.model == version.model, calls.c.status == "complete", other
-                )
-                if count := connection.execute(strange).scalar_one():
-                    raise InvalidRecord(
-                        f"evaluation {measured.name!r} is of version {version.version_id}, and {count} calls of its "
-                        "runs were answered by another one: it has to be made again"
-                    )
+            versions = {version.model: version.version_id, **measured.versions}
+            for model, version_id in versions.items():
+                if existing(connection, version_id).model != model:
+                    raise InvalidRecord(f"evaluation {measured.name!r}: version {version_id} is not of {model!r}")
+                _refuse_strange(connection, measured, model, version_id)
             statement = (
                 insert(connection, evaluations)
                 .values(
@@ -95,6 +93,7 @@ class Evaluations(Noun):
                     error=measured.error,
                     started_at=measured.started_at,
                     created_at=self._db.now(),
+                    versions=dict(sorted(versions.items())) if len(versions) > 1 else None,
                 )
                 .returning(evaluations)
             )
@@ -112,11 +111,18 @@ class Evaluations(Noun):
         with self._db.read() as connection:
             return [_evaluation(row) for row in connection.execute(chosen)]
 
-    def find_baseline(self, version_id: int, tasks_hash: str, score: str) -> StoredEvaluation | None:
-        """Return the newest evaluation of a version on these tasks that found something, or None."""
+    def evaluations_of(self, versions: Mapping[str, int]) -> list[StoredEvaluation]:
+        """Return the evaluations of exactly these versions as one (model -> version), oldest first."""
+        chosen = select(evaluations).where(evaluations.c.version_id.in_(versions.values()))
+        with self._db.read() as connection:
+            found = map(_evaluation, connection.execute(chosen.order_by(evaluations.c.evaluation_id)))
+            return [each for each in found if each.versions == versions]
+
+    def find_baseline(self, versions: Mapping[str, int], tasks_hash: str, score: str) -> StoredEvaluation | None:
+        """Return the newest evaluation of these versions on these tasks that found something, or None."""
         found = [
             each
-            for each in self.list_evaluations(version_id=version_id)
+            for each in self.evaluations_of(versions)
             if (each.tasks_hash, each.score) == (tasks_hash, score) and each.mean is not None
         ]
         return found[-1] if found else None
@@ -160,5 +166,22 @@ class Evaluations(Noun):
             return list(connection.execute(chosen).scalars())
 
 
+def _refuse_strange(connection: Connection, measured: Measured, model: str, version_id: int) -> None:
+    """Raise InvalidRecord where a complete call to `model` was answered by another version, or by none known."""
+    for start in range(0, len(measured.run_ids), _AT_ONCE):
+        part = measured.run_ids[start : start + _AT_ONCE]
+        began_by = calls.c.version_dispatched.is_distinct_from(version_id)
+        other = or_(began_by, calls.c.version_completed != version_id)
+        strange = select(func.count()).where(
+            calls.c.run_id.in_(part), calls.c.model == model, calls.c.status == "complete", other
+        )
+        if count := connection.execute(strange).scalar_one():
+            raise InvalidRecord(
+                f"evaluation {measured.name!r} is of version {version_id}, and {count} calls of its "
+                "runs were answered by another one: it has to be made again"
+            )
+
+
 def _evaluation(row: Any) -> StoredEvaluation:
-    return StoredEvaluation(**{name: getattr(row, name) for name in StoredEvaluation.__slots__})
+    found = {name: getattr(row, name) for name in StoredEvaluation.__slots__}
+    return StoredEvaluation(**{**found, "versions": row.versions or {row.model: row.version_id}})

@@ -1,8 +1,8 @@
 """The tables of the publish gate: what evaluations found, who evaluates and who trains, and where serving is held.
 
 Evaluations and pins are append-only: the newest row of a model is its pin, and a NULL version means none. An
-evaluation names the publish it was made for (NULL: a baseline), and has a mean only where it has values. Called by
-`evaluations`, `trainers` and `pins`.
+evaluation names the publish it was made for (NULL: a baseline), and has a mean only where it has values; `versions` are
+those of all models that were judged as one (NULL: of its own alone). Called by `evaluations`, `trainers` and `pins`.
 """
 
 from sqlalchemy import (
@@ -41,6 +41,7 @@ evaluations = Table(
     Column("error", Text),
     Column("started_at", Double, nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("versions", JsonText),
     ForeignKeyConstraint(["version_id", "model"], ["policy_versions.version_id", "policy_versions.model"]),
     CheckConstraint("n_failed BETWEEN 0 AND n_runs", name="n_failed"),
     CheckConstraint("(mean IS NULL) = (low IS NULL) AND (mean IS NULL) = (high IS NULL)", name="interval"),

@@ -7,7 +7,7 @@ terms, the evaluator names its runs by `run_prefix`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,20 +20,27 @@ _OF_A_GATE = re.compile(r"gate(\d+)_")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateTerms:
-    """What a publish must pass, as proxies read it. `engines`: the URLs of those that get the candidate first."""
+    """What a publish must pass, as proxies read it. `engines`: the URLs of those that get the candidate first.
+
+    `together` are the publishes that one evaluation decides on; the store fills it in.
+    """
 
     share: float
     engines: tuple[str, ...]
     timeout_s: float
+    together: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what the store keeps."""
-        return {**asdict(self), "engines": list(self.engines)}
+        return {**asdict(self), "engines": list(self.engines), "together": list(self.together)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredEvaluation:
-    """An evaluation of a version over a task file. `values`: task id -> mean score; `mean` None: nothing was scored."""
+    """An evaluation of a version over a task file. `values`: task id -> mean score; `mean` None: nothing was scored.
+
+    `versions`: model -> version of all that were judged as one; `model` and `version_id` are the first of them.
+    """
 
     evaluation_id: int
     model: str
@@ -51,6 +58,7 @@ class StoredEvaluation:
     error: str | None
     started_at: float
     created_at: float
+    versions: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,8 +157,16 @@ def _praise(candidate: StoredEvaluation, compared: _Compared | None) -> str:
     return f"mean {candidate.score} {candidate.mean:.4g}{against}"
 
 
+def evaluator_of(models: Iterable[str]) -> str:
+    """Return what an evaluator of these models is registered for: it judges all of them as one."""
+    return " + ".join(sorted(models))
+
+
 def run_prefix(publish_id: int) -> str:
-    """Return what the ids of the runs begin with that evaluate the candidate of a publish (then `_` and a hash)."""
+    """Return what the ids of the runs begin with that evaluate the candidate of a publish (then `_` and a hash).
+
+    Of several that are judged together, `publish_id` is the first.
+    """
     return f"gate{publish_id}"
 
 

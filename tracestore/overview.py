@@ -4,14 +4,34 @@ Counts and heartbeats only; reads no payload. Called by `tracegrad status` and b
 through `Store`; `drift_within` by `diagnosis` too.
 """
 
+from dataclasses import dataclass
+
 from sqlalchemy import Connection, func, select
 
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.migrate import revision
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import DriftCount, OpenRuns, ProxyRow
+from tracegrad.tracestore.records import DriftCount
 from tracegrad.tracestore.schema import calls, proxies, runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyRow:
+    """A registered proxy; `age_s` is the time since its last heartbeat, by the clock of the reader."""
+
+    proxy_id: str
+    url: str
+    registered_at: float
+    age_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenRuns:
+    """The runs that have not ended: how many, and when the quietest of them was last heard of."""
+
+    count: int
+    quietest_at: float | None
 
 
 class Overview(Noun):

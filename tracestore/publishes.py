@@ -6,12 +6,14 @@
 
 One step at a time and never back. A publish with a gate passes through `evaluating`, and goes live with a decision that
 passed only; one that nobody came to judge is rejected from `requested` on. `skipped` is a publish that was never tried.
+Publishes of several models that one evaluation decides on are opened together; from `evaluating` on they move in one
+transaction, so all are live or none. Each may fail by itself, and then none of the others can go on.
 A model has at most one unfinished publish (a unique index says so too). Proxies are rows with a heartbeat: one that is
 alive and has not acknowledged the drain at hand (draining, settling) is waited for, a dead one is not. Called by the
 publisher and by the proxy's poll, through `Store`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, case, delete, func, select, update
@@ -39,6 +41,8 @@ _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
     "evaluating": ("live", "settling"),
     "settling": ("live", "rejected", "failed"),
 }
+_AS_ONE: tuple[PublishState, ...] = ("evaluating", "settling", "live")
+"""What publishes that are judged together enter as one. Until then no proxy lets a call to a candidate."""
 
 
 def _view() -> Select[Any]:
@@ -87,23 +91,24 @@ class Publishes(Noun):
             PublishUnderWay: the model has an unfinished publish.
         """
         with self._db.write() as connection:
-            take_turn(connection, existing(connection, version_id).model)
-            version = existing(connection, version_id)
-            if version.abandoned:
-                raise Abandoned(f"version {version_id} is abandoned: publish another one")
-            if (pin := pinned_version(connection, version.model)) not in (None, version_id):
-                raise Pinned(f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)")
-            unfinished = connection.execute(
-                select(publishes.c.publish_id, publishes.c.state).where(
-                    publishes.c.model == version.model, publishes.c.state.in_(UNFINISHED)
-                )
-            ).first()
-            if unfinished is not None:
-                raise PublishUnderWay(
-                    f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
-                    "wait for it, or advance it to failed"
-                )
-            return _add(connection, version, self._db.now(), state="requested", gate=gate, in_flight=in_flight)
+            return _request(connection, version_id, self._db.now(), gate, in_flight)
+
+    def request_together(self, gates: Mapping[int, Json]) -> list[Publish]:
+        """Open a publish for each of these versions (version -> the terms of its gate), which are judged as one.
+
+        They come back in the order of their models. All are opened or none. Raises as `request_publish`.
+        """
+        with self._db.write() as connection:
+            wanted = sorted(gates, key=lambda version_id: existing(connection, version_id).model)
+            now = self._db.now()
+            opened = [
+                _request(connection, version_id, now, gates[version_id], in_flight=False).publish_id
+                for version_id in wanted
+            ]
+            for version_id, publish_id in zip(wanted, opened, strict=True):
+                terms = {**gates[version_id], "together": opened}
+                connection.execute(update(publishes).where(publishes.c.publish_id == publish_id).values(gate=terms))
+            return [_existing_publish(connection, publish_id) for publish_id in opened]
 
     def skip_publish(self, version_id: int, reason: str) -> Publish:
         """Write down that a version is not published, and why. Raises NotFound."""
@@ -128,26 +133,42 @@ class Publishes(Noun):
 
         Raises:
             NotFound: no such publish.
-            Conflict: the state machine has no such step, or the gate's decision forbids it.
+            Conflict: the state machine has no such step, the gate's decision forbids it, or it is judged together with
+                others and does not move alone.
         """
+        given = {"error": error, "probe": probe, "decision": decision}
         with self._db.write() as connection:
             stored = _existing_publish(connection, publish_id, lock=True)
-            if stored.state == state:
-                return stored
-            legal = _NEXT.get(stored.state, ())
-            if state not in legal:
-                said = " or ".join(legal) or "nothing: it is finished"
-                raise Conflict(f"publish {publish_id} is {stored.state} and cannot become {state}: next is {said}")
-            _check_decision(stored, state, stored.decision if decision is None else decision)
-            if state == "live":
-                take_turn(connection, stored.model)
-            given = {"error": error, "probe": probe, "decision": decision}
-            values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-            values |= {"state": state, f"{state}_at": self._db.now()}
-            connection.execute(update(publishes).where(publishes.c.publish_id == publish_id).values(**values))
+            if state != stored.state and state in _AS_ONE and len(stored.together) > 1:
+                others = ", ".join(str(each) for each in stored.together)
+                raise Conflict(
+                    f"publish {publish_id} becomes {state} together with the others of {others} or not at all"
+                )
+            _move(connection, stored, state, self._db.now(), given)
             if state == "live" and goes_back:
                 abandon_newer(connection, existing(connection, stored.version_id))
             return _existing_publish(connection, publish_id)
+
+    def advance_together(
+        self,
+        publish_id: int,
+        state: PublishState,
+        *,
+        error: str | None = None,
+        decision: Json | None = None,
+        probes: Mapping[int, Json] | None = None,
+    ) -> list[Publish]:
+        """Move a publish and all that are judged together with it to `state`, in one transaction: all of them or none.
+
+        `probes`: publish -> what is kept of it. Raises as `advance_publish`.
+        """
+        with self._db.write() as connection:
+            together, now = _existing_publish(connection, publish_id).together, self._db.now()
+            stored = [_existing_publish(connection, each, lock=True) for each in together]
+            for each in stored:
+                given = {"error": error, "probe": (probes or {}).get(each.publish_id), "decision": decision}
+                _move(connection, each, state, now, given)
+            return [_existing_publish(connection, each) for each in together]
 
     def last_publish(self, model: str) -> Publish | None:
         """Return the newest publish of a model in whatever state, or None."""
@@ -246,6 +267,43 @@ def is_publishing(connection: Connection, models: Sequence[str]) -> bool:
     """Whether one of the models has an unfinished publish."""
     chosen = select(publishes.c.publish_id).where(publishes.c.model.in_(models), publishes.c.state.in_(UNFINISHED))
     return connection.execute(chosen).first() is not None
+
+
+def _request(connection: Connection, version_id: int, now: float, gate: Json | None, in_flight: bool) -> Publish:
+    """Open a publish inside a transaction, the model's turn taken. Raises as `request_publish`."""
+    take_turn(connection, existing(connection, version_id).model)
+    version = existing(connection, version_id)
+    if version.abandoned:
+        raise Abandoned(f"version {version_id} is abandoned: publish another one")
+    if (pin := pinned_version(connection, version.model)) not in (None, version_id):
+        raise Pinned(f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)")
+    unfinished = connection.execute(
+        select(publishes.c.publish_id, publishes.c.state).where(
+            publishes.c.model == version.model, publishes.c.state.in_(UNFINISHED)
+        )
+    ).first()
+    if unfinished is not None:
+        raise PublishUnderWay(
+            f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
+            "wait for it, or advance it to failed"
+        )
+    return _add(connection, version, now, state="requested", gate=gate, in_flight=in_flight)
+
+
+def _move(connection: Connection, stored: Publish, state: PublishState, now: float, given: Mapping[str, Any]) -> None:
+    """Move one publish, whose row is locked, to `state`; being there already is a no-op. Raises Conflict."""
+    if stored.state == state:
+        return
+    legal = _NEXT.get(stored.state, ())
+    if state not in legal:
+        said = " or ".join(legal) or "nothing: it is finished"
+        raise Conflict(f"publish {stored.publish_id} is {stored.state} and cannot become {state}: next is {said}")
+    _check_decision(stored, state, stored.decision if given["decision"] is None else given["decision"])
+    if state == "live":
+        take_turn(connection, stored.model)
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    values |= {"state": state, f"{state}_at": now}
+    connection.execute(update(publishes).where(publishes.c.publish_id == stored.publish_id).values(**values))
 
 
 def _existing_publish(connection: Connection, publish_id: int, *, lock: bool = False) -> Publish:

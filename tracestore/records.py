@@ -314,6 +314,11 @@ class Publish:
     """Calls go on through it: engines are paused for the exchange, and tell which version sampled which token."""
 
     @property
+    def together(self) -> tuple[int, ...]:
+        """The publishes that one evaluation decides on, this one among them; they are judged and go live as one."""
+        return _together(self.publish_id, self.gate)
+
+    @property
     def paused_s(self) -> float:
         """Seconds in which calls were held for engines to change weights, as far as it has come to an end."""
         ends = ("live", "rejected", "failed")
@@ -446,15 +451,14 @@ class ModelState:
     in_flight: bool = False
     """Whether calls go on through the newest publish."""
 
+    @property
+    def together(self) -> tuple[int, ...]:
+        """The publishes that are judged with the newest one, itself among them: the first one names the evaluation."""
+        return () if self.publish_id is None else _together(self.publish_id, self.gate)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProxyRow:
-    """A registered proxy; `age_s` is the time since its last heartbeat, by the clock of the reader."""
 
-    proxy_id: str
-    url: str
-    registered_at: float
-    age_s: float
+def _together(publish_id: int, gate: Json | None) -> tuple[int, ...]:
+    return tuple((gate or {}).get("together") or (publish_id,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -465,14 +469,6 @@ class DriftCount:
     drift: Drift | None
     token_in: bool
     calls: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenRuns:
-    """The runs that have not ended: how many, and when the quietest of them was last heard of."""
-
-    count: int
-    quietest_at: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,11 +10,16 @@ PublishError (tracegrad.trainer.errors)
 └── PublishRejected      the gate did not let it pass; the previous version serves on, and `decision` says why
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracegrad.tracestore.gating import Decision
 from tracegrad.trainer.errors import EngineError, PublishError
+
+UNFINISHED_STAYS = (
+    "The publish stays unfinished and proxies hold their requests. Start the engine again; the next start of the "
+    "trainer recovers"
+)
 
 
 class EngineUnreachable(EngineError):
@@ -50,15 +55,15 @@ class PublishFailed(PublishError):
 
 
 class PublishRejected(PublishError):
-    """A version did not pass the gate. `probe` is what the probe saw of the weights that were put back, or None."""
+    """What was judged did not pass the gate. `probes`: model -> what the probe saw of what was put back."""
 
-    def __init__(self, message: str, *, publish_id: int, decision: Decision, probe: Any = None) -> None:
+    def __init__(self, message: str, *, decision: Decision, probes: Mapping[str, Any]) -> None:
         super().__init__(message)
-        self.publish_id = publish_id
         self.decision = decision
-        self.probe = probe
+        self.probes = probes
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what metrics say of it."""
-        put_back = None if self.probe is None else self.probe.as_json()
+    def as_json(self, model: str) -> dict[str, Any]:
+        """Return what metrics say of it for one of the models."""
+        seen = self.probes.get(model)
+        put_back = None if seen is None else seen.as_json()
         return {"rejected": str(self), "decision": self.decision.as_json(), "put_back": put_back}

@@ -128,3 +128,21 @@ class Fleet:
             noise=noise,
             min_tokens=self.settings.probe_tokens,
         )
+
+
+def refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:
+    """Raise PublishFailed where a probe saw other weights than the version's."""
+    if seen is not None and seen.verdict in ("stale", "mismatch"):
+        # Rounding of bf16 alone comes near the default bound where few tokens were compared.
+        hint = "; if that is rounding, raise trainer.publish.probe_bound" if seen.verdict == "mismatch" else ""
+        raise PublishFailed(f"the engine does not serve version {version.version_id}: {told(seen)}{hint}", probe=seen)
+
+
+def told(seen: ProbeResult) -> str:
+    """Return the figures of a probe in words."""
+    parts = [f"{seen.verdict} over {seen.n_tokens} tokens", f"mean |d| {seen.mean_abs_new:.4g} from the new weights"]
+    if seen.mean_abs_previous is not None:
+        parts.append(f"{seen.mean_abs_previous:.4g} from the previous")
+    if seen.stale_share is not None:
+        parts.append(f"{seen.stale_share:.0%} of the step missing")
+    return ", ".join([*parts, f"bound {seen.bound:g}"])

@@ -8,11 +8,19 @@ to go back to) and one that was live before. Refuses nothing itself. Called by `
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tracegrad.tracestore.config import Config, GateConfig
-from tracegrad.tracestore.gating import Decision, GateTerms, StoredEvaluation, judge, unjudged, was_rejected
-from tracegrad.tracestore.records import PolicyVersion, Publish
+from tracegrad.tracestore.gating import (
+    Decision,
+    GateTerms,
+    StoredEvaluation,
+    evaluator_of,
+    judge,
+    unjudged,
+    was_rejected,
+)
+from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 
@@ -21,18 +29,20 @@ POLL_S = 0.1
 
 
 class Gatekeeper:
-    """Judges the candidates of one model. `stopped` is asked while it waits."""
+    """Judges candidates of `models`, as one where there are several. `stopped` is asked while it waits."""
 
     def __init__(
         self,
         store: Store,
         settings: GateConfig,
+        models: Sequence[str],
         *,
         expires_s: float,
         stopped: Callable[[], bool],
     ) -> None:
         self.settings = settings
         self._store = store
+        self._models = tuple(models)
         self._expires_s = expires_s
         self._stopped = stopped
 
@@ -51,23 +61,28 @@ class Gatekeeper:
         urls = tuple(engine.url for engine in engines)
         return GateTerms(share=self.settings.share, engines=urls, timeout_s=self.settings.timeout_s)
 
-    def refuses(self, live: PolicyVersion) -> Decision | None:
-        """Wait for an evaluator and, to compare with, the live version's evaluation; None: the candidate can be judged.
+    def live(self) -> dict[str, int]:
+        """Return model -> the version that is live of it."""
+        found = {model: self._store.live_version(model) for model in self._models}
+        return {model: version.version_id for model, version in found.items() if version is not None}
+
+    def refuses(self, live: Mapping[str, int]) -> Decision | None:
+        """Wait for an evaluator and, to compare with, the evaluation of what is live; None: candidates can be judged.
 
         Otherwise the decision says why not.
         """
         needs_baseline = self.settings.rule.max_drop is not None
-        known = {each.evaluation_id for each in self._store.list_evaluations(version_id=live.version_id)}
+        known = {each.evaluation_id for each in self._store.evaluations_of(live)}
         deadline = time.monotonic() + self.settings.timeout_s
         while True:
-            evaluators = self._store.living_evaluators(live.model, self._expires_s)
+            evaluators = self._store.living_evaluators(evaluator_of(self._models), self._expires_s)
             for each in evaluators:
-                baseline = self._store.find_baseline(live.version_id, each.tasks_hash, each.score)
+                baseline = self._store.find_baseline(live, each.tasks_hash, each.score)
                 if baseline is not None or not needs_baseline:
                     return None
-            for made in self._store.list_evaluations(version_id=live.version_id):
+            for made in self._store.evaluations_of(live):
                 if made.evaluation_id not in known and made.mean is None and made.publish_id is None:
-                    return unjudged(f"the live version {live.version_id} could not be evaluated: {_nothing(made)}")
+                    return unjudged(f"the live version {_ids(live)} could not be evaluated: {_nothing(made)}")
             if self._stopped():
                 return unjudged(STOPPED)
             if time.monotonic() > deadline:
@@ -77,17 +92,25 @@ class Gatekeeper:
                 return unjudged(f"{lacks} (waited {self.settings.timeout_s:g} s)")
             time.sleep(POLL_S)
 
-    def decide(self, publish: Publish, live: PolicyVersion) -> Decision:
-        """Wait for the candidate's evaluation and apply the rule; what is not there in time is not judged."""
+    def decide(self, publish_id: int, versions: Mapping[str, int], live: Mapping[str, int]) -> Decision:
+        """Wait for the evaluation of the candidates and apply the rule; what is not there in time is not judged.
+
+        `publish_id` is the first of theirs, `versions` (model -> version) what is judged, `live` what it replaces.
+        """
         deadline = time.monotonic() + self.settings.timeout_s
-        while not (made := self._store.list_evaluations(publish_id=publish.publish_id)):
+        while not (made := self._store.list_evaluations(publish_id=publish_id)):
             if self._stopped():
                 return unjudged(STOPPED)
             if time.monotonic() > deadline:
                 return unjudged(f"it was not evaluated within {self.settings.timeout_s:g} s")
             time.sleep(POLL_S)
         candidate = made[-1]
-        baseline = self._store.find_baseline(live.version_id, candidate.tasks_hash, candidate.score)
+        if candidate.versions != versions:
+            return unjudged(
+                f"evaluation {candidate.evaluation_id} is of version {_ids(candidate.versions)}, not of "
+                f"{_ids(versions)}: `tracegrad gate` needs the trainer's configuration"
+            )
+        baseline = self._store.find_baseline(live, candidate.tasks_hash, candidate.score)
         if baseline is None and self.settings.rule.max_drop is not None:
             return unjudged(f"the live version has no evaluation on the tasks of evaluation {candidate.evaluation_id}")
         return judge(self.settings.rule, candidate, baseline)
@@ -130,6 +153,10 @@ def abandon_rejected(store: Store, config: Config) -> list[PolicyVersion]:
 def _is_rejected(store: Store, version: PolicyVersion) -> bool:
     mine = [p for p in store.list_publishes(version.model) if p.version_id == version.version_id]
     return any(was_rejected(p.decision) for p in mine) and all(p.state != "live" for p in mine)
+
+
+def _ids(versions: Mapping[str, int]) -> str:
+    return ", ".join(str(version_id) for _, version_id in sorted(versions.items()))
 
 
 def _nothing(evaluation: StoredEvaluation) -> str:

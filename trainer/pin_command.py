@@ -142,4 +142,5 @@ def publisher(store: Store, config: Config, model: str) -> Publisher:
         engine_clients(config, model),
         config.trainer.publish,
         heartbeat_expires_s=config.proxy.heartbeat_expires_s,
+        judged=config.trained_models(),
     )

@@ -6,7 +6,7 @@ is told the version, and is probed; only then is the publish `live` and the prox
 previous live weights back *before* it says `failed`, because proxies go on then as well. Where even that is impossible
 the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached.
 
-With a gate (see `gate`) some engines, or the only one, get the candidate first and it is `evaluating`; then it is live,
+With a gate (see `gated`) some engines, or the only one, get the candidate first: it is `evaluating`; then it is live,
 or proxies stand still once more (`settling`) while the other engines follow, or the previous weights are put back and
 probed: `rejected`.
 
@@ -21,22 +21,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tracegrad.tracestore.config import PublishConfig
-from tracegrad.tracestore.gating import Decision, unjudged, was_rejected
+from tracegrad.tracestore.gating import unjudged, was_rejected
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
+from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed
 from tracegrad.trainer.errors import EngineError
-from tracegrad.trainer.fleet import Fleet
-from tracegrad.trainer.gate import STOPPED, Gatekeeper, needs_gate
+from tracegrad.trainer.fleet import Fleet, refuse_bad, told
+from tracegrad.trainer.gate import Gatekeeper, needs_gate
+from tracegrad.trainer.gated import Attempt, Candidate, Passage
 from tracegrad.trainer.probe import ProbeResult, ProbeSet
 from tracegrad.trainer.publish_report import PublishReport, Stopwatch
-
-_UNFINISHED_STAYS = (
-    "The publish stays unfinished and proxies hold their requests. Start the engine again; the next start of the "
-    "trainer recovers"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +44,12 @@ class Perturbed:
     logprobs: tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A publish under way: of which version, over which live one, and the engines that get it first."""
-
-    publish: Publish
-    version: PolicyVersion
-    previous: PolicyVersion | None
-    first: Fleet
-
-
 class Publisher:
     """Publishes versions of `model` to `engines` (its replicas).
 
-    `on_state` is told each state as it is entered, `stopped` is asked while the gate is waited for. The noise of a
-    verified engine is remembered from one publish to the next: it makes later probes sharper.
+    `on_state` is told each state as it is entered, `stopped` is asked while the gate is waited for; `judged` are the
+    models whose versions it judges as one (default: this one). The noise of a verified engine is remembered from one
+    publish to the next: it makes later probes sharper.
     """
 
     def __init__(
@@ -76,6 +63,7 @@ class Publisher:
         poll_s: float = 0.02,
         on_state: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        judged: Sequence[str] = (),
     ) -> None:
         if not engines:
             raise PublishFailed(f"model {model!r} has no engine to publish to: name one in models.{model}.engine.url")
@@ -85,12 +73,13 @@ class Publisher:
         self.settings = settings
         self._expires_s = heartbeat_expires_s
         self._poll_s = poll_s
-        self._on_state = on_state or (lambda _state: None)
-        self._noise: float | None = None
+        self.on_state = on_state or (lambda _state: None)
+        self.noise: float | None = None
         self._proof: tuple[int, ProbeSet] | None = None
-        self._gate: Gatekeeper | None = None
+        self.gate: Gatekeeper | None = None
         if settings.gate is not None:
-            self._gate = Gatekeeper(store, settings.gate, expires_s=heartbeat_expires_s, stopped=stopped)
+            models = tuple(judged) or (model,)
+            self.gate = Gatekeeper(store, settings.gate, models, expires_s=heartbeat_expires_s, stopped=stopped)
 
     def publish(
         self,
@@ -112,45 +101,46 @@ class Publisher:
             Conflict, NotFound: another publish of the model is unfinished, the version is abandoned or unknown.
             Pinned: serving is held at another version.
         """
-        if canary is not None and probe is None:
-            raise PublishFailed("a canary needs a probe: the logprobs of the real weights on the same sequences")
-        version = self._version(version_id)
-        if probe is None:
-            self.fleet.refuse_blind(version)
-        previous = self.store.live_version(self.model)
-        gate = self._gate if needs_gate(self.store, version, previous) else None
-        first = self.fleet if gate is None else self.fleet.of(gate.triers(self.fleet.engines))
-        terms = None if gate is None else gate.terms(first.engines).as_json()
-        attempt = Attempt(self.store.request_publish(version_id, gate=terms), version, previous, first)
-        clock, decision = Stopwatch(), None
-        if gate is not None:
-            with clock.timed("judge_s"):
-                self._wait_for_judges(attempt, gate)
-        self._drain(attempt, clock, staged=canary is None)
-        canary_seen, seen = self._try(attempt, probe, canary, clock)
-        if gate is not None:
-            with clock.timed("judge_s"):
-                decision = self._judge(attempt, gate)
-            seen = self._follow(attempt, decision, probe, clock) or seen
+        if self.gate is not None and (candidate := self.candidate(version_id, probe, canary)) is not None:
+            return Passage(self.gate, [candidate]).run()[self.model]
+        version, previous = self._version(version_id, probe, canary), self.store.live_version(self.model)
+        attempt = Attempt(self.store.request_publish(version_id), version, previous, self.fleet)
+        clock = Stopwatch()
+        self.drain(attempt, clock, staged=canary is None)
+        canary_seen, seen = self.try_out(attempt, probe, canary, clock)
         report = PublishReport(
             publish_id=attempt.publish.publish_id,
             version_id=version_id,
             model=self.model,
             probe=seen,
             canary=canary_seen,
-            decision=decision,
+            decision=None,
             total_s=clock.total_s(),
             **clock.spent,
         )
-        decided = None if decision is None else decision.as_json()
-        self.store.advance_publish(
-            attempt.publish.publish_id, "live", probe=report.as_json(), decision=decided, goes_back=goes_back
-        )
-        self._on_state("live")
-        if seen is not None and seen.verdict == "new":
-            self._noise = seen.mean_abs_new
-        self._proof = None if probe is None else (version_id, probe)
+        self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), goes_back=goes_back)
+        self.on_state("live")
+        self.remember(version, probe, seen)
         return report
+
+    def candidate(
+        self, version_id: int, probe: ProbeSet | None = None, canary: Perturbed | None = None
+    ) -> Candidate | None:
+        """Return what has to pass the gate; None where the version may serve without. Raises PublishFailed."""
+        version, previous = self._version(version_id, probe, canary), self.store.live_version(self.model)
+        if self.gate is None or previous is None or not needs_gate(self.store, version, previous):
+            return None
+        return Candidate(publisher=self, version=version, previous=previous, probe=probe, canary=canary)
+
+    def remember(self, version: PolicyVersion, probe: ProbeSet | None, seen: ProbeResult | None) -> None:
+        """Keep what proves that a version that went live is served, for the day on which it has to be put back."""
+        if seen is not None and seen.verdict == "new":
+            self.noise = seen.mean_abs_new
+        self._proof = None if probe is None else (version.version_id, probe)
+
+    def proof_of(self, version: PolicyVersion) -> ProbeSet | None:
+        """Return the probe that proves that a version is served, where it is at hand."""
+        return self._proof[1] if self._proof and self._proof[0] == version.version_id else None
 
     def recover(self) -> Publish | None:
         """End what a dead publisher left, and make the engines serve the live version. Call before the first publish.
@@ -178,7 +168,7 @@ class Publisher:
         error = f"its publisher died while it was {last.state}; recovered at the next start"
         if last.state == "evaluating":  # proxies dispatch to the candidate
             decision = unjudged("its publisher died").as_json()
-            last = self.store.advance_publish(last.publish_id, "settling", decision=decision)
+            last = self._of(self.store.advance_together(last.publish_id, "settling", decision=decision))
         if last.state == "settling":
             self._wait_for_proxies(last)
         self.fleet.put_back(live)
@@ -187,7 +177,7 @@ class Publisher:
 
     # -- the states
 
-    def _try(
+    def try_out(
         self, attempt: Attempt, probe: ProbeSet | None, canary: Perturbed | None, clock: Stopwatch
     ) -> tuple[ProbeResult | None, ProbeResult | None]:
         """Swap the first engines and return what canary and probe saw; else undo it and raise PublishFailed."""
@@ -199,96 +189,18 @@ class Publisher:
             with clock.timed("swap_s"):
                 attempt.first.serve(version)
             with clock.timed("probe_s"):
-                seen = None if probe is None else attempt.first.probe(probe, noise=self._noise)
-            _refuse_bad(seen, version)
+                seen = None if probe is None else attempt.first.probe(probe, noise=self.noise)
+            refuse_bad(seen, version)
         except (EngineError, PublishFailed) as error:
             self._undo(attempt.publish, attempt.previous, error)
         return canary_seen, seen
 
-    def _wait_for_judges(self, attempt: Attempt, gate: Gatekeeper) -> None:
-        """Reject the candidate before anybody had to wait, where nobody will judge it."""
-        assert attempt.previous is not None, "the first version of a model is not gated"
-        publish_id = attempt.publish.publish_id
-        try:
-            decision = gate.refuses(attempt.previous)
-        except (KeyboardInterrupt, SystemExit):
-            self.store.advance_publish(publish_id, "rejected", decision=unjudged(STOPPED).as_json())
-            raise
-        if decision is not None:
-            self.store.advance_publish(publish_id, "rejected", decision=decision.as_json())
-            self._on_state("rejected")
-            raise _rejected(attempt, decision, None)
+    def stand_still(self, publish: Publish) -> None:
+        """Wait until no proxy dispatches and nothing runs in any engine. Raises PublishFailed, EngineError."""
+        self._wait_for_proxies(publish)
+        self.fleet.forget_prefixes()
 
-    def _judge(self, attempt: Attempt, gate: Gatekeeper) -> Decision:
-        """Let the candidate be evaluated; return the decision for it. Raises PublishRejected: its weights are gone."""
-        assert attempt.previous is not None, "the first version of a model is not gated"
-        publish = self.store.advance_publish(attempt.publish.publish_id, "evaluating")
-        try:
-            self._on_state("evaluating")
-            decision = gate.decide(publish, attempt.previous)
-            if decision.passed:
-                decision = _still_there(attempt) or decision
-        except (KeyboardInterrupt, SystemExit):
-            self._reject(attempt, unjudged(STOPPED))
-            raise
-        if not decision.passed:
-            raise _rejected(attempt, decision, self._reject(attempt, decision))
-        return decision
-
-    def _reject(self, attempt: Attempt, decision: Decision) -> ProbeResult | None:
-        """Put the previous weights back, prove it where that can be done, and write `rejected`."""
-        previous = attempt.previous
-        assert previous is not None, "the first version of a model is not gated"
-        publish = self._settle(attempt.publish, decision)
-        try:
-            attempt.first.put_back(previous)
-            proof = self._proof[1] if self._proof and self._proof[0] == previous.version_id else None
-            seen = None if proof is None else attempt.first.probe(proof, noise=self._noise)
-            _refuse_bad(seen, previous)
-        except (EngineError, PublishFailed) as error:
-            raise PublishFailed(
-                f"version {attempt.version.version_id} was rejected ({decision.why}), and version "
-                f"{previous.version_id} could not be put back: {error}. {_UNFINISHED_STAYS}"
-            ) from error
-        put_back = {"result": None, "put_back": None if seen is None else seen.as_json()}
-        self.store.advance_publish(publish.publish_id, "rejected", probe=put_back)
-        self._on_state("rejected")
-        return seen
-
-    def _follow(
-        self, attempt: Attempt, decision: Decision, probe: ProbeSet | None, clock: Stopwatch
-    ) -> ProbeResult | None:
-        """Bring what passed to the engines that do not have it yet; return what the probe saw of them."""
-        rest = self.fleet.without(attempt.first)
-        if not rest:
-            return None
-        publish, version = self._settle(attempt.publish, decision), attempt.version
-        seen: ProbeResult | None = None
-        try:
-            with clock.timed("swap_s"):
-                rest.serve(version)
-            with clock.timed("probe_s"):
-                seen = None if probe is None else rest.probe(probe, noise=self._noise)
-            _refuse_bad(seen, version)
-        except (EngineError, PublishFailed) as error:
-            self._undo(publish, attempt.previous, error)
-        return seen
-
-    def _settle(self, publish: Publish, decision: Decision) -> Publish:
-        """Make proxies stand still once more, so that engines can change weights."""
-        publish = self.store.advance_publish(publish.publish_id, "settling", decision=decision.as_json())
-        self._on_state("settling")
-        try:
-            self._wait_for_proxies(publish)
-            self.fleet.forget_prefixes()
-        except (PublishFailed, EngineError) as error:
-            raise PublishFailed(
-                f"publish {publish.publish_id} of version {publish.version_id} could not settle: {error}. "
-                f"{_UNFINISHED_STAYS}"
-            ) from error
-        return publish
-
-    def _drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
+    def drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
         """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped.
 
         With `staged`, what can be done before anybody waits is done first.
@@ -299,18 +211,17 @@ class Publisher:
                 with clock.timed("stage_s"):
                     attempt.first.stage(attempt.version.checkpoint_path)
             self.store.advance_publish(publish.publish_id, "draining")
-            self._on_state("draining")
+            self.on_state("draining")
             with clock.timed("drain_s"):
-                self._wait_for_proxies(publish)
-                self.fleet.forget_prefixes()
+                self.stand_still(publish)
         except (PublishFailed, EngineError) as error:
             attempt.first.unstage()
             self.store.advance_publish(publish.publish_id, "failed", error=str(error))
-            self._on_state("failed")
+            self.on_state("failed")
             what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
             raise PublishFailed(f"{what}: {error}") from error
         self.store.advance_publish(publish.publish_id, "swapping")
-        self._on_state("swapping")
+        self.on_state("swapping")
 
     def _wait_for_proxies(self, publish: Publish) -> None:
         deadline = time.monotonic() + self.settings.drain_timeout_s
@@ -329,7 +240,7 @@ class Publisher:
             sequences=probe.sequences, new_logprobs=canary.logprobs, previous_logprobs=probe.new_logprobs
         )
         engines.swap(canary.checkpoint_path, mark)
-        seen = engines.probe(inverse, bound=float("inf"), noise=self._noise)
+        seen = engines.probe(inverse, bound=float("inf"), noise=self.noise)
         _refuse_invisible(seen, self.settings.probe_bound)
         return seen
 
@@ -343,19 +254,27 @@ class Publisher:
             self.fleet.put_back(previous)
         except EngineError as second:
             raise PublishFailed(
-                f"{what}. The previous weights could not be put back either ({second}). {_UNFINISHED_STAYS}",
+                f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",
                 probe=probe,
             ) from error
         stored = None if probe is None else {"result": probe.as_json()}
         self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=stored)
-        self._on_state("failed")
+        self.on_state("failed")
         back = f"version {previous.version_id} is back" if previous else "there was no live version to put back"
         raise PublishFailed(f"{what}. {back}", probe=probe) from error
 
-    def _version(self, version_id: int) -> PolicyVersion:
+    def _of(self, publishes: Sequence[Publish]) -> Publish:
+        return next(publish for publish in publishes if publish.model == self.model)
+
+    def _version(self, version_id: int, probe: ProbeSet | None, canary: Perturbed | None) -> PolicyVersion:
+        """Return what is to be published. Raises PublishFailed where nobody could see whether it arrived."""
+        if canary is not None and probe is None:
+            raise PublishFailed("a canary needs a probe: the logprobs of the real weights on the same sequences")
         version = self.store.get_version(version_id)
         if version.model != self.model:
             raise PublishFailed(f"version {version_id} is of model {version.model!r}, not of {self.model!r}")
+        if probe is None:
+            self.fleet.refuse_blind(version)
         return version
 
 
@@ -393,41 +312,7 @@ def _refuse_invisible(seen: ProbeResult, bound: float) -> None:
         raise PublishFailed(f"the canary's weights differ too little to be seen ({seen.gap}): perturb them more")
     if seen.verdict == "stale" or seen.mean_abs_new > max(bound, seen.gap / 4):
         raise PublishFailed(
-            f"the canary's weights do not reach the engine whole: {_told(seen)}. Start the engine with tracegrad's "
+            f"the canary's weights do not reach the engine whole: {told(seen)}. Start the engine with tracegrad's "
             "worker extension (`tracegrad engine --preflight` says how)",
             probe=seen,
         )
-
-
-def _refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:
-    if seen is not None and seen.verdict in ("stale", "mismatch"):
-        # Rounding of bf16 alone comes near the default bound where few tokens were compared.
-        hint = "; if that is rounding, raise trainer.publish.probe_bound" if seen.verdict == "mismatch" else ""
-        raise PublishFailed(f"the engine does not serve version {version.version_id}: {_told(seen)}{hint}", probe=seen)
-
-
-def _still_there(attempt: Attempt) -> Decision | None:
-    """An engine that restarted meanwhile serves the live version: then it was not the candidate that was judged."""
-    version = attempt.version
-    try:
-        if attempt.first.serves(version):
-            return None
-    except EngineError as error:
-        return unjudged(str(error))
-    return unjudged(f"an engine came to serve something else than version {version.version_id} while it was judged")
-
-
-def _rejected(attempt: Attempt, decision: Decision, seen: ProbeResult | None) -> PublishRejected:
-    version, previous = attempt.version, attempt.previous
-    serves = "" if previous is None else f"; version {previous.version_id} serves on"
-    text = f"version {version.version_id} (step {version.step}) was rejected by the gate: {decision.why}{serves}"
-    return PublishRejected(text, publish_id=attempt.publish.publish_id, decision=decision, probe=seen)
-
-
-def _told(seen: ProbeResult) -> str:
-    parts = [f"{seen.verdict} over {seen.n_tokens} tokens", f"mean |d| {seen.mean_abs_new:.4g} from the new weights"]
-    if seen.mean_abs_previous is not None:
-        parts.append(f"{seen.mean_abs_previous:.4g} from the previous")
-    if seen.stale_share is not None:
-        parts.append(f"{seen.stale_share:.0%} of the step missing")
-    return ", ".join([*parts, f"bound {seen.bound:g}"])

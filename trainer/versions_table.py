@@ -19,7 +19,7 @@ _REASONS = 5
 
 def describe(store: Store, model: str | None = None) -> list[dict[str, Any]]:
     """Return every version, oldest first, as a JSON object with its `publishes` and `evaluations`."""
-    publishes, evaluations = store.list_publishes(model), store.list_evaluations(model)
+    publishes, evaluations = store.list_publishes(model), store.list_evaluations()
     found = store.list_versions(model)
     models = {version.model for version in found}
     live, pinned = {name: store.live_version(name) for name in models}, {name: store.pinned(name) for name in models}
@@ -29,7 +29,7 @@ def describe(store: Store, model: str | None = None) -> list[dict[str, Any]]:
         row = {**asdict(version), "live": alive is not None and alive.version_id == mine}
         row |= {"pinned": pinned[version.model] == mine}
         row["publishes"] = [asdict(p) for p in publishes if p.version_id == mine]
-        row["evaluations"] = [asdict(e) for e in evaluations if e.version_id == mine]
+        row["evaluations"] = [asdict(e) for e in evaluations if mine in e.versions.values()]
         rows.append(row)
     return rows
 

@@ -4,7 +4,7 @@ Normally every engine of a model serves its live version. While a candidate is j
 runs of its evaluation and the share of other runs that the gate gives it (by a hash of the run's id, so that all calls
 of a run and all proxies agree), the rest of the engines goes on with the live version. Where there is no rest, others
 wait, or all pass with a share of 1. Once its time is over, or where an engine is not known here, the candidate gets
-nothing. Pure. Called by `hold`.
+nothing. Candidates of several models that are judged together are reached by the same runs. Pure. Called by `hold`.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ _JUDGED: tuple[PublishState, ...] = ("evaluating", "settling")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who wants to be dispatched. `number` is its place in line, `judging` the publish whose candidate it evaluates."""
+    """Who wants to be dispatched. `number` is its place in line, `judging` the publish whose candidate it evaluates.
+
+    Of publishes that are judged together that is the first.
+    """
 
     number: int
     run_id: str | None = None
@@ -53,7 +56,7 @@ def course_of(state: ModelState, urls: frozenset[str], caller: Caller, *, stays:
     if not mine <= urls:
         return None
     share = 0.0 if state.overdue else state.gate["share"]
-    if caller.judging == state.publish_id and not state.overdue:
+    if caller.judging is not None and caller.judging == state.together[0] and not state.overdue:
         return candidate
     if not rest:
         return candidate if share >= 1 else None

@@ -48,7 +48,8 @@ class Gate:
     """Whether an engine of the model is up, one of these."""
     line: "Line[Ticket]" = field(default_factory=Line)
     stayed: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
-    """Runs that have been with the live version, where there are engines to choose from: they are not moved."""
+    """Runs that have been with a live version, where there are engines to choose from: they are not moved. All models
+    share it, so that a run is with the candidates of all, or of none."""
 
     def __post_init__(self) -> None:
         self.view = ModelState(model=self.model, live_version=None, publish_id=None, state=None)
@@ -67,6 +68,8 @@ class Gate:
         """Where a call may be dispatched to now; None: nowhere."""
         course = course_of(self.view, self.urls, caller, stays=caller.run_id in self.stayed)
         if course is not None and course.version != self.live_version and not self.ready(course.engines):
+            if len(self.view.together) > 1:
+                return None  # elsewhere the run meets the other models' candidates: it waits, or would meet a mixture
             course = course_of(self.view, self.urls, caller, stays=True)  # its canary is down: the others serve it too
         return course if course is not None and self.ready(course.engines) else None
 
@@ -146,6 +149,8 @@ class Hold:
         self._published = tuple(models)
         self.gates = {model: Gate(model, frozenset(url.rstrip("/") for url in models[model])) for model in models}
         self.gates |= {model: Gate(model) for model in outside}
+        for gate in self.gates.values():
+            gate.stayed = next(iter(self.gates.values())).stayed
         self._store = store
         self._url = url
         self._poll_s = poll_s

@@ -13,6 +13,7 @@ from tracegrad.tracestore.testing.diagnosis import (
     PayloadDiagnosisContract,
 )
 from tracegrad.tracestore.testing.gating import EvaluationContract, GateContract, PinContract
+from tracegrad.tracestore.testing.judged_together import JudgedTogetherContract
 from tracegrad.tracestore.testing.keys import KeyContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
@@ -55,6 +56,7 @@ class StoreContract(
     GateContract,
     EvaluationContract,
     PinContract,
+    JudgedTogetherContract,
     OverviewContract,
     DiagnosisContract,
     JobDiagnosisContract,

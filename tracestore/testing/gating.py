@@ -176,15 +176,15 @@ class EvaluationContract:
     def test_the_baseline_is_the_newest_of_the_same_tasks_and_score(self, store: Store) -> None:
         """One that found nothing is none."""
         version = live_version(store, 0).version_id
-        assert store.find_baseline(version, "t", "f1") is None
+        assert store.find_baseline({MODEL: version}, "t", "f1") is None
         evaluation(store, version)
         newer = evaluation(store, version)
         evaluation(store, version, values={}, n_failed=3)
         broken = evaluation(store, version, error="the app cannot be imported", run_ids=(), n_failed=0, values=None)
         assert (broken.mean, broken.low, dict(broken.values)) == (None, None, {})
-        assert store.find_baseline(version, "t", "f1") == newer
-        assert store.find_baseline(version, "other", "f1") is None
-        assert store.find_baseline(version, "t", "other") is None
+        assert store.find_baseline({MODEL: version}, "t", "f1") == newer
+        assert store.find_baseline({MODEL: version}, "other", "f1") is None
+        assert store.find_baseline({MODEL: version}, "t", "other") is None
 
     def test_an_evaluation_of_other_versions_calls_is_refused(self, store: Store) -> None:
         """Also one whose calls know no version; a call of another model says nothing."""

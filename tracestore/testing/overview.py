@@ -1,6 +1,7 @@
 """What every backend must say to an operator: proxies with the age of their heartbeats, open runs, the revision."""
 
-from tracegrad.tracestore.records import OpenRuns, Run
+from tracegrad.tracestore.overview import OpenRuns
+from tracegrad.tracestore.records import Run
 from tracegrad.tracestore.schema import HEAD
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import Clock, first_version

@@ -30,6 +30,7 @@ def found(values: dict[str, float], *, n_failed: int = 0, error: str | None = No
         error=error,
         started_at=0.0,
         created_at=1.0,
+        versions={"main": 1},
     )
 
 
@@ -139,3 +140,14 @@ def test_mistakes_in_it_are_named(change: dict[str, Any], says: str) -> None:
 
 def test_replicas_can_share() -> None:
     assert with_gate(share=0.5, model={"replicas": ["http://127.0.0.1:9"]}).trainer.publish.gate.share == 0.5
+
+
+def test_it_is_for_all_models_of_a_job_and_an_adapter_has_its_bases_replicas() -> None:
+    """A share needs replicas of each of them."""
+    base = {"checkpoint": "w", "trained": False, "replicas": ["http://127.0.0.1:9"]}
+    models = {"base": base, "p": {"adapter": {"of": "base"}}, "q": {"adapter": {"of": "base"}}}
+    publish = {"publish": {"gate": {**GATE, "share": 0.5}}}
+    assert parse_config({"models": models, "trainer": publish}).trained_models() == ("p", "q")
+    models["alone"] = {"checkpoint": "v"}
+    with pytest.raises(ConfigError, match="or add replicas to alone"):
+        parse_config({"models": models, "trainer": publish})

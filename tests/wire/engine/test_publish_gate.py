@@ -157,7 +157,7 @@ def test_what_is_rejected_is_put_back_with_proof(house: House) -> None:
     with pytest.raises(PublishRejected, match=f"version {new.version_id} .*differs by -0.11.*serves on") as caught:
         publisher.publish(new.version_id, probe(1.2, 1.0))
     assert caught.value.decision.judged
-    assert caught.value.probe.verdict == "new"
+    assert caught.value.probes["main"].verdict == "new"
     assert house.states == ["draining", "swapping", "evaluating", "settling", "rejected"]
     assert house.serving() == [(1.0, str(house.live.version_id))]
     assert (house.last.state, house.live_version()) == ("rejected", house.live.version_id)
@@ -337,8 +337,8 @@ def test_a_stop_while_judges_are_waited_for_puts_the_live_weights_back(house: Ho
     house.store.beat_evaluator(house.evaluator)
     asked = threading.Event()
     raise_soon = threading.Timer(0.05, asked.set)
-    assert publisher._gate is not None
-    publisher._gate._stopped = asked.is_set
+    assert publisher.gate is not None
+    publisher.gate._stopped = asked.is_set
     new = house.version(1.2, 1)
     with pytest.raises(PublishRejected, match="was told to stop"):
         publisher.publish(new.version_id, probe(1.2, 1.0))

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ from llama_engine import LlamaEngine
 from offline_training import train
 from sqlalchemy import func, select
 
-from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.config import Config, parse_config
+from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.schema import calls, consumption, step_versions
 from tracegrad.tracestore.store import Store
+from tracegrad.trainer import gate
 from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
@@ -359,3 +364,107 @@ def test_runs_that_one_model_recorded_train_two(
     assert store.consumption("test").conserved
     with store._db.read() as connection:
         assert connection.execute(select(func.count()).select_from(step_versions)).scalar() == 4
+
+
+GATE = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"max_drop": 0.1, "confidence": 0.5}}
+
+
+@contextlib.contextmanager
+def evaluator(store: Store, models: tuple[str, ...], by_step: dict[int, float]) -> Iterator[None]:
+    """One that finds this of versions of these steps that are judged together; baselines too."""
+    over = threading.Event()
+
+    def work() -> None:
+        me = Evaluator(evaluator_id="e", model=evaluator_of(models), tasks_hash="t", score="reward")
+        while not over.wait(0.01):
+            store.beat_evaluator(me)
+            states = store.publish_view(models)
+            versions = {name: state.live_version for name, state in states.items() if state.live_version is not None}
+            if len(versions) < len(models):
+                continue
+            first = next((state.together[0] for state in states.values() if state.state == "evaluating"), None)
+            if first is not None:
+                versions |= {n: s.candidate for n, s in states.items() if s.state == "evaluating" and s.candidate}
+            done = store.list_evaluations(publish_id=first) if first else store.find_baseline(versions, "t", "reward")
+            newest = max(store.get_version(version_id).step for version_id in versions.values())
+            if not done and newest in by_step:
+                found = Measured(
+                    version_id=versions[models[0]],
+                    versions=versions,
+                    publish_id=first,
+                    name=str(time.monotonic_ns()),
+                    tasks_hash="t",
+                    score="reward",
+                    started_at=1.0,
+                    run_ids=("a",),
+                    values={"one": by_step[newest]},
+                )
+                store.add_evaluation(found)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.fixture
+def gated(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setattr(gate, "POLL_S", 0.01)
+    raw = msgspec.to_builtins(house.config)
+    raw["trainer"]["publish"]["gate"] = GATE | {"rejected": {"then": "return"}}
+    raw["trainer"]["batch"]["max_staleness"] = 9
+    house.config = parse_config(raw)
+    return house
+
+
+def ends(store: Store, models: tuple[str, ...]) -> dict[str, list[tuple[int, str]]]:
+    """Model -> (step, end) of its publishes."""
+    return {
+        name: [(store.get_version(p.version_id).step, p.state) for p in store.list_publishes(name)] for name in models
+    }
+
+
+def test_a_step_of_several_models_is_judged_as_one_and_left_as_one(gated: House) -> None:
+    """Rejected, it is built on by none of them; what came next passed."""
+    gated.config = until(gated.config, 3)
+    models = gated.config.trained_models()
+    with evaluator(gated.store, models, {0: 0.5, 1: 0.5, 2: 0.1, 3: 0.6}):
+        gated.train()
+    passed = [(0, "live"), (1, "live"), (2, "rejected"), (3, "live")]
+    assert ends(gated.store, models) == dict.fromkeys(models, passed)
+    assert served(gated) == dict.fromkeys(models, 3)
+    for name in models:
+        by_step = {v.step: v for v in gated.store.list_versions(name) if v.kind != "canary"}
+        assert (by_step[2].abandoned, by_step[3].parent_id) == (True, by_step[1].version_id)
+    assert sum("were rejected by the gate: reward differs by -0.4" in line for line in gated.said) == 1
+    reports = metrics(gated.config)[1]["publish"]
+    assert all(reports[name]["put_back"]["verdict"] == "new" for name in models)
+
+
+def test_what_a_killed_trainer_left_unjudged_is_judged_as_one_at_the_next_start(gated: House) -> None:
+    """The path is proven with what is live, then the candidates of all follow; a pinned model stays behind."""
+    models = gated.config.trained_models()
+
+    class Killed(BaseException):
+        pass
+
+    def dies(state: str) -> None:
+        if state == "evaluating":
+            raise Killed
+
+    with evaluator(gated.store, models, {0: 0.5, 1: 0.5, 2: 0.5}):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Controller, "_on_publish_state", lambda _self, state: dies(state))
+            gated.train()
+        assert {state.state for state in gated.store.publish_view(models).values()} == {"evaluating"}
+        gated.config = until(gated.config, 1)
+        gated.train()
+        assert ends(gated.store, models)[models[0]] == [(0, "live"), (1, "failed"), (0, "live"), (1, "live")]
+        assert ends(gated.store, models)[models[0]] == ends(gated.store, models)[models[1]]
+        assert served(gated) == dict.fromkeys(models, 1)
+        gated.store.pin_version(gated.store.publish_view(models)[models[0]].live_version or 0, "by hand")
+        gated.config = until(gated.config, 2)
+        gated.train()
+    assert served(gated) == {models[0]: 1, models[1]: 2}
+    assert "is pinned at version" in metrics(gated.config)[-1]["publish"][models[0]]["skipped"]

@@ -130,7 +130,7 @@ class Whole:
         executor = RunExecutor(Graph(App(), name="app"), reward, control, proxy=root)
         me = Evaluator(evaluator_id="e", model="main", tasks_hash="t", score="good")
         session = AppSession(executor=executor, control=control)
-        made = GateEvaluator(self.store, me, self.gate, TASKS, session, expires_s=10.0)
+        made = GateEvaluator(self.store, me, self.gate, TASKS, session, models=["main"], expires_s=10.0)
         loop, ready = asyncio.new_event_loop(), threading.Event()
 
         async def serve() -> None:

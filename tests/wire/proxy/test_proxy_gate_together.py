@@ -1,0 +1,156 @@
+"""While candidates of two models are judged as one: each run meets the candidates of both, or of neither (law 8)."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from tracegrad.tracestore.gating import GateTerms, run_prefix
+from tracegrad.tracestore.records import Publish
+from tracegrad.tracestore.store import Store
+
+MODELS = ("planner", "writer")
+
+
+class House:
+    """A proxy before two models, each with `n_engines` engines and a live version; publishing is done by hand."""
+
+    def __init__(
+        self, start_proxy: Callable[..., SimpleNamespace], store: Store, stack: ExitStack, fake: Any, n_engines: int
+    ) -> None:
+        self.store = store
+        self.engines = {
+            name: [stack.enter_context(fake.ServerThread(fake.FakeEngine(name))) for _ in range(n_engines)]
+            for name in MODELS
+        }
+        self.live = {name: self.version(name) for name in MODELS}
+        for name, version in self.live.items():
+            publish = store.request_publish(version)
+            for state in ("draining", "swapping", "live"):
+                store.advance_publish(publish.publish_id, state)
+            self.serve(name, version, self.engines[name])
+        urls = {name: [engine.url for engine in engines] for name, engines in self.engines.items()}
+        models = {
+            name: {"checkpoint": "none", "engine": {"url": url}, "replicas": rest}
+            for name, (url, *rest) in urls.items()
+        }
+        self.proxy = start_proxy(models=models, roles={name: name for name in MODELS})
+        self.pool = ThreadPoolExecutor(8)
+        stack.callback(self.pool.shutdown, wait=False, cancel_futures=True)
+
+    def version(self, model: str) -> int:
+        return self.store.add_version(
+            model=model, kind="step", parent_id=None, checkpoint_path="/c", checkpoint_hash="h", step=0, job_id=None
+        ).version_id
+
+    def serve(self, _model: str, version: int, engines: list[Any]) -> None:
+        for engine in engines:
+            engine.app.version = str(version)
+
+    def evaluating(self, share: float) -> list[Publish]:
+        """Bring a candidate of each model to its last engine, and both to be judged."""
+        last = {name: engines[-1:] for name, engines in self.engines.items()}
+        candidates = {name: self.version(name) for name in MODELS}
+        terms = {
+            candidates[name]: GateTerms(share=share, engines=(last[name][0].url,), timeout_s=60.0).as_json()
+            for name in MODELS
+        }
+        opened = self.store.request_together(terms)
+        for publish in opened:
+            self.store.advance_publish(publish.publish_id, "draining")
+            self.wait(lambda p=publish: not self.store.waiting_proxies(p.publish_id, 10), "it is acknowledged")
+            self.store.advance_publish(publish.publish_id, "swapping")
+            self.serve(publish.model, publish.version_id, last[publish.model])
+        self.advance(opened, "evaluating")
+        return opened
+
+    def advance(self, opened: list[Publish], state: Any, decision: Any = None) -> None:
+        self.store.advance_together(opened[0].publish_id, state, decision=decision)
+        gates = self.proxy.app.hold.gates
+        self.wait(lambda: all(gates[name].view.state == state for name in MODELS), f"the proxy sees {state}")
+
+    def wait(self, condition: Callable[[], Any], what: str) -> None:
+        for _ in range(2000):
+            if condition():
+                return
+            threading.Event().wait(0.005)
+        raise AssertionError(f"waited in vain until {what}")
+
+    def ask(self, run_id: str, model: str) -> Future[httpx.Response]:
+        body = {"model": model, "messages": [{"role": "user", "content": run_id}]}
+        return self.pool.submit(self.proxy.client.post, f"/run/{run_id}/v1/chat/completions", json=body)
+
+    def answered(self, run_id: str) -> list[int | None]:
+        """The versions that answered a run, in the order in which it asked."""
+        calls = sorted(self.store.trace(run_id).calls, key=lambda call: call.timing.dispatched_at or 0.0)
+        assert all(call.version_dispatched == call.version_completed and not call.quarantine for call in calls)
+        return [call.version_dispatched for call in calls]
+
+
+@pytest.fixture
+def make_house(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, stack: ExitStack, fake: ModuleType
+) -> Iterator[Callable[[int], House]]:
+    yield lambda n_engines: House(start_proxy, store, stack, fake, n_engines)
+
+
+def test_with_one_engine_each_only_the_evaluation_meets_both_and_others_wait(
+    make_house: Callable[[int], House],
+) -> None:
+    house = make_house(1)
+    opened = house.evaluating(share=0.0)
+    judging = f"{run_prefix(opened[0].publish_id)}_x"
+    second = f"{run_prefix(opened[1].publish_id)}_x"
+    for run_id in (judging, second):
+        house.proxy.client.post("/tracegrad/v1/runs", json={"run_id": run_id, "purpose": "eval"})
+    held = [house.ask(run_id, name) for run_id in ("user", second) for name in MODELS]
+    for name in MODELS:
+        assert house.ask(judging, name).result(10).status_code == 200
+    assert house.answered(judging) == [publish.version_id for publish in opened]
+    lines = [house.proxy.app.hold.gates[name].line for name in MODELS]
+    house.wait(lambda: all(len(line) == 2 for line in lines), "the others wait for both models")
+    assert not any(future.done() for future in held)
+    house.advance(opened, "live", {"passed": True, "judged": True, "why": "good"})
+    assert {future.result(10).status_code for future in held} == {200}
+    assert set(house.answered("user")) == {publish.version_id for publish in opened}
+
+
+def test_a_share_of_the_runs_meets_the_candidates_of_both_and_no_run_a_mixture(
+    make_house: Callable[[int], House],
+) -> None:
+    house = make_house(2)
+    runs = [f"run-{i}" for i in range(16)]
+    early = [f"early-{i}" for i in range(6)]
+    for run_id in early:
+        assert house.ask(run_id, "planner").result(10).status_code == 200
+    opened = house.evaluating(share=0.5)
+    candidates, live = [publish.version_id for publish in opened], list(house.live.values())
+    asked = [house.ask(run_id, "writer") for run_id in early]
+    assert {future.result(10).status_code for future in asked} == {200}
+    for name in MODELS:
+        asked = [house.ask(run_id, name) for run_id in runs]
+        assert {future.result(10).status_code for future in asked} == {200}
+    met = [house.answered(run_id) for run_id in runs]
+    assert all(each in (candidates, live) for each in met)
+    assert 3 <= met.count(candidates) <= 13
+    assert all(house.answered(run_id) == live for run_id in early), "who began with what is live meets no candidate"
+
+
+def test_a_run_of_the_candidates_waits_where_one_of_them_is_down(make_house: Callable[[int], House]) -> None:
+    """The engine that is left serves the live version: with the other candidate that would be a mixture."""
+    house = make_house(2)
+    opened = house.evaluating(share=0.99)
+    assert house.ask("run-1", "planner").result(10).status_code == 200
+    assert house.answered("run-1") == [opened[0].version_id]
+    gate, ready = house.proxy.app.hold.gates["writer"], house.proxy.app.hold.gates["writer"].ready
+    gate.ready = lambda engines: engines is None or opened[1].gate["engines"][0] not in engines  # type: ignore[index]
+    held = house.ask("run-1", "writer")
+    house.wait(lambda: len(gate.line) == 1, "it waits")
+    gate.ready = ready
+    assert held.result(10).status_code == 200
+    assert house.answered("run-1") == [publish.version_id for publish in opened]

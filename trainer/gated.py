@@ -1,0 +1,322 @@
+"""Candidates of one model or of several through the gate as one: all live, or the previous versions of all.
+
+One evaluation of the whole workflow judges them, so no call may reach one of them before all can be reached, and none
+stays where one has to go: they are drained and swapped model by model, and from `evaluating` on they move in one
+transaction of the store. Where one cannot be swapped or is not what was trained, none is judged. What a publisher that
+dies leaves behind is ended model by model by `Publisher.recover`: nothing was live before all were.
+
+Refuses (PublishRejected) what the gate does not let pass, and (PublishFailed) what `publish` refuses. Called by
+`publish` and `publishing`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NoReturn
+
+from tracegrad.tracestore.gating import Decision, unjudged
+from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
+from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed, PublishRejected
+from tracegrad.trainer.errors import EngineError
+from tracegrad.trainer.fleet import Fleet, refuse_bad
+from tracegrad.trainer.gate import STOPPED, Gatekeeper
+from tracegrad.trainer.probe import ProbeResult, ProbeSet
+from tracegrad.trainer.publish_report import PublishReport, Stopwatch
+
+if TYPE_CHECKING:
+    from tracegrad.trainer.publish import Perturbed, Publisher
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A publish under way: of which version, over which live one, and the engines that get it first."""
+
+    publish: Publish
+    version: PolicyVersion
+    previous: PolicyVersion | None
+    first: Fleet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What is to be published by whom; `previous` is what it takes the place of."""
+
+    publisher: "Publisher"
+    version: PolicyVersion
+    previous: PolicyVersion
+    probe: ProbeSet | None = None
+    canary: "Perturbed | None" = None
+
+
+@dataclass(slots=True)
+class _Way:
+    """One candidate on its way."""
+
+    candidate: Candidate
+    attempt: Attempt
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    canary_seen: ProbeResult | None = None
+    seen: ProbeResult | None = None
+
+    @property
+    def publisher(self) -> "Publisher":
+        return self.candidate.publisher
+
+    @property
+    def publish_id(self) -> int:
+        return self.attempt.publish.publish_id
+
+    @property
+    def rest(self) -> Fleet:
+        """The engines that have not got it yet."""
+        return self.publisher.fleet.without(self.attempt.first)
+
+
+class Passage:
+    """One passage of `candidates`, each of another model, through the gate. `run` is called once."""
+
+    def __init__(self, gate: Gatekeeper, candidates: Sequence[Candidate]) -> None:
+        self._gate = gate
+        self._candidates = {each.version.version_id: each for each in candidates}
+        self._store = candidates[0].publisher.store
+        self._ways: list[_Way] = []
+        self._live: dict[str, int] = {}
+
+    def run(self) -> dict[str, PublishReport]:
+        """Bring all candidates live in all their engines; return model -> how it went.
+
+        Raises:
+            PublishFailed: none is live; the previous weights are back, or the message says why not.
+            PublishRejected: they did not pass; the previous weights are back.
+            Conflict, NotFound: another publish of one of the models is unfinished, a version is abandoned or unknown.
+            Pinned: serving of one of the models is held at another version.
+        """
+        self._open()
+        with self._timed("judge_s"):
+            self._wait_for_judges()
+        with self._all_or_none():
+            for way in self._ways:
+                way.publisher.drain(way.attempt, way.clock, staged=way.candidate.canary is None)
+            for way in self._ways:
+                probe, canary = way.candidate.probe, way.candidate.canary
+                way.canary_seen, way.seen = way.publisher.try_out(way.attempt, probe, canary, way.clock)
+        with self._timed("judge_s"):
+            decision = self._judge()
+        self._follow(decision)
+        return self._go_live(decision)
+
+    # -- the way there
+
+    def _open(self) -> None:
+        """Open the publishes. What is judged are the candidates with what is live of the other models."""
+        firsts, terms = {}, {}
+        for version_id, each in self._candidates.items():
+            firsts[version_id] = each.publisher.fleet.of(self._gate.triers(each.publisher.fleet.engines))
+            terms[version_id] = self._gate.terms(firsts[version_id].engines).as_json()
+        self._live = self._gate.live()
+        for publish in self._store.request_together(terms):
+            each = self._candidates[publish.version_id]
+            self._ways.append(_Way(each, Attempt(publish, each.version, each.previous, firsts[publish.version_id])))
+
+    @property
+    def _versions(self) -> dict[str, int]:
+        return {**self._live, **{each.version.model: each.version.version_id for each in self._candidates.values()}}
+
+    def _wait_for_judges(self) -> None:
+        """Reject the candidates before anybody had to wait, where nobody will judge them."""
+        try:
+            decision = self._gate.refuses(self._live)
+        except (KeyboardInterrupt, SystemExit):
+            self._advance("rejected", unjudged(STOPPED))
+            raise
+        if decision is not None:
+            self._advance("rejected", decision)
+            self._tell("rejected")
+            raise self._rejected(decision, {})
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Where one fails by itself, the others are put back and fail with it."""
+        try:
+            yield
+        except PublishFailed as error:
+            stuck = [str(second) for way in self._ways if (second := self._fail_with(way, error)) is not None]
+            if stuck:
+                said = f"{error}. {'; '.join(stuck)}. {UNFINISHED_STAYS}"
+                raise PublishFailed(said, probe=error.probe) from error
+            raise
+
+    def _fail_with(self, way: _Way, error: PublishFailed) -> EngineError | None:
+        """Put back and fail what is still under way; return what made that impossible."""
+        now = self._store.last_publish(way.attempt.version.model)
+        if now is None or now.publish_id != way.publish_id or now.state not in UNFINISHED:
+            return None
+        try:
+            way.attempt.first.unstage()
+            if now.state == "swapping":
+                way.attempt.first.put_back(way.attempt.previous)
+        except EngineError as second:
+            return second
+        self._store.advance_publish(way.publish_id, "failed", error=f"it is published together with others: {error}")
+        return None
+
+    # -- the judgement
+
+    def _judge(self) -> Decision:
+        """Let the candidates be evaluated; return the decision for them. Raises PublishRejected: they are gone."""
+        self._advance("evaluating")
+        try:
+            self._tell("evaluating")
+            decision = self._gate.decide(self._ways[0].publish_id, self._versions, self._live)
+            if decision.passed:
+                decision = self._still_there() or decision
+        except (KeyboardInterrupt, SystemExit):
+            self._reject(unjudged(STOPPED))
+            raise
+        if len(self._versions) > 1:
+            together = ", ".join(f"{model} {version}" for model, version in sorted(self._versions.items()))
+            decision = replace(decision, why=f"{decision.why} (judged together: {together})")
+        if not decision.passed:
+            raise self._rejected(decision, self._reject(decision))
+        return decision
+
+    def _still_there(self) -> Decision | None:
+        """An engine that restarted meanwhile serves the live version: then it was not the candidate that was judged."""
+        for way in self._ways:
+            try:
+                if not way.attempt.first.serves(way.attempt.version):
+                    version = way.attempt.version.version_id
+                    return unjudged(
+                        f"an engine came to serve something else than version {version} while it was judged"
+                    )
+            except EngineError as error:
+                return unjudged(str(error))
+        if self._gate.live() != self._live:
+            return unjudged("another version of one of the other models went live while they were judged")
+        return None
+
+    def _reject(self, decision: Decision) -> dict[str, ProbeResult | None]:
+        """Put the previous weights back, prove it where that can be done, and write `rejected`; model -> the proof."""
+        self._settle(decision)
+        seen: dict[str, ProbeResult | None] = {}
+        for way in self._ways:
+            previous = way.candidate.previous
+            try:
+                way.attempt.first.put_back(previous)
+                proof = way.publisher.proof_of(previous)
+                found = None if proof is None else way.attempt.first.probe(proof, noise=way.publisher.noise)
+                refuse_bad(found, previous)
+            except (EngineError, PublishFailed) as error:
+                raise PublishFailed(
+                    f"version {way.attempt.version.version_id} was rejected ({decision.why}), and version "
+                    f"{previous.version_id} could not be put back: {error}. {UNFINISHED_STAYS}"
+                ) from error
+            seen[previous.model] = found
+        told = {model: None if found is None else found.as_json() for model, found in seen.items()}
+        kept = {way.publish_id: {"result": None, "put_back": told[way.attempt.version.model]} for way in self._ways}
+        self._store.advance_together(self._ways[0].publish_id, "rejected", probes=kept)
+        self._tell("rejected")
+        return seen
+
+    def _rejected(self, decision: Decision, seen: dict[str, ProbeResult | None]) -> PublishRejected:
+        versions = [f"{way.attempt.version.version_id} (step {way.attempt.version.step})" for way in self._ways]
+        live = [str(way.candidate.previous.version_id) for way in self._ways]
+        if len(self._ways) == 1:
+            text = f"version {versions[0]} was rejected by the gate: {decision.why}; version {live[0]} serves on"
+        else:
+            text = (
+                f"versions {', '.join(versions)} were rejected by the gate: {decision.why}; {', '.join(live)} serve on"
+            )
+        return PublishRejected(text, decision=decision, probes=seen)
+
+    # -- what passed
+
+    def _follow(self, decision: Decision) -> None:
+        """Bring what passed to the engines that do not have it yet."""
+        if not any(way.rest for way in self._ways):
+            return
+        self._settle(decision)
+        try:
+            for way in (way for way in self._ways if way.rest):
+                with way.clock.timed("swap_s"):
+                    way.rest.serve(way.attempt.version)
+                with way.clock.timed("probe_s"):
+                    probe = way.candidate.probe
+                    found = None if probe is None else way.rest.probe(probe, noise=way.publisher.noise)
+                refuse_bad(found, way.attempt.version)
+                way.seen = found or way.seen
+        except (EngineError, PublishFailed) as error:
+            self._undo(error)
+
+    def _undo(self, error: Exception) -> NoReturn:
+        """Put the previous weights of all back, write `failed`, raise PublishFailed; else leave them unfinished."""
+        ids = ", ".join(str(way.attempt.version.version_id) for way in self._ways)
+        what = f"the publish of version {ids} failed: {error}"
+        probe = getattr(error, "probe", None)
+        try:
+            for way in self._ways:
+                way.publisher.fleet.put_back(way.candidate.previous)
+        except EngineError as second:
+            raise PublishFailed(
+                f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",
+                probe=probe,
+            ) from error
+        for way in self._ways:
+            self._store.advance_publish(way.publish_id, "failed", error=str(error))
+        self._tell("failed")
+        back = ", ".join(str(way.candidate.previous.version_id) for way in self._ways)
+        raise PublishFailed(f"{what}. Version {back} is back", probe=probe) from error
+
+    def _go_live(self, decision: Decision) -> dict[str, PublishReport]:
+        reports = {
+            way.publish_id: PublishReport(
+                publish_id=way.publish_id,
+                version_id=way.attempt.version.version_id,
+                model=way.attempt.version.model,
+                probe=way.seen,
+                canary=way.canary_seen,
+                decision=decision,
+                total_s=way.clock.total_s(),
+                **way.clock.spent,
+            )
+            for way in self._ways
+        }
+        kept = {publish_id: report.as_json() for publish_id, report in reports.items()}
+        self._advance("live", decision, kept)
+        self._tell("live")
+        for way in self._ways:
+            way.publisher.remember(way.attempt.version, way.candidate.probe, way.seen)
+        return {report.model: report for report in reports.values()}
+
+    # -- in step
+
+    def _advance(
+        self, state: PublishState, decision: Decision | None = None, probes: dict[int, dict[str, object]] | None = None
+    ) -> None:
+        decided = None if decision is None else decision.as_json()
+        self._store.advance_together(self._ways[0].publish_id, state, decision=decided, probes=probes)
+
+    def _settle(self, decision: Decision) -> None:
+        """Make proxies stand still once more, so that engines can change weights."""
+        self._advance("settling", decision)
+        self._tell("settling")
+        for way in self._ways:
+            try:
+                way.publisher.stand_still(way.attempt.publish)
+            except (PublishFailed, EngineError) as error:
+                raise PublishFailed(
+                    f"publish {way.publish_id} of version {way.attempt.version.version_id} could not settle: {error}. "
+                    f"{UNFINISHED_STAYS}"
+                ) from error
+
+    def _tell(self, state: str) -> None:
+        """All of them enter it at once, so it is told once."""
+        self._ways[0].publisher.on_state(state)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        with ExitStack() as clocks:
+            for way in self._ways:
+                clocks.enter_context(way.clock.timed(part))
+            yield

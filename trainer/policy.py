@@ -1,8 +1,8 @@
 """The policy: a stock Hugging Face causal LM with a value head, evaluated on the edges of packed rows.
 
 The trunk runs once per row with the row's ancestry mask and depths as positions; logits are made only where a token
-was sampled, a chunk of slots at a time, and again in the backward pass, so that (T, V) is never held. Log-softmax,
-values and master weights are float32. It refuses checkpoints whose attention or head it would evaluate wrongly:
+was sampled, a chunk of slots at a time, and but for the last two again in the backward pass, so that (T, V) is never
+held. Log-softmax, values and master weights are float32. It refuses checkpoints whose attention or head it would evaluate wrongly:
 `verify` compares it with the model's own forward pass. Called by the learner, one process per model.
 
 Precision `bf16`: the trunk's weights are a bfloat16 shadow of float32 masters. Gradients are added to the masters as
@@ -36,6 +36,8 @@ Precision = Literal["fp32", "bf16"]
 
 _LOADING = Lock()
 """transformers patches itself while it loads; two threads at once leave it patched (tied heads come apart)."""
+_HELD_CHUNKS = 2
+"""Chunks of logits that wait for the backward pass; those before them are made again."""
 _UNUSUAL_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -272,7 +274,8 @@ class Policy(nn.Module):
                 token_E[edges],
                 None if kept is None else kept.between(edges.start, edges.stop),
             )
-            if torch.is_grad_enabled():
+            held = kept is None and first + _HELD_CHUNKS * self.slot_chunk >= hidden_SD.shape[0]
+            if torch.is_grad_enabled() and not held:
                 logprob_e, entropy_e = checkpoint(
                     self._chunk, *arguments, with_entropy=with_entropy, use_reentrant=False
                 )

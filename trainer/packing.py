@@ -91,8 +91,9 @@ def pack(
     A single context longer than that gets a row of its own. Rows minimise ``tokens + attention_cost * tokens^2 +
     row_cost``, summed, then their number, then their squares. With both costs 0 (default) that is the fewest
     computed tokens: one row where everything fits. A positive `attention_cost` (see `Policy.attention_cost`) also
-    cuts where a dense mask would waste more than the repeated prefix costs. Every further `easy_tokens` of a row cost
-    `row_cost` and a token: it is cut, to hold less memory at once, where nothing is computed again. `edge_choice_E` and
+    cuts where a dense mask would waste more than the repeated prefix costs. Beyond `easy_tokens` a row costs `row_cost`
+    and a token for as many more: it is cut into parts of about that length, to hold less memory at once, where nothing
+    is computed again. `edge_choice_E` and
     `edge_index_E` count over all of `choices`, also when only some are selected. Deterministic.
 
     Raises:
@@ -114,8 +115,8 @@ def pack(
     starts = token_starts(choices)
 
     def cost(tokens: int) -> float:
-        lengths = 1 if easy_tokens is None else max(1, -(-tokens // easy_tokens))
-        return tokens + attention_cost * tokens * tokens + row_cost + (lengths - 1) * (row_cost + 1)
+        beyond = 0.0 if easy_tokens is None else max(0.0, tokens / easy_tokens - 1.0)
+        return tokens + attention_cost * tokens * tokens + row_cost + beyond * (row_cost + 1)
 
     rows = tuple(
         _row(arrays[first:last], shared[first:last], [by_context[c] for c in contexts[first:last]], choices, starts)

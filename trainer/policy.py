@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from tracegrad.trainer import rms_norm
+from tracegrad.trainer import rms_norm, swiglu
 from tracegrad.trainer.batches import PackedRow, probe_row
 from tracegrad.trainer.edge_logprobs import edge_logprobs
 from tracegrad.trainer.errors import UnsupportedModel
@@ -348,6 +348,7 @@ def prepare(lm: Any, *, gradient_checkpointing: Mapping[str, Any] | None) -> Non
     _check_supported(lm)
     adopt(lm)
     rms_norm.adopt(lm)
+    swiglu.adopt(lm)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -39,9 +39,9 @@ from tracegrad.trainer.sharding import whole
 from tracegrad.trainer.step_metrics import StepArrays, step_metrics
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
-EASY_TOKENS = 1024
-"""A longer row is cut where that computes no token again: the activations of a row are held at once, 1 MB a token of
-SmolLM2-135M, and matrix products of so many tokens are as fast as those of more."""
+EASY_TOKENS = 512
+"""A longer row is cut where that computes no token again: the activations of a row are held at once, 0.5 MB a token of
+SmolLM2-135M, and matrix products of so many tokens are nearly as fast as those of more."""
 
 
 class PpoStep:

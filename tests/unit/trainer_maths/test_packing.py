@@ -129,8 +129,8 @@ def test_a_row_that_is_not_easy_is_cut_where_nothing_is_computed_again(make_choi
     def rows(easy_tokens):
         return [row.n_nodes for row in pack(choices, row_tokens=100, row_cost=5.0, easy_tokens=easy_tokens).rows]
 
-    assert rows(None) == rows(43) == [43]
-    assert rows(42) == rows(22) == [22, 21]
+    assert rows(None) == rows(43) == rows(24) == [43]
+    assert rows(23) == rows(22) == rows(10) == [22, 21]
 
 
 def test_a_context_longer_than_a_row_gets_its_own(make_choice):

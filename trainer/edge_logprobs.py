@@ -38,7 +38,7 @@ class _EdgeLogprobs(torch.autograd.Function):
         lse_S, entropy_S = (torch.zeros_like(temperature_S) for _ in range(2))
         for rows, scaled_RV, spare_RV in _blocks(logits_SV, temperature_S):
             greatest_R = scaled_RV.amax(-1)
-            scaled_RV -= greatest_R[:, None]
+            scaled_RV.sub_(greatest_R[:, None])
             total_R = torch.exp(scaled_RV, out=spare_RV).sum(-1)
             lse_S[rows] = greatest_R + total_R.log()
             if with_entropy:  # log sum e^z - sum p z, with z less its greatest
@@ -62,13 +62,12 @@ class _EdgeLogprobs(torch.autograd.Function):
         sorted_E = slot_E[order_E]
         grad_SV = torch.empty_like(logits_SV)
         for rows, scaled_RV, p_RV in _blocks(logits_SV, temperature_S):
-            scaled_RV -= lse_S[rows, None]
+            scaled_RV.sub_(lse_S[rows, None])
             torch.exp(scaled_RV, out=p_RV)
             if d_entropy_E is None:
-                p_RV *= (-less_S[rows] / temperature_S[rows])[:, None]
+                p_RV.mul_((-less_S[rows] / temperature_S[rows])[:, None])
             else:  # dH/dz = -p (log p + H)
-                scaled_RV += entropy_S[rows, None]
-                scaled_RV.mul_(-both_S[rows, None]).sub_(less_S[rows, None])
+                scaled_RV.add_(entropy_S[rows, None]).mul_(-both_S[rows, None]).sub_(less_S[rows, None])
                 p_RV.mul_(scaled_RV.div_(temperature_S[rows, None]))
             first, last = torch.searchsorted(sorted_E, sorted_E.new_tensor([rows.start, rows.stop])).tolist()
             here = order_E[first:last]

@@ -2,8 +2,8 @@
 
 The trunk runs once per row with the row's ancestry mask and depths as positions; logits are made only where a token
 was sampled, a chunk of slots at a time, and but for the last two again in the backward pass, so that (T, V) is never
-held. Log-softmax, values and master weights are float32. It refuses checkpoints whose attention or head it would evaluate wrongly:
-`verify` compares it with the model's own forward pass. Called by the learner, one process per model.
+held. Log-softmax, values and master weights are float32. It refuses checkpoints whose attention or head it would
+evaluate wrongly: `verify` compares it with the model's own forward pass. Called by the learner, one process per model.
 
 Precision `bf16`: the trunk's weights are a bfloat16 shadow of float32 masters. Gradients are added to the masters as
 backward makes them, the optimizer steps the masters, and `refresh` rounds them into the shadow again. Precision

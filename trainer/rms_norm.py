@@ -1,9 +1,10 @@
 """RMSNorm that keeps nothing but its input and one number per token for the backward pass.
 
 The stock module leaves autograd three float32 copies of its input; at a norm before each of two parts of every layer
-these are a third of what a pass of a small model holds. The result is rounded where the stock module rounds, so that
-the engine, which computes as that one does, is met as nearly as before. Only modules that are found to compute this
-are replaced: others (Gemma's adds 1 to its weights) stay as they are. What is float32 in between is a few rows. Refuses nothing. Called by `policy`.
+these are a third of what a pass of a small model holds. What is float32 in between is a few rows. The result is rounded
+where the stock module rounds, so that the engine, which computes as that one does, is met as nearly as before. Only
+modules that are found to compute this are replaced: others (Gemma's adds 1 to its weights) stay as they are. Refuses
+nothing. Called by `policy`.
 """
 
 from collections.abc import Iterator

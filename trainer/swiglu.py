@@ -1,7 +1,7 @@
 """The gated MLP of Llama, Mistral and Qwen, keeping less for the backward pass and making weight gradients faster.
 
-The stock module leaves autograd the gate before and after its activation and the product with the other half, at a width
-that is the largest of the model. Here only the two halves stay: what follows from them is made again, which costs less
+The stock module leaves autograd the gate before and after its activation and the product with the other half, at the
+largest width of the model. Here only the two halves stay: what follows from them is made again, which costs less
 than the fresh memory would. Gradients of weights are products with a transposed matrix; on CPUs, in bfloat16, these
 run at half the rate of plain ones, so the matrix is transposed first. All is rounded where the stock module rounds.
 Only modules that are found to compute this are replaced; where an adapter lies on a layer, the layer computes and only

@@ -1,14 +1,16 @@
 """While candidates of two models are judged as one: each run meets the candidates of both, or of neither (law 8)."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fake_swaps import save_answers
 
 from tracegrad.tracestore.gating import GateTerms, run_prefix
 from tracegrad.tracestore.records import Publish
@@ -18,39 +20,63 @@ MODELS = ("planner", "writer")
 
 
 class House:
-    """A proxy before two models, each with `n_engines` engines and a live version; publishing is done by hand."""
+    """A proxy before two models, each with `n_engines` engines and a live version; publishing is done by hand.
+
+    With `adapters` both lie on the engines of one base, which say the number of an adapter's version to everything.
+    """
 
     def __init__(
-        self, start_proxy: Callable[..., SimpleNamespace], store: Store, stack: ExitStack, fake: Any, n_engines: int
+        self,
+        start_proxy: Callable[..., SimpleNamespace],
+        start_engine: Callable[[str], Any],
+        store: Store,
+        stack: ExitStack,
+        folder: Path,
+        *,
+        n_engines: int,
+        adapters: bool,
     ) -> None:
-        self.store = store
-        self.engines = {
-            name: [stack.enter_context(fake.ServerThread(fake.FakeEngine(name))) for _ in range(n_engines)]
-            for name in MODELS
-        }
+        self.store, self.adapters, self.folder = store, adapters, folder
+        bases = ("base",) if adapters else MODELS
+        running = {name: [start_engine(name) for _ in range(n_engines)] for name in bases}
+        self.engines = {name: running["base" if adapters else name] for name in MODELS}
         self.live = {name: self.version(name) for name in MODELS}
         for name, version in self.live.items():
             publish = store.request_publish(version)
             for state in ("draining", "swapping", "live"):
                 store.advance_publish(publish.publish_id, state)
             self.serve(name, version, self.engines[name])
-        urls = {name: [engine.url for engine in engines] for name, engines in self.engines.items()}
-        models = {
-            name: {"checkpoint": "none", "engine": {"url": url}, "replicas": rest}
+        urls = {name: [engine.url for engine in engines] for name, engines in running.items()}
+        models: dict[str, Any] = {
+            name: {"checkpoint": "none", "engine": {"url": url}, "replicas": rest, "trained": not adapters}
             for name, (url, *rest) in urls.items()
         }
+        if adapters:
+            models |= {name: {"adapter": {"of": "base"}} for name in MODELS}
         self.proxy = start_proxy(models=models, roles={name: name for name in MODELS})
         self.pool = ThreadPoolExecutor(8)
         stack.callback(self.pool.shutdown, wait=False, cancel_futures=True)
 
     def version(self, model: str) -> int:
-        return self.store.add_version(
-            model=model, kind="step", parent_id=None, checkpoint_path="/c", checkpoint_hash="h", step=0, job_id=None
-        ).version_id
+        path = self.folder / f"{len(self.store.list_versions())}"
+        version = self.store.add_version(
+            model=model,
+            kind="step",
+            parent_id=None,
+            checkpoint_path=str(path),
+            checkpoint_hash="h",
+            step=0,
+            job_id=None,
+        )
+        save_answers(path, str(version.version_id))
+        return version.version_id
 
-    def serve(self, _model: str, version: int, engines: list[Any]) -> None:
+    def serve(self, model: str, version: int, engines: list[Any]) -> None:
         for engine in engines:
-            engine.app.version = str(version)
+            if self.adapters:
+                engine.app.adapters[model] = self.store.get_version(version).checkpoint_path
+            else:
+                engine.app.version = str(version)
 
     def evaluating(self, share: float) -> list[Publish]:
         """Bring a candidate of each model to its last engine, and both to be judged."""
@@ -94,13 +120,19 @@ class House:
 
 @pytest.fixture
 def make_house(
-    start_proxy: Callable[..., SimpleNamespace], store: Store, stack: ExitStack, fake: ModuleType
-) -> Iterator[Callable[[int], House]]:
-    yield lambda n_engines: House(start_proxy, store, stack, fake, n_engines)
+    start_proxy: Callable[..., SimpleNamespace], store: Store, stack: ExitStack, fake: ModuleType, tmp_path: Path
+) -> Callable[..., House]:
+    def start_engine(name: str) -> Any:
+        return stack.enter_context(fake.ServerThread(fake.FakeEngine(name)))
+
+    def made(n_engines: int, *, adapters: bool = False) -> House:
+        return House(start_proxy, start_engine, store, stack, tmp_path, n_engines=n_engines, adapters=adapters)
+
+    return made
 
 
 def test_with_one_engine_each_only_the_evaluation_meets_both_and_others_wait(
-    make_house: Callable[[int], House],
+    make_house: Callable[..., House],
 ) -> None:
     house = make_house(1)
     opened = house.evaluating(share=0.0)
@@ -120,28 +152,31 @@ def test_with_one_engine_each_only_the_evaluation_meets_both_and_others_wait(
     assert set(house.answered("user")) == {publish.version_id for publish in opened}
 
 
+@pytest.mark.parametrize("adapters", [False, True])
 def test_a_share_of_the_runs_meets_the_candidates_of_both_and_no_run_a_mixture(
-    make_house: Callable[[int], House],
+    make_house: Callable[..., House], adapters: bool
 ) -> None:
-    house = make_house(2)
+    house = make_house(2, adapters=adapters)
     runs = [f"run-{i}" for i in range(16)]
     early = [f"early-{i}" for i in range(6)]
     for run_id in early:
         assert house.ask(run_id, "planner").result(10).status_code == 200
     opened = house.evaluating(share=0.5)
     candidates, live = [publish.version_id for publish in opened], list(house.live.values())
-    asked = [house.ask(run_id, "writer") for run_id in early]
-    assert {future.result(10).status_code for future in asked} == {200}
+    begun = [house.ask(run_id, "writer") for run_id in early]
+    assert {future.result(10).status_code for future in begun} == {200}
     for name in MODELS:
-        asked = [house.ask(run_id, name) for run_id in runs]
-        assert {future.result(10).status_code for future in asked} == {200}
+        asked = {run_id: house.ask(run_id, name) for run_id in runs}
+        for run_id, future in asked.items():
+            answer = future.result(10).json()["choices"][0]["message"]["content"]
+            assert not adapters or answer == str(house.answered(run_id)[-1]), "the version that is written down spoke"
     met = [house.answered(run_id) for run_id in runs]
     assert all(each in (candidates, live) for each in met)
     assert 3 <= met.count(candidates) <= 13
     assert all(house.answered(run_id) == live for run_id in early), "who began with what is live meets no candidate"
 
 
-def test_a_run_of_the_candidates_waits_where_one_of_them_is_down(make_house: Callable[[int], House]) -> None:
+def test_a_run_of_the_candidates_waits_where_one_of_them_is_down(make_house: Callable[..., House]) -> None:
     """The engine that is left serves the live version: with the other candidate that would be a mixture."""
     house = make_house(2)
     opened = house.evaluating(share=0.99)

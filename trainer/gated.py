@@ -96,8 +96,10 @@ class Passage:
         with self._timed("judge_s"):
             self._wait_for_judges()
         with self._all_or_none():
+            for way in (way for way in self._ways if way.candidate.canary is None):
+                self._stage(way)
             for way in self._ways:
-                way.publisher.drain(way.attempt, way.clock, staged=way.candidate.canary is None)
+                way.publisher.drain(way.attempt, way.clock, staged=False)
             for way in self._ways:
                 probe, canary = way.candidate.probe, way.candidate.canary
                 way.canary_seen, way.seen = way.publisher.try_out(way.attempt, probe, canary, way.clock)
@@ -134,6 +136,16 @@ class Passage:
             self._advance("rejected", decision)
             self._tell("rejected")
             raise self._rejected(decision, {})
+
+    def _stage(self, way: _Way) -> None:
+        """Do what can be done before anybody waits for any of them."""
+        try:
+            with way.clock.timed("stage_s"):
+                way.attempt.first.stage(way.attempt.version.checkpoint_path)
+        except EngineError as error:
+            self._store.advance_publish(way.publish_id, "failed", error=str(error))
+            what = f"publish {way.publish_id} of version {way.attempt.version.version_id} failed, nothing was swapped"
+            raise PublishFailed(f"{what}: {error}") from error
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from tracegrad.tracestore.records import PolicyVersion, PublishState
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
-from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
+from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed, PublishRejected
 from tracegrad.trainer.gated import Passage
 from tracegrad.trainer.publish import Publisher
 
@@ -191,6 +191,25 @@ def test_one_that_cannot_be_swapped_is_the_end_of_all(house: House, which: str) 
     assert other is not None and "published together with others" in str(other.error)
     house.publish(house.judges(0.9))
     assert house.serves(house.new)
+
+
+def test_what_is_copied_is_copied_before_anybody_waits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both of them; where the second cannot be, nobody has waited."""
+    staged: list[tuple[str, ...]] = []
+
+    def stage(self: EngineClient, _path: str) -> None:
+        staged.append((self.name, *house.states()))
+        if len(staged) == 4:
+            raise EngineRefused("no room")
+
+    monkeypatch.setattr(EngineClient, "stage", stage)
+    house.publish(house.judges(0.9))
+    assert staged == [("planner", "requested", "requested"), ("writer", "requested", "requested")]
+    house.live, house.new = house.new, {name: house.version(name, 1.4, 2) for name in MODELS}
+    house.seen.clear()
+    with pytest.raises(PublishFailed, match="nothing was swapped: no room"):
+        house.publish(house.judges(0.9))
+    assert (house.seen, house.states()) == ([], ("failed", "failed"))
 
 
 def test_one_that_is_not_what_was_trained_is_the_end_of_all(house: House) -> None:

@@ -266,6 +266,8 @@ class GateConfig(Section, frozen=True, kw_only=True):
 class PublishConfig(Section, frozen=True, kw_only=True):
     """How weights reach the engine, and when a swap is refused."""
 
+    mode: Literal["drain", "in_flight"] = "drain"
+    """drain: calls end before engines change weights. in_flight: they go on under the new ones, each token known."""
     probe_tokens: int = 512
     probe_bound: float = 0.1
     """Bound on mean |trainer - engine| logprob over the probe's tokens (nats). Rounding of bf16 alone gives 0.03-0.05;
@@ -357,6 +359,11 @@ class Config(Section, frozen=True, kw_only=True):
         if role is not None and role in self.roles:
             return self.roles[role]
         return self.roles.get("*")
+
+    @property
+    def publishes_in_flight(self) -> bool:
+        """Whether calls go on while engines change weights."""
+        return self.trainer.publish.mode == "in_flight"
 
     def trained_models(self) -> tuple[str, ...]:
         """Return the models that the job trains, in the order of the file."""

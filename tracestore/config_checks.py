@@ -28,6 +28,7 @@ def check(config: "Config", origin: str) -> None:
     _check_roles(config, origin)
     _check_rules(config, origin)
     _check_redactions(config, origin)
+    _check_mode(config, origin)
     _check_gate(config, origin)
     _check_runs(config, origin)
     if (wrong := wrong_algorithm(config.trainer.algorithm)) is not None:
@@ -107,6 +108,19 @@ def _check_redactions(config: "Config", origin: str) -> None:
             raise ConfigError(f"{where}: {redaction.pattern!r} is no regular expression: {error}") from error
         if empty:
             raise ConfigError(f"{where}: {redaction.pattern!r} matches where nothing is; make it match something")
+
+
+def _check_mode(config: "Config", origin: str) -> None:
+    where, publish = f"{origin}: trainer.publish.mode is in_flight", config.trainer.publish
+    if publish.mode != "in_flight":
+        return
+    if publish.gate is not None:
+        raise ConfigError(f"{where}, and a gate lets nobody but its evaluation meet a candidate: write drain")
+    adapters = [name for name in config.trained_models() if config.models[name].adapter is not None]
+    if adapters:
+        raise ConfigError(
+            f"{where}, and engines do not say which weights of an adapter sampled a token ({adapters[0]}): write drain"
+        )
 
 
 def _check_gate(config: "Config", origin: str) -> None:

@@ -13,10 +13,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 from tracegrad.trainer.engine_errors import EngineRefused, EngineUnreachable
+from tracegrad.trainer.engine_spans import COMMENT, HEADER
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 _SCORE_BATCH = 16
@@ -143,6 +145,19 @@ class EngineClient:
             time.sleep(0.05)
         raise EngineRefused(f"{self.url} cannot reset its prefix cache: requests are running on it; drain it first")
 
+    def pause(self) -> None:
+        """Stand still: what runs is kept, its cache thrown away. The answer comes when no token is on its way."""
+        self._request("POST", "/pause?mode=keep", {})
+
+    def resume(self) -> None:
+        """Go on with what was kept."""
+        self._request("POST", "/resume", {})
+
+    def tells_versions(self) -> bool:
+        """Return whether it says which weights sampled which token, as our middleware (`engine_spans`) does."""
+        body = {"model": self.name, "prompt": [1], "max_tokens": 1, "stream": True}
+        return COMMENT in self._send("POST", "/v1/completions", body, headers={HEADER.decode(): "1"})
+
     def set_version(self, version: str) -> None:
         """Tell the engine the version it serves; `/inference/v1/generate` marks each token with it."""
         self._request("POST", "/update_weight_version", {"new_version": version})
@@ -257,12 +272,21 @@ class EngineClient:
         except ValueError as error:
             raise EngineRefused(f"the engine at {self.url} answered {path} with something that is not JSON") from error
 
-    def _send(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> bytes:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> bytes:
         """Send one request; return what is answered with 200."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s or self.timeout_s)
         try:
             data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            kind = {"Content-Type": "application/json"} if data else {}
+            connection.request(method, path, data, {**kind, **headers})
             response = connection.getresponse()
             raw = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -48,7 +48,7 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
             for name, model in models.items():
                 adapters = [other for other in config.models if config.held_by(other) == name != other]
                 for client in (each for trained in (adapters or [name]) for each in engine_clients(config, trained)):
-                    check(client, model)
+                    check(client, model, in_flight=config.publishes_in_flight and model.trained)
                     click.echo(f"engine {name} at {client.url} is ready for training" + _of(client, name))
             return
         _serve(config, models)
@@ -96,7 +96,7 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
             engines = []
             for process in _processes(config, models, store):
                 engines.append(stack.enter_context(process))
-                check(process.client, process.model)
+                check(process.client, process.model, in_flight=config.publishes_in_flight and process.model.trained)
                 _say(f"engine {process.label}: ready (log: {process.log_path})")
             watchers = [threading.Thread(target=_watch, args=(e, stop, failures), daemon=True) for e in engines]
             for watcher in watchers:

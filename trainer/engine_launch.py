@@ -22,6 +22,7 @@ from tracegrad.trainer.engine_errors import EngineStartFailed
 
 DEFAULT_LAUNCH = ("{python}", "-m", "vllm.entrypoints.openai.api_server")
 EXTENSION = "tracegrad.trainer.worker_extension.TracegradWorkerExtension"
+SPANS = "tracegrad.trainer.engine_spans.TracegradSpans"
 TRANSFER_BACKENDS: Mapping[str, str] = {"files": "", "memory": "tracegrad", "ipc": "ipc", "nccl": "nccl"}
 """Our names of how weights are sent -> vLLM's (our own one is registered by a plugin); "" is without its protocol."""
 _PLUGIN = "[vllm.general_plugins]\ntracegrad = tracegrad.trainer.worker_extension:tracegrad_register\n"
@@ -77,7 +78,7 @@ def command(name: str, model: str, tokenizer: str, config: EngineConfig) -> list
     flags += ["--tokenizer", tokenizer, "--dtype", config.dtype, "--max-model-len", str(config.max_model_len)]
     flags += ["--max-num-seqs", str(config.max_num_seqs), "--enforce-eager", "--enable-scale-out"]
     flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    flags += ["--worker-extension-cls", EXTENSION]
+    flags += ["--worker-extension-cls", EXTENSION, "--middleware", SPANS]
     if backend := TRANSFER_BACKENDS[config.transfer.backend]:
         flags += ["--weight-transfer-config", json.dumps({"backend": backend})]
     return [_fill(part, values) for part in launch] + flags + [_fill(part, values) for part in config.args]
@@ -121,7 +122,7 @@ def lay_out_extension(folder: Path) -> Path:
     home, metadata = folder / "tracegrad" / "trainer", folder / "tracegrad_engine-0.dist-info"
     for each in (home, metadata):
         each.mkdir(parents=True, exist_ok=True)
-    for module in ("worker_extension.py", "weight_receiver.py", "lora_products.py"):
+    for module in ("worker_extension.py", "weight_receiver.py", "lora_products.py", "engine_spans.py"):
         shutil.copyfile(Path(__file__).with_name(module), home / module)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tracegrad-engine\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(_PLUGIN)

@@ -55,23 +55,26 @@ class Fleet:
         """Forget what was prepared."""
         self.engines[0].unstage()
 
-    def swap(self, path: str, mark: str) -> None:
-        """Load `path` into every engine (at once), tell it the version, and read that back."""
+    def swap(self, path: str, mark: str, *, in_flight: bool = False) -> None:
+        """Load `path` into every engine (at once), tell it the version, and read that back.
+
+        With `in_flight` each stands still for it with what runs on it, and goes on where it succeeded, there alone.
+        """
         try:
             with ThreadPoolExecutor(len(self)) as pool:
-                list(pool.map(lambda engine: self._swap_one(engine, path, mark), self))
+                list(pool.map(lambda engine: self._swap_one(engine, path, mark, in_flight), self))
         finally:
             self.unstage()
 
-    def serve(self, version: PolicyVersion) -> None:
+    def serve(self, version: PolicyVersion, *, in_flight: bool = False) -> None:
         """Swap to a version."""
-        self.swap(version.checkpoint_path, str(version.version_id))
+        self.swap(version.checkpoint_path, str(version.version_id), in_flight=in_flight)
 
     def serves(self, version: PolicyVersion) -> bool:
         """Return whether every engine says that it serves the version."""
         return all(engine.serves(version.checkpoint_path, str(version.version_id)) for engine in self)
 
-    def put_back(self, version: PolicyVersion | None) -> None:
+    def put_back(self, version: PolicyVersion | None, *, in_flight: bool = False) -> None:
         """Load `version` (or mark the weights unverified); waits up to `swap_timeout_s` for an engine that restarts.
 
         Raises:
@@ -81,7 +84,7 @@ class Fleet:
         while True:
             try:
                 if version is not None:
-                    self.serve(version)
+                    self.serve(version, in_flight=in_flight)
                 else:
                     for engine in self:
                         engine.disown(UNVERIFIED)
@@ -110,9 +113,13 @@ class Fleet:
                         "and no probe was given: start the engine with `tracegrad engine`"
                     )
 
-    def _swap_one(self, engine: EngineClient, path: str, mark: str) -> None:
+    def _swap_one(self, engine: EngineClient, path: str, mark: str, in_flight: bool) -> None:
+        if in_flight:
+            engine.pause()
         if (said := engine.swap(path, mark, timeout_s=self.settings.swap_timeout_s)) != mark:
             raise PublishFailed(f"{engine.url} was told version {mark} and says {said}: is somebody else publishing?")
+        if in_flight:
+            engine.resume()
 
     def _probe_one(
         self, engine: EngineClient, probe: ProbeSet, bound: float | None, noise: float | None

@@ -17,7 +17,7 @@ from tracegrad.tracestore.config import ModelConfig
 from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine_client import EngineClient, Sampled
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused
-from tracegrad.trainer.engine_launch import EXTENSION, TRANSFER_BACKENDS
+from tracegrad.trainer.engine_launch import EXTENSION, SPANS, TRANSFER_BACKENDS
 from tracegrad.trainer.transfer_client import started_for
 
 _PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -40,10 +40,10 @@ class Finding:
         return f"{self.code}: {self.what}; add {self.add}"
 
 
-def preflight(client: EngineClient, model: ModelConfig) -> list[Finding]:
+def preflight(client: EngineClient, model: ModelConfig, *, in_flight: bool = False) -> list[Finding]:
     """Return everything that the engine behind `client` lacks for training `model`; empty when it is ready.
 
-    `model` is what the engine was started with: for an adapter its base.
+    `model` is what the engine was started with: for an adapter its base. `in_flight`: calls go on through publishes.
     """
     if not client.healthy(timeout_s=30):
         return [
@@ -57,16 +57,17 @@ def preflight(client: EngineClient, model: ModelConfig) -> list[Finding]:
     findings = _served(asked, model)
     if any(f.code == "model" for f in findings):
         return findings
-    return findings + _control(asked, model) + _adapters(client) + _sampling(asked)
+    findings += _control(asked, model) + _adapters(client) + _sampling(asked)
+    return findings + _spans(asked) if in_flight and not findings else findings
 
 
-def check(client: EngineClient, model: ModelConfig) -> None:
+def check(client: EngineClient, model: ModelConfig, *, in_flight: bool = False) -> None:
     """Raise where `preflight` finds anything.
 
     Raises:
         EngineNotReady: with one line for each finding.
     """
-    findings = preflight(client, model)
+    findings = preflight(client, model, in_flight=in_flight)
     if findings:
         lines = "\n".join(f"  - {finding}" for finding in findings)
         raise EngineNotReady(f"the engine at {client.url} cannot be trained on yet:\n{lines}", findings)
@@ -139,6 +140,14 @@ def _adapters(client: EngineClient) -> list[Finding]:
         add = "tracegrad's plugin for vLLM: start it with `tracegrad engine`, without VLLM_PLUGINS in its environment"
         return [Finding(code="lora_products", what=what, add=add)]
     return []
+
+
+def _spans(client: EngineClient) -> list[Finding]:
+    if client.tells_versions():
+        return []
+    what = "does not say which weights sampled which token, and trainer.publish.mode is in_flight"
+    add = f"--middleware {SPANS}, and tracegrad's trainer/engine_spans.py to its PYTHONPATH; or publish by drain"
+    return [Finding(code="version_spans", what=what, add=add)]
 
 
 def _no_extension(why: str) -> list[Finding]:

@@ -6,6 +6,11 @@ is told the version, and is probed; only then is the publish `live` and the prox
 previous live weights back *before* it says `failed`, because proxies go on then as well. Where even that is impossible
 the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached.
 
+With `mode: in_flight` proxies acknowledge with calls in flight. Each engine stands still for the swap (`/pause` keeps
+what runs and throws its cache away), then goes on with the new weights and is probed; tokens are told apart by the
+version that the engine is marked with. What it sampled until a probe refused it, the proxies quarantine. First versions
+and canaries are published by drain.
+
 With a gate (see `gated`) some engines, or the only one, get the candidate first: it is `evaluating`; then it is live,
 or proxies stand still once more (`settling`) while the other engines follow, or the previous weights are put back and
 probed: `rejected`.
@@ -104,7 +109,9 @@ class Publisher:
         if self.gate is not None and (candidate := self.candidate(version_id, probe, canary)) is not None:
             return Passage(self.gate, [candidate]).run()[self.model]
         version, previous = self._version(version_id, probe, canary), self.store.live_version(self.model)
-        attempt = Attempt(self.store.request_publish(version_id), version, previous, self.fleet)
+        in_flight = self.settings.mode == "in_flight" and canary is None and previous is not None
+        publish = self.store.request_publish(version_id, in_flight=in_flight)
+        attempt = Attempt(publish, version, previous, self.fleet)
         clock = Stopwatch()
         self.drain(attempt, clock, staged=canary is None)
         canary_seen, seen = self.try_out(attempt, probe, canary, clock)
@@ -171,7 +178,7 @@ class Publisher:
             last = self._of(self.store.advance_together(last.publish_id, "settling", decision=decision))
         if last.state == "settling":
             self._wait_for_proxies(last)
-        self.fleet.put_back(live)
+        self.fleet.put_back(live, in_flight=last.in_flight)
         end: PublishState = "rejected" if was_rejected(last.decision) else "failed"
         return self.store.advance_publish(last.publish_id, end, error=error)
 
@@ -187,7 +194,7 @@ class Publisher:
                 with clock.timed("canary_s"):
                     canary_seen = self._try_canary(version, probe, canary, attempt.first)
             with clock.timed("swap_s"):
-                attempt.first.serve(version)
+                attempt.first.serve(version, in_flight=attempt.publish.in_flight)
             with clock.timed("probe_s"):
                 seen = None if probe is None else attempt.first.probe(probe, noise=self.noise)
             refuse_bad(seen, version)
@@ -196,9 +203,13 @@ class Publisher:
         return canary_seen, seen
 
     def stand_still(self, publish: Publish) -> None:
-        """Wait until no proxy dispatches and nothing runs in any engine. Raises PublishFailed, EngineError."""
+        """Wait until no proxy dispatches and nothing runs in any engine, unless that may go on.
+
+        Raises PublishFailed, EngineError.
+        """
         self._wait_for_proxies(publish)
-        self.fleet.forget_prefixes()
+        if not publish.in_flight:
+            self.fleet.forget_prefixes()
 
     def drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
         """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped.
@@ -251,7 +262,7 @@ class Publisher:
         what = f"publish {publish.publish_id} of version {publish.version_id} failed: {error}"
         probe = getattr(error, "probe", None)
         try:
-            self.fleet.put_back(previous)
+            self.fleet.put_back(previous, in_flight=publish.in_flight)
         except EngineError as second:
             raise PublishFailed(
                 f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",

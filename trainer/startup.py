@@ -117,7 +117,7 @@ def wait_for_engines(
                     )
                 say(f"waiting for the engine at {client.url}")
                 time.sleep(1.0)
-            check(client, model)
+            check(client, model, in_flight=config.publishes_in_flight)
 
 
 def first_publish(

@@ -82,6 +82,7 @@ class ProxyApp:
             url=url,
             poll_s=config.proxy.poll_s,
             expires_s=config.proxy.heartbeat_expires_s,
+            in_flight=config.publishes_in_flight,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,6 +144,7 @@ class ProxyApp:
                 dissents=self.dissents,
                 continuing=self.continuing,
                 hold_timeout_s=proxy.hold_timeout_s,
+                in_flight=self.config.publishes_in_flight,
             ),
         )
         self._closing_idle = asyncio.create_task(self._close_idle_runs(), name="tracegrad-idle-close")

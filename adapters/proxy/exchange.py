@@ -34,6 +34,7 @@ from tracegrad.adapters.proxy.retries import (
 )
 from tracegrad.adapters.proxy.sse import DONE, Event, SSEParser, encode
 from tracegrad.adapters.proxy.upstream import EngineAnswer, NotSent, Upstream
+from tracegrad.adapters.proxy.version_spans import ASK, read_told, versions_in
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.group_commit import GroupCommitter
@@ -55,6 +56,8 @@ class Shared:
     dissents: Dissents
     continuing: Continuing
     hold_timeout_s: float
+    in_flight: bool = False
+    """Whether calls go on while weights are exchanged: each asks the engine which weights sampled what."""
 
 
 class Exchange:
@@ -96,6 +99,7 @@ class Exchange:
             salt=salt_of(draft.project, ask.body.get("cache_salt")) if ours else None,
         )
         self._past = shared.continuing.past(draft, self._body)
+        self._asks = shared.in_flight and ours and ask.shape is not EMBEDDINGS
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
         self._arrived = time.monotonic()
@@ -157,17 +161,9 @@ class Exchange:
             if done:
                 return
             if time.monotonic() >= deadline:
-                raise self._held_too_long()
+                raise _held_too_long(self._shared, self._draft.model, self._request, time.monotonic() - self._arrived)
             await self._start_stream(STREAM_HEADERS)
             await self._reply.send(encode(empty_chunk(self._shape, self._draft)))
-
-    def _held_too_long(self) -> Held:
-        model, waited_s = self._draft.model, time.monotonic() - self._arrived
-        complaint = self._shared.upstream.pools[model].complaint
-        state = self._shared.hold.gates[model].view.state
-        why = complaint or f"new weights are being {'judged' if state == 'evaluating' else 'published'}"
-        later_s = retry_after_s(waited_s, retry_number(self._request.headers) or 0)
-        return Held(f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=later_s)
 
     async def _converse(self, hangup: Hangup, ticket: Ticket) -> None:
         """Dispatch, gather, record, release; whatever goes wrong on the way is recorded as it is."""
@@ -221,6 +217,7 @@ class Exchange:
 
     async def _post(self, body: bytes) -> EngineAnswer:
         headers, draft = without_ours(self._request.raw_headers), self._draft
+        headers = [*headers, ASK] if self._asks else headers
         body = renamed(body, draft.before if self._progress.version_dispatched is None else None)
         run_id, post = draft.attribution.run_id, self._shared.upstream.post
         return await post(draft.model, self._shape.path, body, headers, run_id=run_id, among=self._engines)
@@ -237,6 +234,7 @@ class Exchange:
             self.answered = failure is None
         else:
             visible = self._read_whole(body)
+            self._transcript.told = None if answer.versions is None else read_told(answer.versions)
             await self._record(ticket, "complete")
             await self._reply.whole(200, [*answer.headers, *self._own_headers], visible)
             self.answered = True
@@ -280,7 +278,7 @@ class Exchange:
 
     def _read(self, event: Event) -> bytes | None:
         if event.data is None:
-            return event.raw
+            return self._transcript.hear(event.raw) if self._asks else event.raw
         if event.data == DONE:
             self._holding = self._done = True
             return event.raw
@@ -312,7 +310,7 @@ class Exchange:
         """Count the call out and wait until it is durable. Raises NotRecorded."""
         self._progress.completed_at = time.time()
         try:
-            version = await self._shared.hold.version_after(ticket)
+            version = await self._shared.hold.version_after(ticket, versions_in(self._transcript.told))
             if self._past is not None and status == "complete":
                 self._progress.continues = await self._past.settle(self._transcript.prompt_ids)
             commit = asyncio.wrap_future(self._submit(ticket, version, status, error))
@@ -337,7 +335,8 @@ class Exchange:
     def _submit(self, ticket: Ticket, version: int | None, status: CallStatus, error: str | None) -> Future[None]:
         """Count the call out of the engine and hand it to the committer."""
         self._progress.version_completed = version
-        self._progress.swapped = ticket.swapped
+        self._progress.swapped, self._progress.exchanged = ticket.swapped, ticket.exchanged
+        self._progress.lived = ticket.gate.lived
         self._shared.hold.leave(ticket)
         self.submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
@@ -370,6 +369,14 @@ def empty_chunk(shape: Shape, draft: Draft) -> bytes:
             "choices": [],
         }
     )
+
+
+def _held_too_long(shared: Shared, model: str, request: Request, waited_s: float) -> Held:
+    state = shared.hold.gates[model].view.state
+    publishing = f"new weights are being {'judged' if state == 'evaluating' else 'published'}"
+    why = shared.upstream.pools[model].complaint or publishing
+    later_s = retry_after_s(waited_s, retry_number(request.headers) or 0)
+    return Held(f"the model {model!r} has taken no calls for {waited_s:.0f} s: {why}", retry_after_s=later_s)
 
 
 def _abort(answer: EngineAnswer | None) -> None:

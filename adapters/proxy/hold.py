@@ -2,10 +2,11 @@
 
 A proxy is a row with a heartbeat, registered before the publish state is first read. While engines of a model are about
 to change weights, or none that a call may go to is up, new calls wait here, in line (`courses` says who may go where);
-when none is left with the engines, the drain is acknowledged. If our last successful contact with the store is older
-than half of the heartbeat's life, the publisher may soon count us as dead: nothing is dispatched, and no version is
-believed, before we have registered again and read the state again. Refuses (503) to dispatch while the store cannot be
-read. Called by `exchange`; runs inside `app`.
+when none is left with the engines, the drain is acknowledged. Where calls go on through the publish it is acknowledged
+at once, and a call that the new weights sampled waits for the outcome before it is recorded. If our last successful
+contact with the store is older than half of the heartbeat's life, the publisher may soon count us as dead: nothing is
+dispatched, and no version is believed, before we have registered again and read the state again. Refuses (503) to
+dispatch while the store cannot be read. Called by `exchange`; runs inside `app`.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -27,6 +29,9 @@ from tracegrad.tracestore.store import Store
 
 log = logging.getLogger("tracegrad.proxy")
 _T = TypeVar("_T")
+_UNSETTLED: tuple[PublishState | None, ...] = ("requested", "draining", "swapping")
+SETTLES_S = 60.0
+"""How long the end of a call waits to learn whether the weights that sampled it went live."""
 _DRAINS: tuple[PublishState, ...] = ("draining", "settling")
 """The states that a proxy acknowledges: the n-th comes before engines change weights for the n-th time."""
 RUNS_KEPT = 16_384
@@ -43,7 +48,14 @@ class Gate:
     acknowledged: set[PublishState] = field(default_factory=set)
     """Of the newest publish."""
     surprises: int = 0
-    """How often a swap began while calls were with the engine: those calls span two versions."""
+    """How often a swap began unasked, or failed, while calls were with the engine: those were sampled by nobody knows
+    what."""
+    exchanges: int = 0
+    """How often we acknowledged a publish with calls in flight: those have one version only if the engine says so."""
+    tells: bool = False
+    """Whether calls say which weights sampled what, so that they may go on through a publish."""
+    lived: set[int] = field(default_factory=set)
+    """The versions that were seen live."""
     ready: Callable[[frozenset[str] | None], bool] = lambda _engines: True
     """Whether an engine of the model is up, one of these."""
     line: "Line[Ticket]" = field(default_factory=Line)
@@ -76,8 +88,13 @@ class Gate:
     @property
     def owes_acknowledgement(self) -> bool:
         """Whether a publish waits for us and nothing is in flight any more."""
-        state = self.view.state
-        return state in _DRAINS and self.in_flight == 0 and state not in self.acknowledged
+        state, free = self.view.state, self.in_flight == 0 or (self.tells and self.view.in_flight)
+        return state in _DRAINS and free and state not in self.acknowledged
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a publish that calls go on through may yet go live, or fail."""
+        return self.view.in_flight and self.view.state in _UNSETTLED
 
     def version_on(self, engines: frozenset[str] | None) -> int | None:
         """The version that these engines serve."""
@@ -91,7 +108,7 @@ class Gate:
             if len(self.stayed) > RUNS_KEPT:
                 self.stayed.popitem(last=False)
         self.in_flight += 1
-        return Ticket(self, course.version, course.engines, self.surprises)
+        return Ticket(self, course.version, course.engines, self.surprises, self.exchanges)
 
     def see(self, view: ModelState, was_fresh: bool) -> None:
         """Take in a model's state. Weights that changed without waiting for us mark what is in flight."""
@@ -101,9 +118,13 @@ class Gate:
         unasked = [drain for drain in _DRAINS[: view.swaps] if drain not in self.acknowledged]
         changed = view.swaps > (self.view.swaps if same else 0)
         blind = view.state == "failed" and not was_fresh and (not same or self.view.state != "failed")
-        if self.in_flight and ((changed and unasked) or (blind and "draining" not in self.acknowledged)):
+        over = self.unsettled and not (same and (view.state in _UNSETTLED or not view.swaps))
+        failed = over and view.live_version != self.view.candidate
+        if self.in_flight and (failed or (changed and unasked) or (blind and "draining" not in self.acknowledged)):
             self.surprises += 1
             log.error("publish %s swapped %s with %d calls in flight", view.publish_id, self.model, self.in_flight)
+        if view.live_version is not None:
+            self.lived.add(view.live_version)
         self.view = view
 
 
@@ -115,12 +136,18 @@ class Ticket:
     version: int | None
     engines: frozenset[str] | None
     surprises: int
+    exchanges: int
     left: bool = False
 
     @property
     def swapped(self) -> bool:
         """Whether a swap began behind our back since the ticket was given."""
         return self.gate.surprises != self.surprises
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether weights may have been exchanged under it, with our acknowledgement."""
+        return self.gate.exchanges != self.exchanges
 
     @property
     def version_now(self) -> int | None:
@@ -144,10 +171,13 @@ class Hold:
         url: str,
         poll_s: float,
         expires_s: float,
+        in_flight: bool = False,
     ) -> None:
         self.proxy_id = proxy_id
         self._published = tuple(models)
         self.gates = {model: Gate(model, frozenset(url.rstrip("/") for url in models[model])) for model in models}
+        for gate in self.gates.values():
+            gate.tells = in_flight
         self.gates |= {model: Gate(model) for model in outside}
         for gate in self.gates.values():
             gate.stayed = next(iter(self.gates.values())).stayed
@@ -158,7 +188,7 @@ class Hold:
         self._contact = self._beat = float("-inf")
         self._registered = False
         self.arrivals = 0
-        self._wake = asyncio.Event()
+        self._wake, self._seen = asyncio.Event(), asyncio.Event()
         self._lock = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracegrad-hold")
         self._task: asyncio.Task[None] | None = None
@@ -231,10 +261,17 @@ class Hold:
             assert course is not None
             place.set_result(gate.admit(caller, course))
 
-    async def version_after(self, ticket: Ticket) -> int | None:
-        """Return the version that its engines serve now that one has finished the call. Raises as `enter`."""
+    async def version_after(self, ticket: Ticket, sampled_by: frozenset[int] = frozenset()) -> int | None:
+        """Return the version that its engines serve now that one has finished the call. Raises as `enter`.
+
+        Where versions sampled it that are not known to be good, the publish under way is waited for first.
+        """
         if not self.fresh:
             await self.refresh()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLES_S):
+                while ticket.gate.unsettled and not sampled_by <= ticket.gate.lived:
+                    await self._seen.wait()
         return ticket.version_now
 
     def leave(self, ticket: Ticket) -> None:
@@ -289,9 +326,12 @@ class Hold:
             self._beat, self._registered = began, True
         for view in views.values():
             self.gates[view.model].see(view, was_fresh)
+        self._seen.set()
+        self._seen = asyncio.Event()
         for gate in self.gates.values():
             publish_id, state = gate.view.publish_id, gate.view.state
             if gate.owes_acknowledgement and publish_id is not None and state is not None:
+                gate.exchanges += gate.in_flight > 0  # first: weights may change as soon as it is written
                 await self._in_thread(partial(self._store.ack_publish, publish_id, self.proxy_id, state))
                 gate.acknowledged.add(state)
             self.advance(gate.model)

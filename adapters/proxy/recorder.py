@@ -7,7 +7,7 @@ completion stands in its message as `content`. No I/O. Called by `exchange`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import msgspec
 
 from tracegrad.adapters.proxy.capture import SEVERAL_PROMPTS
 from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
+from tracegrad.adapters.proxy.version_spans import COMMENT, Judged, Told, judge, read_told
 from tracegrad.tracestore.records import (
     Attribution,
     Call,
@@ -165,6 +166,8 @@ class Transcript:
     """A reason to quarantine that only the reader of the wire can know."""
     failure: str | None = None
     """The engine's error inside a stream, as it wrote it."""
+    told: Told | None = None
+    """Which weights sampled which tokens; None where the engine said nothing of it."""
 
     def add(self, answer: Answer) -> None:
         """Take in a whole answer or one chunk of it."""
@@ -182,6 +185,13 @@ class Transcript:
             if sampled is None:
                 sampled = self.choices[choice.index] = Sampled(choice.index)
             sampled.extend(choice)
+
+    def hear(self, comment: bytes) -> bytes | None:
+        """Take in a comment of a stream; return what the client may see of it."""
+        if not comment.startswith(COMMENT):
+            return comment
+        self.told = read_told(comment[len(COMMENT) :])
+        return None
 
     def finished(self, n: int) -> bool:
         """True once each of `n` choices has its finish reason."""
@@ -254,7 +264,11 @@ class Progress:
     version_completed: int | None = None
     continues: Continues | None = None
     swapped: bool = False
-    """A swap began while the call was with the engine, without our acknowledgement."""
+    """A swap began while the call was with the engine, without our acknowledgement, or one failed under it."""
+    exchanged: bool = False
+    """Weights may have been exchanged while it was with the engine, with our acknowledgement."""
+    lived: Container[int] = ()
+    """The versions that were seen live until now."""
 
 
 def compose(
@@ -262,11 +276,18 @@ def compose(
 ) -> Call:
     """Return the call as it will be stored. Only a complete call is judged for exactness, every one for its version."""
     reason, detail = _verdict(draft, transcript) if status == "complete" else (None, None)
-    if progress.swapped or progress.version_dispatched != progress.version_completed:
-        reason, detail = "version changed", f"{progress.version_dispatched} -> {progress.version_completed}"
+    began, ended = progress.version_dispatched, progress.version_completed
     ordered = sorted(transcript.choices.values(), key=lambda choice: choice.index)
+    counts = {each.index: len(each.token_ids or ()) for each in ordered}
+    versions = judge(transcript.told, counts, began=began, ended=ended, lived=progress.lived)
+    untold = progress.exchanged and transcript.told is None
+    if progress.swapped or untold or versions.detail is not None:
+        versions = Judged(ended, detail=versions.detail or f"{began} -> {ended}")
+        reason, detail = "version changed", versions.detail
     one_tool_call = draft.body.get("parallel_tool_calls") is False
     choices = tuple(choice.frozen(draft.sampling.flags, one_tool_call=one_tool_call) for choice in ordered)
+    if versions.spans:
+        choices = tuple(replace(each, version_spans=versions.spans.get(each.index, ())) for each in choices)
     prompt_ids = None if draft.flaw == SEVERAL_PROMPTS or draft.outside else transcript.prompt_ids
     return Call(
         call_id=draft.call_id,
@@ -275,7 +296,7 @@ def compose(
         model=draft.model,
         requested_model=draft.requested_model,
         version_dispatched=progress.version_dispatched,
-        version_completed=progress.version_completed,
+        version_completed=versions.completed,
         prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
         choices=choices if draft.outside is None else tuple(map(_text_only, choices)),
         status=status,

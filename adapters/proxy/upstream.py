@@ -19,6 +19,7 @@ from tracegrad.adapters.proxy.adapter_pool import AdapterPool
 from tracegrad.adapters.proxy.engines import Engine, Pool, said_by
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable
 from tracegrad.adapters.proxy.outside import OutsideApi, OutsidePool
+from tracegrad.adapters.proxy.version_spans import HEADER
 
 KEEPALIVE_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
@@ -43,7 +44,10 @@ class EngineAnswer:
         self._engine: Engine | None = engine
         self._asked = engine
         self.status = response.status
-        self.headers = engine.answered(end_to_end(response.raw_headers))
+        headers = end_to_end(response.raw_headers)
+        self.versions = next((value for name, value in headers if name == HEADER), None)
+        """Which weights sampled which tokens of a plain answer, as it was told."""
+        self.headers = engine.answered([header for header in headers if header[0] != HEADER])
         self.is_stream = response.content_type == "text/event-stream"
         engine.heard()
 

@@ -17,6 +17,7 @@ class CompletionsWire:
     fault: str | None
     token_delay_s: float
     gate: Any
+    version: str | None
 
     def _prompts(self, body: dict[str, Any]) -> list[tuple[str, list[int]]]:
         """Return (text, ids) of each prompt."""
@@ -39,6 +40,8 @@ class CompletionsWire:
             for number in range(body.get("n") or 1):
                 sampled = self._sample(body, f"{number}: {text}")
                 n_sampled += len(sampled.ids)
+                for _ in sampled.ids:
+                    self._mark(body, len(choices))
                 shown = (("" if ids else text) if echo else "") + sampled.text
                 choices.append({
                     "index": len(choices), "text": shown,
@@ -75,6 +78,7 @@ class CompletionsWire:
                 if not await self._goes_on(send, position, last=last):
                     return
                 total += 1
+                self._mark(body, index)
                 said = self._completion_delta(body, choice, position, (text, prompt, number))
                 chunk: dict[str, Any] = {**head, "choices": [{"index": index, **said}]}
                 if continuous:
@@ -142,6 +146,15 @@ class CompletionsWire:
             "usage": self._usage(sum(map(len, ids)), 0),
         }  # fmt: skip
         await reply(send, 200, dumps(answer))
+
+    def _mark(self, body: dict[str, Any], index: int) -> None:
+        """Note which version samples the next token of a choice."""
+        spans = body["_heard"].setdefault(index, [])
+        n = spans[-1][2] if spans else 0
+        if spans and spans[-1][0] == self.version:
+            spans[-1] = (self.version, spans[-1][1], n + 1)
+        else:
+            spans.append((self.version or "default", n, n + 1))
 
     # what the fake engine has
     def _gives_ids(self, body: dict[str, Any]) -> bool:

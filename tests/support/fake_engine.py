@@ -23,6 +23,8 @@ from typing import Any
 
 from fake_transfer import STEPS, TransferWire, save_tensor
 
+from tracegrad.trainer.engine_spans import HEADER, telling
+
 VOCABULARY = 11
 
 
@@ -67,6 +69,11 @@ class FakeEngine(TransferWire):
         self.ignore_reload = False
         self.fail_reloads = 0
         self.busy = False
+        """Something runs. While it is paused it is kept, without a cache: then nothing proves an idle engine."""
+        self.running = threading.Event()
+        self.running.set()
+        self.tells_versions = True
+        """Started with our middleware: a stream that asks for it is told which weights sampled what."""
         self.die_on_reload = False
         self.alive = True
         self.loaded: list[str] = []
@@ -117,7 +124,9 @@ class FakeEngine(TransferWire):
         }
         development = {
             "/collective_rpc": lambda: self._rpc(body["method"], body["kwargs"]),
-            "/reset_prefix_cache": lambda: (200, {"success": not self.busy}),
+            "/reset_prefix_cache": lambda: (200, {"success": not (self.busy and self.running.is_set())}),
+            "/pause?mode=keep": lambda: (200, {"status": "paused", "was": self.running.clear()}),
+            "/resume": lambda: (200, {"status": "resumed", "was": self.running.set()}),
             "/update_weight_version": lambda: self._set_version(body["new_version"]),
             "/weight_info": lambda: (200, {"weight_version": self.version}),
             **{f"/{step}": partial(self.transfer, step, body) for step in (*STEPS, "shutdown_weight_transfer_engine")},
@@ -183,10 +192,16 @@ class FakeEngine(TransferWire):
     def _completions(self, body: dict[str, Any]) -> tuple[int, Any]:
         if body["model"] not in (self.name, *self.adapters):
             return 404, _error(f"The model `{body['model']}` does not exist.")
+        assert self.running.wait(5), "a paused engine answers nobody"
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
         if any(len(p) + body["max_tokens"] > self.max_model_len for p in prompts):
             return 400, _error("longer than the maximum model length")
-        return 200, {"choices": [self._choice(i, p, body) for i, p in enumerate(prompts)]}
+        answer = {"choices": [self._choice(i, p, body) for i, p in enumerate(prompts)]}
+        if not body.get("stream"):
+            return 200, answer
+        heard = {0: [(self.version, 0, body["max_tokens"])]} if self.tells_versions and body["_asks"] else {}
+        stream = f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n".encode()
+        return 200, telling({"type": "http.response.body", "body": stream}, heard)["body"].decode()
 
     def _choice(self, index: int, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
         rng = random.Random(body.get("seed", 0))
@@ -244,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._reply(json.loads(raw) if raw else {})
+        body = json.loads(raw) if raw else {}
+        self._reply({**body, "_asks": HEADER.decode() in self.headers} if body.get("stream") else body)
 
     def _reply(self, body: dict[str, Any]) -> None:
         try:

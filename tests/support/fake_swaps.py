@@ -1,9 +1,11 @@
 """The part of the fake vLLM that takes new weights: its development endpoints, for a publisher on the real wire.
 
 A checkpoint is a folder whose `answer.txt` holds what the model then says to everything (see `save_answers`). The
-prefix cache is only forgotten while nothing runs, as in vLLM: a swap under a call is refused.
+prefix cache is only forgotten while nothing runs, as in vLLM: a swap under a call is refused. A pause that keeps what
+runs stops every stream before its next token, and which version sampled which token is told as our middleware tells it.
 """
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,15 @@ class SwapWire:
     version: str | None
     answer_text: str | None
     in_flight: int
-    PATHS = ("/collective_rpc", "/reset_prefix_cache", "/update_weight_version")
+    PATHS = ("/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/pause", "/resume")
     ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
     def __init__(self) -> None:
         self.swapped_in: list[str] = []
         self.swapped_under_calls = 0
+        self.paused = False
+        self.tells_versions = True
+        """Started with our middleware."""
         self.adapters: dict[str, str] = {}
         """Name -> folder, as `--lora-modules` or a publisher loaded them."""
 
@@ -68,15 +73,22 @@ class SwapWire:
             self.adapters[name] = folder
             await reply(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode(), b"text/plain")
 
+    async def _while_paused(self) -> None:
+        while self.paused:
+            await asyncio.sleep(0.002)
+
     async def _develop(self, path: str, receive: Any, send: Any) -> None:
-        body = json.loads(await body_of(receive))
+        body = json.loads(await body_of(receive) or b"{}")
         answer: dict[str, Any] = {"success": True}
         if path == "/reset_prefix_cache":
-            answer = {"success": self.in_flight == 0}
+            answer = {"success": self.in_flight == 0 or self.paused}
+        elif path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+            answer = {"status": "paused" if self.paused else "resumed"}
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif body["method"] == "tracegrad_load_weights":
-            self.swapped_under_calls += self.in_flight
+            self.swapped_under_calls += 0 if self.paused else self.in_flight
             folder = Path(body["kwargs"]["path"])
             self.swapped_in.append(folder.name)
             self.answer_text = (folder / "answer.txt").read_text()

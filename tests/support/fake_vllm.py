@@ -37,6 +37,8 @@ from fake_sampling import (
 )
 from fake_swaps import SwapWire
 
+from tracegrad.trainer.engine_spans import HEADER, telling
+
 __all__ = ["EOS", "FINGERPRINT", "FIRST_BYTE", "FakeEngine", "ServerThread", "encode_text", "logprob_of"]
 
 
@@ -73,6 +75,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         self.cancelled = 0
         self.finished = 0
         self.in_flight = 0
+        self.at_gate = 0
+        """How many answers came to the gate, ever."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -135,7 +139,11 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
             await reply(send, status, dumps({"error": {"message": text, "type": name, "param": param, "code": status}}))
             return
         self.in_flight += 1
+        body["_heard"] = {}
+        if self.tells_versions and HEADER.decode() in headers:
+            said, send = send, lambda message: said(telling(message, body["_heard"]))
         try:
+            await self._while_paused()
             await self._while_connected(receive, stream(body, send) if body.get("stream") else plain(body, send))
         finally:
             self.in_flight -= 1
@@ -221,7 +229,10 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
 
     async def _plain(self, body: dict[str, Any], send: Any) -> None:
         await self._wait_at("headers")
+        for index in range(body.get("n") or 1):
+            self._mark(body, index)  # the first token, before the gate
         await self._wait_at("end")
+        await self._while_paused()
         if self.plain_bytes is not None:
             await reply(send, 200, self.plain_bytes)
             return
@@ -231,6 +242,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
             sampled = self._sample(body, script(body, index))
             await asyncio.sleep(self.token_delay_s * len(sampled.ids))
             total += len(sampled.ids)
+            for _ in sampled.ids[1:]:
+                self._mark(body, index)
             message, called = self._message(body, sampled, index)
             hidden = self._hides(body)
             choices.append({
@@ -261,6 +274,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
 
     async def _wait_at(self, where: str) -> None:
         if self.gate is not None and self.gate_at == where:
+            self.at_gate += 1
             await asyncio.to_thread(self.gate.wait, 30)
 
     async def _stream(self, body: dict[str, Any], send: Any) -> None:
@@ -304,6 +318,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
                 if not await self._goes_on(send, position, last=last):
                     return
                 counts[index] += 1
+                self._mark(body, index)
                 said = self._delta(body, choice, position, index, streams[index])
                 if said is None:
                     continue
@@ -329,6 +344,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         """Wait at the gate, fail as the fault says. False: the stream has ended."""
         if last:
             await self._wait_at("end")
+        await self._while_paused()
         if position == 3 and self.fault == "drop":
             raise ConnectionError("the engine died")
         if position == 3 and self.fault == "error_event":

@@ -277,3 +277,23 @@ def test_an_adapter_is_served_by_the_engines_of_its_base() -> None:
 def test_a_wrong_adapter_is_refused(models: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_config({"models": models})
+
+
+@pytest.mark.parametrize(
+    ("models", "publish", "says"),
+    [
+        ({"base": BASE, "p": {"adapter": {"of": "base"}}}, {}, r"which weights of an adapter sampled a token \(p\)"),
+        (
+            {"main": {"checkpoint": "w"}},
+            {"gate": {"app": "a", "tasks": "t", "reward": "r", "rule": {"minimum": 0.1}}},
+            "a gate lets nobody but its evaluation meet a candidate",
+        ),
+        ({"main": {"checkpoint": "w"}}, {"mode": "inflight"}, "Invalid enum value 'inflight'"),
+    ],
+)
+def test_where_calls_cannot_go_on_through_a_publish(
+    models: dict[str, object], publish: dict[str, object], says: str
+) -> None:
+    raw = {"models": models, "trainer": {"publish": {"mode": "in_flight", **publish}}}
+    with pytest.raises(ConfigError, match=says):
+        parse_config(raw)

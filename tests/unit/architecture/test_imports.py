@@ -58,4 +58,4 @@ def test_only_what_runs_with_the_engines_interpreter_imports_vllm() -> None:
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 if any(name.split(".")[0] == "vllm" for name in names):
                     importers.add(path.name)
-    assert importers == {"worker_extension.py", "weight_receiver.py", "cuda_sender.py"}
+    assert importers == {"worker_extension.py", "weight_receiver.py", "cuda_sender.py", "engine_spans.py"}

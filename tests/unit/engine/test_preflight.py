@@ -18,13 +18,20 @@ def fake(tmp_path: Path) -> Iterator[FakeEngine]:
         yield engine
 
 
-def findings(fake: FakeEngine, name: str = "main") -> dict[str, str]:
+def findings(fake: FakeEngine, name: str = "main", *, in_flight: bool = False) -> dict[str, str]:
     model = ModelConfig(checkpoint=fake.root, engine=EngineConfig(url=fake.url, max_model_len=64))
-    return {f.code: f.add for f in preflight(EngineClient(fake.url, name), model)}
+    return {f.code: f.add for f in preflight(EngineClient(fake.url, name), model, in_flight=in_flight)}
 
 
 def test_a_good_engine_has_no_findings(fake: FakeEngine) -> None:
+    assert findings(fake, in_flight=True) == {}
+
+
+def test_calls_go_on_through_publishes_only_where_versions_are_told(fake: FakeEngine) -> None:
+    fake.tells_versions = False
     assert findings(fake) == {}
+    (add,) = findings(fake, in_flight=True).values()
+    assert "--middleware tracegrad.trainer.engine_spans.TracegradSpans" in add
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_engine import FakeEngine, save_weight
 from versions import add_version
@@ -38,9 +39,9 @@ class House:
     def version(self, weight: float) -> PolicyVersion:
         return add_version(self.store, self.checkpoint(weight), model="main", kind="step")
 
-    def publisher(self, **options: float) -> Publisher:
+    def publisher(self, settings: PublishConfig = SETTINGS, **options: float) -> Publisher:
         client = EngineClient(self.engine.url, "main", timeout_s=5)
-        return Publisher(self.store, "main", [client], SETTINGS, on_state=self.states.append, **options)
+        return Publisher(self.store, "main", [client], settings, on_state=self.states.append, **options)
 
     def state(self) -> tuple[str, int | None]:
         """(state of the newest publish, live version)."""
@@ -176,6 +177,39 @@ def test_an_engine_with_running_requests_is_not_swapped_silently(house: House) -
         house.publisher().publish(version.version_id, probe(1.2, None))
     assert house.engine.loaded == []
     assert house.state() == ("failed", None)
+
+
+def test_calls_go_on_through_a_swap_and_the_probe_comes_after_it(house: House) -> None:
+    """The first version is published by drain; then the engine stands still for the swap alone, with what it has."""
+    publisher = house.publisher(msgspec.structs.replace(SETTINGS, mode="in_flight"))
+    publisher.publish(house.version(1.0).version_id, probe(1.0, None))
+    house.engine.busy = True
+    house.engine.events.clear()
+    second = house.version(1.2)
+    report = publisher.publish(second.version_id, probe(1.2, 1.0))
+    swap = ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "update_weight_version", "weight_info", "resume"]
+    assert house.engine.events[:6] == swap and "v1/completions" in house.engine.events[6:]
+    assert report.probe is not None and report.probe.verdict == "new"
+    assert [each.in_flight for each in house.store.list_publishes("main")] == [False, True]
+    assert house.state() == ("live", second.version_id)
+
+
+@pytest.mark.parametrize(("fault", "value"), [("fail_reloads", 1), ("stale_head", True)])
+def test_a_swap_in_flight_that_fails_is_undone_while_the_engine_stands_still(
+    house: House, fault: str, value: object
+) -> None:
+    first, publisher = house.version(1.0), house.publisher(msgspec.structs.replace(SETTINGS, mode="in_flight"))
+    publisher.publish(first.version_id, probe(1.0, None))
+    house.engine.busy = True
+    setattr(house.engine, fault, value)
+    house.engine.events.clear()
+    with pytest.raises(PublishFailed, match=f"version {first.version_id} is back"):
+        publisher.publish(house.version(1.4).version_id, probe(1.4, 1.0))
+    assert (house.engine.weight, house.engine.version) == (1.0, str(first.version_id))
+    stood = [event for event in house.engine.events if event in ("pause?mode=keep", "resume")]
+    resumed_once = ["pause?mode=keep", "pause?mode=keep", "resume"]  # not with weights that were not loaded
+    assert stood == (resumed_once if fault == "fail_reloads" else ["pause?mode=keep", "resume"] * 2)
+    assert house.engine.running.is_set()
 
 
 def test_an_engine_that_is_down_fails_the_publish_before_the_swap(house: House) -> None:

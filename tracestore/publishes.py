@@ -33,6 +33,8 @@ from tracegrad.tracestore.schema import (
 from tracegrad.tracestore.versions import abandon_newer, existing
 
 SILENT_FOR_EVER_S = 86_400.0
+REHEARSED = "~next"
+"""What the name of an adapter ends with on its engine while its next version is probed beside the one that serves."""
 UNFINISHED = UNFINISHED_STATES
 _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
     "requested": ("draining", "rejected", "failed"),

@@ -11,6 +11,7 @@ Source: vllm 0.32 `entrypoints/openai/models/serving.py`, `v1/core/kv_cache_util
 """
 
 from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.publishes import REHEARSED
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused
 from tracegrad.trainer.transfer_client import TransferClient, sender_for
@@ -45,6 +46,10 @@ class AdapterClient(EngineClient):
 
     def prove_idle(self) -> None:
         """Nothing: calls to other models of the engine may run."""
+
+    def beside(self) -> "AdapterClient":
+        """Return a client for the next version of the adapter, under a name of its own."""
+        return AdapterClient(self.url, self.name + REHEARSED, self.base.name, timeout_s=self.timeout_s)
 
     def max_model_len(self) -> int | None:
         """Return how many tokens its base takes."""

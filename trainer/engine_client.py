@@ -107,6 +107,10 @@ class EngineClient:
     def unstage(self) -> None:
         """Forget what was prepared."""
 
+    def beside(self) -> "EngineClient | None":
+        """Return a client for weights beside those that serve, under a name that nobody asks for; None: no room."""
+        return None
+
     def reload(self, path: str, *, timeout_s: float = 120.0) -> Reload:
         """Load the checkpoint at `path` (a folder the engine can read) in place.
 

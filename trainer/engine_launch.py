@@ -94,8 +94,13 @@ def adapter_flags(adapters: Sequence[AdapterConfig]) -> tuple[str, ...]:
         return ()
     rank = next(each for each in _RANKS if each >= max(adapter.rank for adapter in adapters))
     layers = sorted({layer for adapter in adapters for layer in adapter.targets or _LAYERS})
-    sizes = ("--max-lora-rank", str(rank), "--max-loras", str(len(adapters)), "--max-cpu-loras", str(2 * len(adapters)))
-    return ("--enable-lora", *sizes, "--lora-target-modules", *layers)
+    room = (
+        "--max-loras",
+        str(len(adapters) + 1),
+        "--max-cpu-loras",
+        str(2 * len(adapters)),
+    )  # one is rehearsed at a time
+    return ("--enable-lora", "--max-lora-rank", str(rank), *room, "--lora-target-modules", *layers)
 
 
 def lora_modules(folders: Mapping[str, str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ go stale; what an engine itself refuses passes through (EngineError). Knows no s
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from tracegrad.tracestore.config import PublishConfig
@@ -15,10 +16,25 @@ from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineUnreachable, PublishFailed
 from tracegrad.trainer.errors import EngineError
 from tracegrad.trainer.preflight import tied_head
-from tracegrad.trainer.probe import ProbeResult, ProbeSet, judge
+from tracegrad.trainer.probe import ProbeResult, ProbeSequence, ProbeSet, judge
 
 UNVERIFIED = "unverified"
 """The version an engine is marked with when nobody knows its weights and there are none to put back."""
+
+
+_CHECKED_TOKENS = 64
+"""Tokens that are scored again after a switch to weights that were rehearsed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What the probe saw of weights that do not serve yet. `check`: few of its tokens, and what engines said of them.
+
+    Whoever serves these weights afterwards says the same: of that, and of the folder, a switch is known to be made.
+    """
+
+    seen: ProbeResult
+    check: ProbeSet
 
 
 class Fleet:
@@ -103,6 +119,23 @@ class Fleet:
         order = ("new", "unresolved", "mismatch", "stale")
         return max(results, key=lambda result: order.index(result.verdict))
 
+    def rehearse(self, path: str, probe: ProbeSet, *, noise: float | None = None) -> Rehearsal | None:
+        """Score the probe on weights loaded beside those that serve, while these do; None where engines cannot."""
+        beside = [engine.beside() for engine in self]
+        loaded = self.of([engine for engine in beside if engine is not None])
+        if len(loaded) < len(self):
+            return None
+        try:
+            loaded.swap(path, path)
+            probe = probe.fitting(loaded.engines[0].max_model_len())
+            short = _shortened(probe)
+            said = loaded.engines[0].score_many([(s.ids, s.n_prompt) for s in short.sequences])
+            seen = loaded.probe(probe, noise=noise)
+        finally:
+            for engine in loaded:
+                engine.disown(path)
+        return Rehearsal(seen=seen, check=replace(short, new_logprobs=tuple(said)))
+
     def refuse_blind(self, version: PolicyVersion) -> None:
         """Without a probe nobody would see a stale head: then every engine must have the extension that mends it."""
         if tied_head(version.checkpoint_path):
@@ -135,6 +168,17 @@ class Fleet:
             noise=noise,
             min_tokens=self.settings.probe_tokens,
         )
+
+
+def _shortened(probe: ProbeSet) -> ProbeSet:
+    """Return the first tokens of the sequence with the shortest prompt."""
+    place = min(range(len(probe.sequences)), key=lambda i: probe.sequences[i].n_prompt)
+    whole, previous = probe.sequences[place], probe.previous_logprobs
+    return ProbeSet(
+        sequences=(ProbeSequence(ids=whole.ids[: whole.n_prompt + _CHECKED_TOKENS], n_prompt=whole.n_prompt),),
+        new_logprobs=(probe.new_logprobs[place][:_CHECKED_TOKENS],),
+        previous_logprobs=None if previous is None else (previous[place][:_CHECKED_TOKENS],),
+    )
 
 
 def refuse_bad(seen: ProbeResult | None, version: PolicyVersion) -> None:

@@ -24,6 +24,7 @@ refuses a second unfinished publish). Torch-free.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.gating import unjudged, was_rejected
@@ -33,7 +34,7 @@ from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed
 from tracegrad.trainer.errors import EngineError
-from tracegrad.trainer.fleet import Fleet, refuse_bad, told
+from tracegrad.trainer.fleet import Fleet, Rehearsal, refuse_bad, told
 from tracegrad.trainer.gate import Gatekeeper, needs_gate
 from tracegrad.trainer.gated import Attempt, Candidate, Passage
 from tracegrad.trainer.probe import ProbeResult, ProbeSet
@@ -113,8 +114,10 @@ class Publisher:
         publish = self.store.request_publish(version_id, in_flight=in_flight)
         attempt = Attempt(publish, version, previous, self.fleet)
         clock = Stopwatch()
+        rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
         self.drain(attempt, clock, staged=canary is None)
-        canary_seen, seen = self.try_out(attempt, probe, canary, clock)
+        canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
+        seen = rehearsal.seen if rehearsal else seen
         report = PublishReport(
             publish_id=attempt.publish.publish_id,
             version_id=version_id,
@@ -211,6 +214,16 @@ class Publisher:
         if not publish.in_flight:
             self.fleet.forget_prefixes()
 
+    def _rehearse(self, attempt: Attempt, probe: ProbeSet, clock: Stopwatch) -> Rehearsal | None:
+        """Probe the version beside the one that serves, where engines hold both; else fail, and nobody has waited."""
+        try:
+            with clock.timed("stage_s"):
+                rehearsal = attempt.first.rehearse(attempt.version.checkpoint_path, probe, noise=self.noise)
+            refuse_bad(None if rehearsal is None else rehearsal.seen, attempt.version)
+        except (PublishFailed, EngineError) as error:
+            self._fail(attempt.publish, error)
+        return rehearsal
+
     def drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
         """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped.
 
@@ -227,12 +240,18 @@ class Publisher:
                 self.stand_still(publish)
         except (PublishFailed, EngineError) as error:
             attempt.first.unstage()
-            self.store.advance_publish(publish.publish_id, "failed", error=str(error))
-            self.on_state("failed")
-            what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
-            raise PublishFailed(f"{what}: {error}") from error
+            self._fail(publish, error)
         self.store.advance_publish(publish.publish_id, "swapping")
         self.on_state("swapping")
+
+    def _fail(self, publish: Publish, error: Exception) -> NoReturn:
+        """Write `failed` and raise PublishFailed: engines serve what they served."""
+        probe = getattr(error, "probe", None)
+        stored = None if probe is None else {"result": probe.as_json()}
+        self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=stored)
+        self.on_state("failed")
+        what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
+        raise PublishFailed(f"{what}: {error}", probe=probe) from error
 
     def _wait_for_proxies(self, publish: Publish) -> None:
         deadline = time.monotonic() + self.settings.drain_timeout_s

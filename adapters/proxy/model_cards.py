@@ -14,6 +14,7 @@ from tracegrad.adapters.proxy.routing import near_misses
 from tracegrad.adapters.proxy.upstream import NotSent, Upstream
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, Reply
 from tracegrad.tracestore.config import Config
+from tracegrad.tracestore.publishes import REHEARSED
 
 PREFIX = "/v1/models/"
 
@@ -70,8 +71,10 @@ class ModelCards:
 
 
 def _cards(model: str, body: bytes) -> list[msgspec.Raw]:
+    """Return the cards of an engine, but for what is only there to be probed."""
     try:
-        return msgspec.json.decode(body, type=_List).data
+        cards = msgspec.json.decode(body, type=_List).data
+        return [card for card in cards if not msgspec.json.decode(card, type=_Card).id.endswith(REHEARSED)]
     except msgspec.MsgspecError as error:
         raise EngineUnreachable(
             f"the engine of model {model!r} sent no list of models: {error}", code="engine_bad_answer"

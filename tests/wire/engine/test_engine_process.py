@@ -119,7 +119,7 @@ def test_the_engine_of_a_base_has_room_for_its_adapters_and_knows_their_layers()
     flags = engine_launch.adapter_flags(
         (AdapterConfig(of="b", rank=9, targets=("v_proj",)), AdapterConfig(of="b", rank=4, targets=("q_proj",)))
     )
-    assert flags[:7] == ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--max-cpu-loras", "4")
+    assert flags[:7] == ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "3", "--max-cpu-loras", "4")
     assert flags[7:] == ("--lora-target-modules", "q_proj", "v_proj")
     assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),))
 

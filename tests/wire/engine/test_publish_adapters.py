@@ -87,6 +87,42 @@ def test_two_adapters_are_exchanged_beside_each_other(
     assert "reset_prefix_cache" not in engine.events
 
 
+def test_an_adapter_is_proven_beside_the_one_that_serves_and_a_bad_one_holds_nobody(
+    store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
+) -> None:
+    """Under a name of its own, which is gone afterwards; no proxy was asked to drain, and the adapter was not touched."""
+    own, first = publisher(store, engine, "p"), add("p", 1.0)
+    own.publish(first.version_id, probe(1.0))
+    states: list[str] = []
+    own.on_state = states.append
+    engine.loaded.clear()
+    second = add("p", 1.5)
+    with pytest.raises(PublishFailed, match="nothing was swapped: the engine does not serve"):
+        own.publish(second.version_id, probe(2.5, 1.0))
+    assert (states, engine.loaded) == (["failed"], [second.checkpoint_path])
+    assert (engine.adapters, engine.adapter_weights["p"]) == ({"p": first.checkpoint_path}, 1.0)
+    report = own.publish(second.version_id, probe(1.5, 1.0))
+    assert report.probe is not None and report.probe.n_tokens == len(IDS) - 2
+    assert states == ["failed", "draining", "swapping", "live"]
+    assert engine.loaded == [second.checkpoint_path] * 3
+    assert (engine.adapters, engine.adapter_weights["p"]) == ({"p": second.checkpoint_path}, 1.5)
+
+
+def test_a_switch_that_is_not_made_after_a_good_rehearsal_is_caught(
+    store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
+) -> None:
+    own, first = publisher(store, engine, "p"), add("p", 1.0)
+    own.publish(first.version_id, probe(1.0))
+
+    def entered(state: str) -> None:
+        engine.ignore_reload = state == "swapping"
+
+    own.on_state = entered
+    with pytest.raises(PublishFailed, match="stale"):
+        own.publish(add("p", 1.5).version_id, probe(1.5, 1.0))
+    assert engine.adapters["p"] == first.checkpoint_path
+
+
 def test_an_adapter_that_stays_as_it_was_is_caught_and_the_last_one_put_back(
     store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
 ) -> None:

@@ -132,8 +132,11 @@ def test_an_engine_that_lost_the_adapter_gets_no_calls_of_it(
     assert said(proxy, "planner") == "p0"
 
 
-def test_the_list_of_models_has_each_once(proxy: SimpleNamespace, publish: Callable[..., PolicyVersion]) -> None:
+def test_the_list_of_models_has_each_once_and_nothing_that_is_only_probed(
+    proxy: SimpleNamespace, engine_app: Any, publish: Callable[..., PolicyVersion]
+) -> None:
     publish("p")
+    engine_app.adapters["p~next"] = "/rehearsed"
     listed = proxy.client.get("/v1/models").json()["data"]
     assert [card["id"] for card in listed] == ["base", "p"]
     assert proxy.client.get("/v1/models/p").json()["parent"] == "base"

@@ -90,7 +90,7 @@ def test_two_adapters_are_exchanged_beside_each_other(
 def test_an_adapter_is_proven_beside_the_one_that_serves_and_a_bad_one_holds_nobody(
     store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
 ) -> None:
-    """Under a name of its own, which is gone afterwards; no proxy was asked to drain, and the adapter was not touched."""
+    """Under a name of its own, gone afterwards; no proxy was asked to drain, and the adapter was not touched."""
     own, first = publisher(store, engine, "p"), add("p", 1.0)
     own.publish(first.version_id, probe(1.0))
     states: list[str] = []

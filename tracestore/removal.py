@@ -292,10 +292,10 @@ def _delete_bare(connection: Connection, run_ids: Sequence[str], gone: Any) -> N
     bare = and_(
         runs.c.group_id.in_(group_ids),
         runs.c.error == CONTENT_DELETED,
-        not_(exists().where(ledger.c.run_id == runs.c.run_id)),
-        not_(exists().where(calls.c.run_id == runs.c.run_id)),
-        not_(exists().where(rewards.c.run_id == runs.c.run_id)),
-        not_(exists().where(spans.c.run_id == runs.c.run_id)),
+        *(
+            not_(exists().where(table.c.run_id == runs.c.run_id))
+            for table in (ledger, calls, rewards, spans, attributions, langsmith_runs)
+        ),
     )
     whole = select(runs.c.group_id).where(
         runs.c.group_id.in_(group_ids), runs.c.error.is_distinct_from(CONTENT_DELETED)

@@ -198,7 +198,8 @@ class StoreModel:
         for run in members:
             named = any(run_id == run.run_id for _, run_id, _ in self.ledger)
             used = any(call.run_id == run.run_id for call in self.calls.values())
-            if not named and not used and run.run_id not in self.rewards:
+            told = any(fact.run_id == run.run_id for fact in self.facts)
+            if not named and not used and not told and run.run_id not in self.rewards:
                 del self.runs[run.run_id]
 
     # -- what is asked

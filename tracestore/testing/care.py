@@ -166,6 +166,22 @@ class RemovalContract:
         assert store.delete_runs(runs[1:]).left == {}
         assert rows_of(store, "runs") == rows_of(store, "groups") == rows_of(store, "tasks") == 0
 
+    def test_a_bare_row_stays_while_what_came_late_names_it(self, store: Store) -> None:
+        """A fact of a call that is yet to come, or a trace's part; else the call could never be given its run."""
+        for name, late in (("g", "fact"), ("h", "part")):
+            first, *rest = ready_group(store, name)
+            store.delete_runs([first])
+            if late == "fact":
+                store.attribute_late([LateAttribution(source="langsmith", completion_id="chatcmpl-z", run_id=first)])
+            else:
+                store.put_langsmith_runs([LangSmithRun(langsmith_id="x", trace_id="t", run_id=first, named=("x",))])
+            assert store.delete_runs(rest).left == {}
+            assert store.get_run(first)
+        store.append_calls([make_call("z", None, completion_id="chatcmpl-z")])
+        assert store.resolve_attributions() == 1
+        assert store.delete_runs(["g-0", "h-0"]).left == {}
+        assert rows_of(store, "runs") == rows_of(store, "groups") == rows_of(store, "attributions") == 0
+
     def test_a_task_stays_while_others_name_it(self, store: Store) -> None:
         """It is shared."""
         runs = ready_group(store)

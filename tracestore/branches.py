@@ -2,8 +2,9 @@
 
 Along one line of versions that is the difference of their steps. A version that was abandoned (rolled back, rejected)
 lies on another branch: weights of step 12 that left the line at step 5 are as far from step 5 as those of step -2 would
-be, and so they are counted; by their own number they would pass for fresher than what is live. Read only. Called by
-`leases`, `jobs`, `standing` and `diagnosis_jobs`; by the trainer through `Store`.
+be, and so they are counted; by their own number they would pass for fresher than what is live. What was trained long
+ago is measured along the descent of the two versions instead: it is the same measure, and no later rollback changes it.
+Read only. Called by `leases`, `jobs`, `standing` and `diagnosis_jobs`; by the trainer through `Store`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,3 +72,34 @@ def abandoned_steps(connection: Connection, models: Sequence[str]) -> dict[int, 
         left[version_id] = left[parent_id] if parent_abandoned else parent_step
         counted[version_id] = 2 * left[version_id] - step
     return counted
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """Which version each was made of. `parents`: version -> parent (None: the first); `steps`: version -> its step."""
+
+    parents: Mapping[int, int | None]
+    steps: Mapping[int, int]
+
+    def apart(self, one: int, other: int) -> int:
+        """Return the steps back to where their lines part, and on: 0 for a version and itself, never below.
+
+        Of weights that descend from nothing common only the numbers are known: then the difference of their steps.
+        """
+        left: int | None = one
+        right: int | None = other
+        while left is not None and right is not None and left != right:  # parents have the smaller id
+            if left > right:
+                left = self.parents[left]
+            else:
+                right = self.parents[right]
+        if left is None or right is None:
+            return abs(self.steps[one] - self.steps[other])
+        return self.steps[one] + self.steps[other] - 2 * self.steps[left]
+
+
+def descent(connection: Connection) -> Descent:
+    """Return how all versions of the store descend from one another."""
+    chosen = select(policy_versions.c.version_id, policy_versions.c.parent_id, policy_versions.c.step)
+    rows = connection.execute(chosen).all()
+    return Descent({row.version_id: row.parent_id for row in rows}, {row.version_id: row.step for row in rows})

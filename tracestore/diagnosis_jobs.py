@@ -4,11 +4,12 @@ Read only, no payload. Conservation of a job's tokens is `Store.consumption`. Ca
 `Store`.
 """
 
+from collections import defaultdict
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 
-from tracegrad.tracestore.branches import live_of
+from tracegrad.tracestore.branches import descent, live_of
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import (
     Extent,
@@ -70,14 +71,15 @@ class JobDiagnosis(Noun):
             ]
 
     def trained_staleness(self, job_id: str, extent: Extent) -> dict[int, int]:
-        """Return lag -> trained tokens: the step of the weights that were trained minus the one that sampled them.
+        """Return lag -> trained tokens: how far the weights that were trained were from those that sampled them.
 
-        0 is on-policy. A negative lag is of weights that came later: those of another job, or abandoned ones.
+        0 is on-policy. Counted as staleness is (see `branches`): what a rolled-back version sampled is as old as the
+        way by where its branch left the line. A later rollback changes nothing of what was trained before.
         """
-        made, parent = policy_versions.alias("made"), policy_versions.alias("parent")
-        lag = (func.coalesce(parent.c.step, ledger.c.step - 1) - policy_versions.c.step).label("lag")
+        made = policy_versions.alias("made")
+        trained, sampled = made.c.parent_id, policy_versions.c.version_id
         chosen = (
-            select(lag, func.sum(consumption.c.trained_tokens))
+            select(trained, ledger.c.step, sampled, policy_versions.c.step, func.sum(consumption.c.trained_tokens))
             .join_from(
                 consumption,
                 ledger,
@@ -93,19 +95,23 @@ class JobDiagnosis(Noun):
                 & (step_versions.c.model == func.coalesce(consumption.c.model, calls.c.model)),
             )
             .outerjoin(made, made.c.version_id == step_versions.c.version_id)
-            .outerjoin(parent, parent.c.version_id == made.c.parent_id)
             .join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched)
             .where(consumption.c.job_id == job_id, consumption.c.trained_tokens > 0, calls_within(extent))
-            .group_by(lag)
-            .order_by(lag)
+            .group_by(trained, ledger.c.step, sampled, policy_versions.c.step)
         )
+        by_lag: dict[int, int] = defaultdict(int)
         with self._db.read() as connection:
-            return {int(steps): int(tokens) for steps, tokens in connection.execute(chosen)}
+            versions = descent(connection)
+            for weights, step, sampler, its_step, tokens in connection.execute(chosen):
+                lag = abs(step - 1 - its_step) if weights is None else versions.apart(weights, sampler)
+                by_lag[lag] += int(tokens)
+        return dict(sorted(by_lag.items()))
 
     def waiting_groups(self, job_id: str, extent: Extent) -> WaitingGroups | None:
         """Return the groups that the job could lease but for their age; None before its first lease.
 
-        Of the extent only the run narrows it: then its group alone is looked at.
+        What a later version than the live one sampled (serving is pinned, say) has the age 0. Of the extent only the
+        run narrows it: then its group alone is looked at.
         """
         with self._db.read() as connection:
             rule = rule_of(connection.execute(select(jobs.c.rule).where(jobs.c.job_id == job_id)).scalar())
@@ -113,7 +119,7 @@ class JobDiagnosis(Noun):
                 return None
             live = live_of(connection, rule.models)
             unit = units(members(job_id, rule, self._db.now(), live, beside(extent.run_id)))
-            ripe = select(func.coalesce(unit.c.lag, 0).label("lag")).where(
+            ripe = select(case((unit.c.lag > 0, unit.c.lag), else_=0).label("lag")).where(
                 is_free(unit), is_complete(unit), is_large_enough(unit, rule)
             )
             aged = ripe.subquery("aged")

@@ -138,7 +138,7 @@ class HeldLease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaitingGroups:
-    """What a job could lease by its last rule but for age. `by_lag`: live step minus the oldest step that sampled."""
+    """What a job could lease but for age, by its last rule. `by_lag`: live step less the oldest that sampled, or 0."""
 
     live: Mapping[str, int]
     """Model -> the step of its live version."""

@@ -314,6 +314,22 @@ class JobDiagnosisContract:
         (job,) = store.list_jobs()
         assert (job.job_id, job.models, job.rule is not None) == (JOB, (MODEL,), True)
 
+    def test_what_rolled_back_weights_sampled_was_as_stale_as_the_branch_is_long(self, store: Store) -> None:
+        """Trained on the branch it was fresh and stays so; trained from where the branch left, it is two steps old."""
+        line = [live_version(store)]
+        for step, name in enumerate("ab", start=1):
+            ready_group(store, name, version=line[-1].version_id)
+            lease = take(store, step=step, max_staleness=9)
+            commit = make_commit(account(store, lease), hash_=name, parent=line[-1].version_id)
+            line.append(store.commit_step(lease, commit)[MODEL])
+        ready_group(store, "c", version=line[2].version_id)
+        for version in line[1:]:
+            store.abandon_version(version.version_id)
+        lease = take(store, step=3, max_staleness=9)
+        store.commit_step(lease, make_commit(account(store, lease), hash_="anew", parent=line[0].version_id))
+        assert store.trained_staleness(JOB, ALL) == {0: 12, 2: 6}
+        assert store.trained_staleness(JOB, Extent(run_id="c-0")) == {2: 3}
+
     def test_what_waits_is_counted_by_age(self, store: Store) -> None:
         """Also what has become too old; what is trained, held or not ready does not wait."""
         old = live_version(store, 0).version_id
@@ -328,6 +344,9 @@ class JobDiagnosisContract:
         waits = store.waiting_groups(JOB, ALL)
         assert waits == WaitingGroups(live={MODEL: 3}, max_staleness=1, by_lag={0: 1, 3: 2})
         assert waits is not None and waits.too_stale == 2
+        live_version(store, 1)
+        later = store.waiting_groups(JOB, ALL)
+        assert later is not None and later.by_lag == {0: 1, 1: 2}, "of a later version than the live one: 0, not -2"
         of_run = store.waiting_groups(JOB, Extent(run_id="fresh-1"))
         assert of_run is not None and of_run.by_lag == {0: 1}
 

@@ -1,6 +1,6 @@
 """Fixtures: a store file that is migrated once and copied for each test; an empty database where there is a PostgreSQL.
 
-Imported by the conftests of the folders that test the store.
+Imported by the conftests of the folders that need a store.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import URL, create_engine, text
 
 from tracegrad.tracestore.database import parse_url
-from tracegrad.tracestore.store import open_store
+from tracegrad.tracestore.store import Store, open_store
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,13 @@ def store_url(tmp_path: Path, empty_file: Path) -> str:
     path = tmp_path / "store.db"
     shutil.copy(empty_file, path)
     return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    opened = open_store(store_url, create=False)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="module")

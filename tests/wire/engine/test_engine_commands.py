@@ -171,10 +171,10 @@ def test_versions_lists_states_times_and_probes(tmp_path: Path, fake: FakeEngine
     assert "0.012" in table
 
 
-def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(tmp_path: Path, fake: FakeEngine) -> None:
+def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(
+    tmp_path: Path, fake: FakeEngine, store: Store
+) -> None:
     config = str(write_config(tmp_path, fake.url))
-    open_store(f"sqlite:///{tmp_path}/store.db").close()
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     fill(store, tmp_path, [1.0, 2.0])
     live = store.live_version("main")
     assert live is not None
@@ -208,7 +208,6 @@ def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(tmp_path: Path
             store.advance_publish(publish.publish_id, "failed", error="no engine")
             store.skip_publish(version.version_id, "model 'main' is pinned at version 2")
     store.pin_version(live.version_id, "by hand")
-    store.close()
     shown = CliRunner().invoke(versions, ["--config", config], env={"COLUMNS": "80"}).output
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown and "..." not in shown, "nothing is cut off"
@@ -222,7 +221,7 @@ def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(tmp_path: Path
     assert rows[2]["publishes"][0]["decision"]["why"] == why
 
 
-def test_the_commands_know_adapters_and_several_models(tmp_path: Path, fake: FakeEngine) -> None:
+def test_the_commands_know_adapters_and_several_models(tmp_path: Path, fake: FakeEngine, store: Store) -> None:
     """One is rolled back beside the other; the list says whose version is whose; a pin's end asks whose it is."""
     path = write_config(tmp_path, fake.url)
     base = {**yaml.safe_load(path.read_text())["models"]["main"], "trained": False}
@@ -232,7 +231,6 @@ def test_the_commands_know_adapters_and_several_models(tmp_path: Path, fake: Fak
     done = CliRunner().invoke(engine, [*config, "--preflight"])
     ready = f"engine base at {fake.url} is ready for training of the adapter"
     assert (done.exit_code, done.output) == (0, f"{ready} p\n{ready} w\n")
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     first, second = fill(store, tmp_path, [1.0, 2.0], "p")
     (other,) = fill(store, tmp_path, [3.0], "w")
     fake.adapters = {"p": str(tmp_path / "w2.0"), "w": str(tmp_path / "w3.0")}
@@ -246,26 +244,24 @@ def test_the_commands_know_adapters_and_several_models(tmp_path: Path, fake: Fak
     assert "say whose pin: --model p or w" in CliRunner().invoke(pin, ["--off", *config]).output
     assert CliRunner().invoke(pin, ["--off", "--model", "p", *config]).exit_code == 0
     assert (store.pinned("p"), store.pinned("w")) == (None, other)
-    store.close()
 
 
-def test_rollback_reaches_every_replica(tmp_path: Path, fake: FakeEngine) -> None:
+def test_rollback_reaches_every_replica(tmp_path: Path, fake: FakeEngine, store: Store) -> None:
     config = write_config(tmp_path, fake.url)
     with FakeEngine(tmp_path / "w1.0") as other:
         fields = yaml.safe_load(config.read_text())
         fields["models"]["main"]["replicas"] = [other.url]
         config.write_text(yaml.safe_dump(fields))
-        store = open_store(f"sqlite:///{tmp_path}/store.db")
         first, _ = fill(store, tmp_path, [1.0, 2.0])
         fake.weight = other.weight = 2.0
         assert CliRunner().invoke(rollback, [str(first), "--config", str(config)]).exit_code == 0
         assert [(each.weight, each.version) for each in (fake, other)] == [(1.0, str(first))] * 2
-        store.close()
 
 
-def test_rollback_publishes_the_old_version_and_abandons_the_newer(tmp_path: Path, fake: FakeEngine) -> None:
+def test_rollback_publishes_the_old_version_and_abandons_the_newer(
+    tmp_path: Path, fake: FakeEngine, store: Store
+) -> None:
     config = str(write_config(tmp_path, fake.url))
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     first, second, third = fill(store, tmp_path, [1.0, 2.0, 3.0])
     fake.weight, fake.version = 3.0, str(third)
     done = CliRunner().invoke(rollback, [str(first), "--config", config])
@@ -289,7 +285,6 @@ def test_rollback_publishes_the_old_version_and_abandons_the_newer(tmp_path: Pat
         job_id=None,
     )
     assert new.version_id > third, "ids are never reused"
-    store.close()
 
 
 def add_offline(store: Store, tmp_path: Path) -> int:
@@ -309,12 +304,11 @@ def add_offline(store: Store, tmp_path: Path) -> int:
 
 
 def test_what_was_trained_offline_is_neither_abandoned_nor_served(
-    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake: FakeEngine, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`rollback` and `pin --off` mean the versions of jobs that publish. (All here without --config: the file here.)"""
     write_config(tmp_path, fake.url)
     monkeypatch.chdir(tmp_path)
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     first, second, third = fill(store, tmp_path, [1.0, 2.0, 3.0])
     offline = add_offline(store, tmp_path)
     done = CliRunner().invoke(rollback, [str(second), "--json"])
@@ -324,12 +318,10 @@ def test_what_was_trained_offline_is_neither_abandoned_nor_served(
     done = CliRunner().invoke(pin, ["--off", "--json"])
     assert json.loads(done.output)["published"] == second
     assert (fake.weight, fake.version) == (2.0, str(second))
-    store.close()
 
 
-def test_versions_tells_jobs_apart_and_knows_no_other_models(tmp_path: Path, fake: FakeEngine) -> None:
+def test_versions_tells_jobs_apart_and_knows_no_other_models(tmp_path: Path, fake: FakeEngine, store: Store) -> None:
     config = str(write_config(tmp_path, fake.url))
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     fill(store, tmp_path, [1.0])
     assert " job " not in CliRunner().invoke(versions, ["--config", config]).output
     add_offline(store, tmp_path)
@@ -337,15 +329,12 @@ def test_versions_tells_jobs_apart_and_knows_no_other_models(tmp_path: Path, fak
     assert (" job " in shown, "again" in shown) == (True, True)
     done = CliRunner().invoke(versions, ["--config", config, "--model", "mian"])
     assert (done.exit_code, "no versions of a model 'mian'; the store has those of: main" in done.output) == (1, True)
-    store.close()
 
 
-def test_a_rollback_that_does_not_arrive_abandons_nothing(tmp_path: Path, fake: FakeEngine) -> None:
+def test_a_rollback_that_does_not_arrive_abandons_nothing(tmp_path: Path, fake: FakeEngine, store: Store) -> None:
     config = str(write_config(tmp_path, fake.url))
-    store = open_store(f"sqlite:///{tmp_path}/store.db")
     first, second = fill(store, tmp_path, [1.0, 2.0])
     fake.fail_reloads = 1
     done = CliRunner().invoke(rollback, [str(first), "--config", config])
     assert (done.exit_code, f"version {second} is back" in done.output) == (1, True)
     assert not any(v.abandoned for v in store.list_versions("main"))
-    store.close()

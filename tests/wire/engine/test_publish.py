@@ -1,6 +1,5 @@
 """The publisher against a real store and an engine that speaks the wire: what is live is what is served, always."""
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from weight_probes import probe
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.records import PolicyVersion
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
@@ -26,10 +25,8 @@ SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=0
 class House:
     """A store, an engine that serves weight 1.0 as the initial version, and checkpoints of weights by number."""
 
-    def __init__(self, tmp_path: Path, empty_store: Path) -> None:
-        self.tmp_path = tmp_path
-        shutil.copy(empty_store, tmp_path / "store.db")
-        self.store: Store = open_store(f"sqlite:///{tmp_path}/store.db", create=False)
+    def __init__(self, tmp_path: Path, store: Store) -> None:
+        self.tmp_path, self.store = tmp_path, store
         self.engine = FakeEngine(self.checkpoint(1.0))
         self.states: list[str] = []
 
@@ -50,20 +47,11 @@ class House:
         return last.state, live and live.version_id
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated store, made once: its file is copied for each test."""
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    open_store(f"sqlite:///{path}").close()
-    return path
-
-
 @pytest.fixture
-def house(tmp_path: Path, empty_store: Path) -> Iterator[House]:
-    house = House(tmp_path, empty_store)
+def house(tmp_path: Path, store: Store) -> Iterator[House]:
+    house = House(tmp_path, store)
     with house.engine:
         yield house
-    house.store.close()
 
 
 def test_a_version_goes_live_through_every_state(house: House) -> None:

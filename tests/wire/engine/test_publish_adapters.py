@@ -3,15 +3,15 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine, logprobs, save_weight
+from versions import add_version
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig, PublishConfig
 from tracegrad.tracestore.records import PolicyVersion
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine import EngineProcess
 from tracegrad.trainer.engine_errors import EngineNotReady, PublishFailed
@@ -22,12 +22,6 @@ from tracegrad.trainer.publish import Perturbed, Publisher
 SETTINGS = PublishConfig(probe_tokens=8, probe_bound=0.001, drain_timeout_s=1.0, swap_timeout_s=1.0)
 IDS = (1, 4, 7, 2, 9, 3, 5, 8, 6, 10, 0, 2, 4)
 FAKE = str(Path(__file__).parents[2] / "support" / "fake_engine.py")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(open_store(f"sqlite:///{tmp_path}/store.db")) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -43,16 +37,8 @@ def add(store: Store, tmp_path: Path) -> Callable[[str, float], PolicyVersion]:
 
     def made(model: str, weight: float) -> PolicyVersion:
         step = len(store.list_versions(model))
-        folder = save_weight(tmp_path / f"step-{step}" / model, weight)
-        return store.add_version(
-            model=model,
-            kind="step" if step else "initial",
-            parent_id=None,
-            checkpoint_path=str(folder),
-            checkpoint_hash=f"{model}-{step}",
-            step=step,
-            job_id=None,
-        )
+        folder = save_weight(tmp_path / f"{model}-{step}", weight)
+        return add_version(store, folder, step, model=model)
 
     return made
 

@@ -1,6 +1,5 @@
 """The publisher with a gate: what did not pass never stays, at whatever moment somebody dies. Engines on the wire."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, save_weight
+from versions import add_version
 from weight_probes import probe
 
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
@@ -17,7 +17,7 @@ from tracegrad.tracestore.errors import Pinned
 from tracegrad.tracestore.evaluations import Evaluator, Measured
 from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
@@ -32,10 +32,8 @@ class Died(BaseException):
 class House:
     """A live version of weight 1.0 with an evaluation of 0.5 on two tasks, engines, and an evaluator to be played."""
 
-    def __init__(self, folder: Path, stack: ExitStack, n_engines: int) -> None:
-        self.folder, self.stack = folder, stack
-        self.store: Store = open_store(f"sqlite:///{folder}/store.db", create=False)
-        stack.callback(self.store.close)
+    def __init__(self, folder: Path, store: Store, stack: ExitStack, n_engines: int) -> None:
+        self.folder, self.store = folder, store
         self.engines = [stack.enter_context(FakeEngine(self.checkpoint(1.0))) for _ in range(n_engines)]
         self.evaluator = Evaluator(evaluator_id="e", model="main", tasks_hash="t", score="f1")
         self.states: list[str] = []
@@ -48,16 +46,7 @@ class House:
         return save_weight(self.folder / f"w{weight}", weight)
 
     def version(self, weight: float, step: int = 0) -> PolicyVersion:
-        path = str(self.checkpoint(weight))
-        return self.store.add_version(
-            model="main",
-            kind="step",
-            parent_id=None,
-            checkpoint_path=path,
-            checkpoint_hash=path,
-            step=step,
-            job_id=None,
-        )
+        return add_version(self.store, self.checkpoint(weight), step, model="main", kind="step")
 
     def publisher(self, on_state: Callable[[str], None] | None = None, **changed: Any) -> Publisher:
         rule = GateRule(max_drop=0.1, confidence=0.5)
@@ -116,19 +105,11 @@ class House:
         return found.version_id
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    open_store(f"sqlite:///{path}").close()
-    return path
-
-
 @pytest.fixture
-def make_house(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
-    shutil.copy(empty_store, tmp_path / "store.db")
+def make_house(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
     monkeypatch.setattr(gate_module, "POLL_S", 0.01)
     with ExitStack() as stack:
-        yield lambda n_engines: House(tmp_path, stack, n_engines)
+        yield lambda n_engines: House(tmp_path, store, stack, n_engines)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Candidates of two models behind one gate: all live or none, at whatever moment somebody dies. Engines on the wire."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine, save_weight
+from versions import add_version
 from weight_probes import probe
 
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
 from tracegrad.tracestore.evaluations import Evaluator, Measured
 from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.records import PolicyVersion, PublishState
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed, PublishRejected
@@ -33,11 +33,9 @@ class Died(BaseException):
 class House:
     """Two models with live versions of weight 1.0 that were evaluated together, and an evaluator to be played."""
 
-    def __init__(self, folder: Path, stack: ExitStack, n_engines: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, store: Store, stack: ExitStack, n_engines: int) -> None:
+        self.folder, self.store = folder, store
         self.seen: list[tuple[str, ...]] = []
-        self.store: Store = open_store(f"sqlite:///{folder}/store.db", create=False)
-        stack.callback(self.store.close)
         engine = FakeEngine
         self.engines = {
             name: [stack.enter_context(engine(self.checkpoint(OLD), name)) for _ in range(n_engines)] for name in MODELS
@@ -53,10 +51,7 @@ class House:
         return save_weight(self.folder / f"w{weight}", weight)
 
     def version(self, model: str, weight: float, step: int = 0) -> PolicyVersion:
-        path = str(self.checkpoint(weight))
-        return self.store.add_version(
-            model=model, kind="step", parent_id=None, checkpoint_path=path, checkpoint_hash=path, step=step, job_id=None
-        )
+        return add_version(self.store, self.checkpoint(weight), step, model=model, kind="step")
 
     def publishers(self, on_state: Callable[[str], None] | None = None, **changed: float) -> dict[str, Publisher]:
         rule = GateRule(max_drop=0.1, confidence=0.5)
@@ -130,19 +125,11 @@ class House:
         return told == wanted and self.lives() == {name: version.version_id for name, version in versions.items()}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    open_store(f"sqlite:///{path}").close()
-    return path
-
-
 @pytest.fixture
-def make_house(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
-    shutil.copy(empty_store, tmp_path / "store.db")
+def make_house(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
     monkeypatch.setattr(gate_module, "POLL_S", 0.01)
     with ExitStack() as stack:
-        yield lambda n_engines: House(tmp_path, stack, n_engines)
+        yield lambda n_engines: House(tmp_path, store, stack, n_engines)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from versions import add_version
 from weight_probes import probe
 
 from tracegrad.tracestore.config import PublishConfig, TransferConfig, parse_config
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
 from tracegrad.trainer.adapter_client import AdapterClient, engine_clients
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed
@@ -31,9 +31,8 @@ SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=5
 class House:
     """A store, an engine that takes weights from shared memory, and checkpoints of weights by number."""
 
-    def __init__(self, tmp_path: Path) -> None:
-        self.tmp_path = tmp_path
-        self.store: Store = open_store(f"sqlite:///{tmp_path}/store.db")
+    def __init__(self, tmp_path: Path, store: Store) -> None:
+        self.tmp_path, self.store = tmp_path, store
         self.engine = FakeEngine(self.checkpoint(1.0))
         self.engine.transfer_backend = "tracegrad"
         self.sender: Sender = MemorySender()
@@ -59,11 +58,10 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path)
+def house(tmp_path: Path, store: Store) -> Iterator[House]:
+    house = House(tmp_path, store)
     with house.engine:
         yield house
-    house.store.close()
     assert segments(os.getpid()) == [], "shared memory is given back after every publish"
 
 

@@ -1,46 +1,27 @@
 """A real proxy under a real uvicorn, in front of the fake engine, on a real store."""
 
 import importlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from databases import empty_file, store, store_url
 
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.tracestore.config import parse_config
-from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.store import Store
+
+__all__ = ["empty_file", "store", "store_url"]
 
 
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module tests/support/fake_vllm.py."""
     return importlib.import_module("fake_vllm")
-
-
-@pytest.fixture(scope="session")
-def empty_store_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "empty.db"
-    open_store(f"sqlite:///{path}").close()
-    return path
-
-
-@pytest.fixture
-def store_url(tmp_path: Path, empty_store_file: Path) -> str:
-    shutil.copy(empty_store_file, tmp_path / "store.db")
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    opened = open_store(store_url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -106,10 +106,10 @@ REASONING = ("reasoning", "reasoning before a call")
 
 @pytest.fixture(scope="module")
 def served(
-    fake: Any, served_engine: Any, empty_store_file: Path, tmp_path_factory: pytest.TempPathFactory
+    fake: Any, served_engine: Any, empty_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
     """One proxy for the whole matrix: each test has a run of its own."""
-    file = shutil.copy(empty_store_file, tmp_path_factory.mktemp("matrix") / "store.db")
+    file = shutil.copy(empty_file, tmp_path_factory.mktemp("matrix") / "store.db")
     engine = {"checkpoint": "none", "engine": {"url": served_engine.url}}
     config = parse_config({"store": f"sqlite:///{file}", "models": {"main": engine}, "roles": {"*": "main"}})
     store = open_store(config.store)

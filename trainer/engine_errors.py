@@ -11,6 +11,7 @@ PublishError (tracegrad.trainer.errors)
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tracegrad.tracestore.gating import Decision
@@ -55,15 +56,25 @@ class PublishFailed(PublishError):
 
 
 class PublishRejected(PublishError):
-    """What was judged did not pass the gate. `probes`: model -> what the probe saw of what was put back."""
+    """What was judged did not pass the gate. Model -> what a probe saw: `candidates` of what did not pass, `probes` of
+    what was put back.
+    """
 
-    def __init__(self, message: str, *, decision: Decision, probes: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        decision: Decision,
+        probes: Mapping[str, Any],
+        candidates: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__(message)
         self.decision = decision
         self.probes = probes
+        self.candidates = candidates
 
     def as_json(self, model: str) -> dict[str, Any]:
         """Return what metrics say of it for one of the models."""
-        seen = self.probes.get(model)
-        put_back = None if seen is None else seen.as_json()
-        return {"rejected": str(self), "decision": self.decision.as_json(), "put_back": put_back}
+        seen = {"result": self.candidates.get(model), "put_back": self.probes.get(model)}
+        told = {name: None if each is None else each.as_json() for name, each in seen.items()}
+        return {"rejected": str(self), "decision": self.decision.as_json(), **told}

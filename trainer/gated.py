@@ -12,7 +12,7 @@ Refuses (PublishRejected) what the gate does not let pass, and (PublishFailed) w
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tracegrad.tracestore.gating import Decision, unjudged
 from tracegrad.tracestore.publishes import UNFINISHED
@@ -68,9 +68,26 @@ class _Way:
         return self.attempt.publish.publish_id
 
     @property
+    def model(self) -> str:
+        return self.attempt.version.model
+
+    @property
     def rest(self) -> Fleet:
         """The engines that have not got it yet."""
         return self.publisher.fleet.without(self.attempt.first)
+
+    def report(self, decision: Decision | None) -> PublishReport:
+        """Return how it went until now."""
+        return PublishReport(
+            publish_id=self.publish_id,
+            version_id=self.attempt.version.version_id,
+            model=self.model,
+            probe=self.seen,
+            canary=self.canary_seen,
+            decision=decision,
+            total_s=self.clock.total_s(),
+            **self.clock.spent,
+        )
 
 
 class Passage:
@@ -177,7 +194,7 @@ class Passage:
 
     def _judge(self) -> Decision:
         """Let the candidates be evaluated; return the decision for them. Raises PublishRejected: they are gone."""
-        self._advance("evaluating")
+        self._advance("evaluating", probes=self._reports(None))
         try:
             self._tell("evaluating")
             decision = self._gate.decide(self._ways[0].publish_id, self._versions, self._live)
@@ -226,8 +243,10 @@ class Passage:
                 ) from error
             seen[previous.model] = found
         told = {model: None if found is None else found.as_json() for model, found in seen.items()}
-        kept = {way.publish_id: {"result": None, "put_back": told[way.attempt.version.model]} for way in self._ways}
-        self._store.advance_together(self._ways[0].publish_id, "rejected", probes=kept)
+        kept = self._reports(decision)
+        for way in self._ways:
+            kept[way.publish_id]["put_back"] = told[way.attempt.version.model]
+        self._advance("rejected", probes=kept)
         self._tell("rejected")
         return seen
 
@@ -240,7 +259,7 @@ class Passage:
             text = (
                 f"versions {', '.join(versions)} were rejected by the gate: {decision.why}; {', '.join(live)} serve on"
             )
-        return PublishRejected(text, decision=decision, probes=seen)
+        return PublishRejected(text, decision=decision, probes=seen, candidates={w.model: w.seen for w in self._ways})
 
     # -- what passed
 
@@ -281,21 +300,8 @@ class Passage:
         raise PublishFailed(f"{what}. Version {back} is back", probe=probe) from error
 
     def _go_live(self, decision: Decision) -> dict[str, PublishReport]:
-        reports = {
-            way.publish_id: PublishReport(
-                publish_id=way.publish_id,
-                version_id=way.attempt.version.version_id,
-                model=way.attempt.version.model,
-                probe=way.seen,
-                canary=way.canary_seen,
-                decision=decision,
-                total_s=way.clock.total_s(),
-                **way.clock.spent,
-            )
-            for way in self._ways
-        }
-        kept = {publish_id: report.as_json() for publish_id, report in reports.items()}
-        self._advance("live", decision, kept)
+        reports = {way.publish_id: way.report(decision) for way in self._ways}
+        self._advance("live", decision, {publish_id: report.as_json() for publish_id, report in reports.items()})
         self._tell("live")
         for way in self._ways:
             way.publisher.remember(way.attempt.version, way.candidate.probe, way.seen)
@@ -303,8 +309,12 @@ class Passage:
 
     # -- in step
 
+    def _reports(self, decision: Decision | None) -> dict[int, dict[str, Any]]:
+        """Publish -> what the store keeps of it, so that the probe of what was rejected stands, too."""
+        return {way.publish_id: way.report(decision).as_json() for way in self._ways}
+
     def _advance(
-        self, state: PublishState, decision: Decision | None = None, probes: dict[int, dict[str, object]] | None = None
+        self, state: PublishState, decision: Decision | None = None, probes: dict[int, dict[str, Any]] | None = None
     ) -> None:
         decided = None if decision is None else decision.as_json()
         self._store.advance_together(self._ways[0].publish_id, state, decision=decided, probes=probes)

@@ -157,7 +157,7 @@ class Publishing:
         for part in [[version] for version in kept] if self._config.trainer.publish.gate is None else [kept]:
             reports = self._publish(self._probed(part, workers))
             for model, report in reports.items():
-                if "result" in report:
+                if "rejected" not in report and "skipped" not in report:
                     self._say(f"the pin is off: version {versions[model].version_id} is live")
 
     def folders(self) -> list[str]:

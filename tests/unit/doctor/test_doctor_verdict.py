@@ -353,7 +353,7 @@ def test_the_lines_of_a_report() -> None:
                 steps=[step(reward=0.25, ratio_mean=1.0, clip_fraction=0.015, kl=None, stale_tokens=12)],
             )
         ],
-        publishes={"small": [publish(2, "live", "new"), publish(1, "live")], "unpublished": []},
+        publishes={"small": [publish(2, "rejected", "new"), publish(1, "live")], "unpublished": []},
         payloads=PayloadReport(calls=9, choices=12),
     )
     told = [f"{theme}: {text}" for theme, text in lines(report)]
@@ -375,7 +375,7 @@ def test_the_lines_of_a_report() -> None:
         ": waiting groups by steps of age (at most 1): 0: 3, 2: 1",
         ": lease 3 for step 5: 8 runs, 20 s left",
         told[-3],
-        "publishes: of small: 2 of version 3 live (probe new, 0.012 of 0.05 nats); 1 of version 2 live",
+        "publishes: of small: 2 of version 3 rejected (probe new, 0.012 of 0.05 nats); 1 of version 2 live",
         "payloads: 9 calls with 12 answers read: all are as they should be",
     ]
     assert told[-3].startswith(": step 4, 19")

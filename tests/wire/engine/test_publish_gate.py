@@ -23,6 +23,7 @@ from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
 from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.publish import Publisher
+from tracegrad.trainer.versions_table import describe, table
 
 
 class Died(BaseException):
@@ -143,6 +144,10 @@ def test_what_is_rejected_is_put_back_with_proof(house: House) -> None:
     assert house.serving() == [(1.0, str(house.live.version_id))]
     assert (house.last.state, house.live_version()) == ("rejected", house.live.version_id)
     assert house.last.probe is not None and house.last.probe["put_back"]["verdict"] == "new"
+    assert (house.last.probe["result"]["verdict"], house.last.probe["swap_s"] > 0) == ("new", True)
+    assert caught.value.as_json("main")["result"] == house.last.probe["result"], "of the candidate"
+    (shown,) = [list(column.cells) for column in table(describe(house.store)).columns if column.header == "probe"]
+    assert shown[-1] == "new 0", "and `tracegrad versions` shows it beside the decision"
     assert version_to_serve(house.store, new).version_id == house.live.version_id
     assert rejections_in_a_row(house.store.list_publishes("main")) == 1
 
@@ -289,6 +294,8 @@ def test_a_death_at_each_state_leaves_the_last_good_version_after_the_next_start
     assert ended.state == ("rejected" if judged_against else "failed")
     assert house.serving() == [(1.0, str(house.live.version_id))] * n_engines
     assert house.live_version() == house.live.version_id
+    probed = at in ("evaluating", "settling")
+    assert probed == (ended.probe is not None), "what the probe saw of a candidate outlives its publisher"
     if judged_against:
         assert version_to_serve(house.store, new).version_id == house.live.version_id
     else:

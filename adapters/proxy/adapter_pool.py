@@ -24,10 +24,7 @@ class AdapterPool(Pool):
         self._folder_of = folder_of
         self._folders: dict[int, str] = {}
 
-    async def _probe_version(self, engine: Engine) -> tuple[EngineState, str]:
-        wanted = self._wanted(engine.name)
-        if wanted is None:
-            return "up", ""
+    async def _compare(self, engine: Engine, wanted: int) -> tuple[EngineState, str]:
         try:
             folder = await self._folder(wanted)
             async with self._session.get(engine.url / "v1/models", timeout=PROBE_TIMEOUT) as answer:

@@ -120,6 +120,7 @@ class ProxyApp:
             timeout_s=proxy.upstream_timeout_s,
             wanted=lambda model, engine: gates[model].version_on(frozenset((engine,))),
             changed=self._engine_is_back,
+            exchanging=lambda model: gates[model].exchanging,
             adapters=[name for name, model in self.config.models.items() if model.adapter is not None],
             folder_of=lambda version: self.store.get_version(version).checkpoint_path,
         )

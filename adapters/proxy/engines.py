@@ -60,7 +60,10 @@ class Engine:
 
 
 class Pool:
-    """The engines of `model`. `wanted`: what the engine of a name is to serve; `changed` is called when one is back."""
+    """The engines of `model`. `wanted`: what the engine of a name is to serve; `changed` is called when one is back.
+
+    `exchanging`: whether a publish makes new calls wait, so that engines may change weights at any moment.
+    """
 
     holds = True
     """Whether requests wait for an engine that is down."""
@@ -73,12 +76,14 @@ class Pool:
         *,
         wanted: Callable[[str], int | None] = lambda _name: None,
         changed: Callable[[], None] = lambda: None,
+        exchanging: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.engines = tuple(engines)
         self._session = session
         self._wanted = wanted
         self._changed = changed
+        self._exchanging = exchanging
         self._watchers: dict[Engine, asyncio.Task[None]] = {}
         self._checks: dict[Engine, asyncio.Task[tuple[EngineState, str]]] = {}
 
@@ -104,7 +109,10 @@ class Pool:
         return max(usable, key=lambda engine: blake2b(f"{engine.url}\n{run_id}".encode(), digest_size=8).digest())
 
     async def confirm(self, engine: Engine) -> bool:
-        """Return whether a call may go to `engine`; marks it where not. Asks it only after a silence."""
+        """Return whether a call may go to `engine`; marks it where it is at fault. Asks it only after a silence.
+
+        A publish that began meanwhile is no fault: the call waits for its end as new ones do.
+        """
         if self._wanted(engine.name) is None or time.monotonic() - engine.contact < CONTACT_S:
             return True
         check = self._checks.get(engine)
@@ -114,7 +122,7 @@ class Pool:
         state, detail = await asyncio.shield(check)
         if state != "up":
             self.lost(engine, detail, state)
-        return state == "up"
+        return state == "up" and not self._exchanging()
 
     def lost(self, engine: Engine, detail: str, state: EngineState = "down") -> None:
         """Mark an engine that cannot be used and watch for its return."""
@@ -163,9 +171,17 @@ class Pool:
         return await self._probe_version(engine)
 
     async def _probe_version(self, engine: Engine) -> tuple[EngineState, str]:
+        """Ask what it serves; "behind" only where that is certainly not what it is to serve."""
         wanted = self._wanted(engine.name)
         if wanted is None:
             return "up", ""
+        state, detail = await self._compare(engine, wanted)
+        if state == "behind" and (self._exchanging() or self._wanted(engine.name) != wanted):
+            return "up", ""  # not `heard`: it is asked again before it gets a call
+        return state, detail
+
+    async def _compare(self, engine: Engine, wanted: int) -> tuple[EngineState, str]:
+        """Ask an engine and compare what it says with what is wanted now."""
         try:
             async with self._session.get(engine.url / "weight_info", timeout=PROBE_TIMEOUT) as answer:
                 if answer.status != 200:

@@ -76,6 +76,11 @@ class Gate:
         """Whether a publish makes new calls wait, but those that judge it."""
         return course_of(self.view, self.urls, Caller(number=0)) is None
 
+    @property
+    def exchanging(self) -> bool:
+        """Whether engines may change weights at any moment: what they say of these proves nothing then."""
+        return self.view.state in HOLDING
+
     def course(self, caller: Caller) -> Course | None:
         """Where a call may be dispatched to now; None: nowhere."""
         course = course_of(self.view, self.urls, caller, stays=caller.run_id in self.stayed)

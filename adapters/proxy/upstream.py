@@ -105,6 +105,7 @@ class Upstream:
     """The engines by model name. Make it inside the event loop that uses it.
 
     `wanted` returns the version that an engine of a model is to serve; `changed` is told the model of one that is back.
+    `exchanging` returns whether a publish of a model makes calls wait.
     `adapters` are the models that lie on another's engines; `folder_of` returns the folder of a version.
     """
 
@@ -116,6 +117,7 @@ class Upstream:
         timeout_s: float,
         wanted: Callable[[str, str], int | None] = lambda model, engine: None,
         changed: Callable[[str], None] = lambda model: None,
+        exchanging: Callable[[str], bool] = lambda model: False,
         adapters: Collection[str] = (),
         folder_of: Callable[[int], str] = str,
     ) -> None:
@@ -129,7 +131,12 @@ class Upstream:
         kinds = dict.fromkeys(adapters, partial(AdapterPool, folder_of=folder_of))
         self.pools: dict[str, Pool] = {
             model: kinds.get(model, Pool)(
-                model, map(Engine, urls), self._session, wanted=partial(wanted, model), changed=partial(changed, model)
+                model,
+                map(Engine, urls),
+                self._session,
+                wanted=partial(wanted, model),
+                changed=partial(changed, model),
+                exchanging=partial(exchanging, model),
             )
             for model, urls in engines.items()
         }

@@ -1,5 +1,7 @@
 """Calls that go on while weights are exchanged: every token knows its version, or the call is quarantined."""
 
+import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import httpx
 import pytest
 from fake_swaps import save_answers
 
-from tracegrad.adapters.proxy import hold
+from tracegrad.adapters.proxy import engines, hold
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
@@ -217,3 +219,60 @@ def test_a_proxy_that_does_not_ask_drains(
     release(house)
     assert asked["call"].result(10).status_code == 200
     wait_for(lambda: not house.store.waiting_proxies(publish_id, 10), "the drain is acknowledged")
+
+
+def swapping(house: House, *, in_flight: bool) -> tuple[int, int]:
+    """Bring a publish to where the engine serves other weights and nobody has said `live`; return publish, version."""
+    version = house.version("other")
+    publish_id = house.store.request_publish(version, in_flight=in_flight).publish_id
+    house.store.advance_publish(publish_id, "draining")
+    wait_for(lambda: not house.store.waiting_proxies(publish_id, 10), "acknowledged")
+    house.engine.version = str(version)
+    return publish_id, version
+
+
+@pytest.mark.parametrize("in_flight", [True, False], ids=["in flight", "drain"])
+def test_an_engine_that_is_being_swapped_is_not_behind(
+    start_proxy: Callable[..., SimpleNamespace], house: House, in_flight: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks for its health in the middle; what it says once the publish is over counts again."""
+    proxy = house.proxy if in_flight else start_proxy()
+    engine = proxy.app.upstream.pools["main"].engines[0]
+    with caplog.at_level(logging.WARNING, "tracegrad.proxy"):
+        publish_id, _ = swapping(house, in_flight=in_flight)
+        for state in (None, "swapping"):
+            if state is not None:
+                house.store.advance_publish(publish_id, state)  # type: ignore[arg-type]
+            answer = proxy.client.get("/health")
+            assert (answer.status_code, engine.state) == (200, "up"), answer.text
+        assert not caplog.messages
+        house.store.advance_publish(publish_id, "failed")  # and nobody put the old weights back
+        wait_for(lambda: not proxy.app.hold.gates["main"].holding, "the proxy sees it")
+        assert proxy.client.get("/health").status_code == 503
+    assert "is behind: serves the weights" in caplog.text
+
+
+def test_a_call_that_asks_the_engine_as_a_publish_begins_waits_for_its_end(
+    house: House, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had passed the gate, the proxy acknowledged without it being at the engine, and the engine was swapped."""
+    monkeypatch.setattr(engines, "CONTACT_S", 0.0)
+    models = house.proxy.app.upstream.pools["main"]
+    compare, begun = models._compare, []
+
+    async def too_late(*asked: Any) -> Any:
+        if not begun:
+            begun.append(await asyncio.to_thread(swapping, house, in_flight=True))
+        return await compare(*asked)
+
+    monkeypatch.setattr(models, "_compare", too_late)
+    asked = pool.submit(house.ask, "call")
+    gate = house.proxy.app.hold.gates["main"]
+    wait_for(lambda: gate.line, "it waits in line")
+    assert models.engines[0].state == "up" and gate.in_flight == 0 and not caplog.messages
+    ((publish_id, version),) = begun
+    for state in ("swapping", "live"):
+        house.store.advance_publish(publish_id, state)  # type: ignore[arg-type]
+    assert asked.result(10).status_code == 200
+    call = house.call("call")
+    assert (call.quarantine, call.version_dispatched, call.version_completed) == (None, version, version)

@@ -84,7 +84,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             else _refused(publish)
         )
         held = "" if state.pinned is None else f", pinned at version {state.pinned}"
-        paused = "" if state.paused_share is None else f", held for publishes {state.paused_share:.1%} of the time"
+        how = "paused" if publish is not None and publish.in_flight else "held"
+        paused = "" if state.paused_share is None else f", {how} for publishes {state.paused_share:.1%} of the time"
         rows.append(("model", f"{state.model}: {live}{step}{held}{paused}{going_on}"))
     if report.open_runs is not None:
         rows.append(("runs", f"{report.open_runs.count} open"))

@@ -56,7 +56,7 @@ class ModelState:
     publish_age_s: float | None
     rejected_in_a_row: int
     paused_share: float | None
-    """Share of time in which its calls were held for publishes; None before a second one."""
+    """Share of time in which its engines were drained or paused for publishes; None before a second one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

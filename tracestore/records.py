@@ -296,6 +296,10 @@ class PolicyVersion:
     created_at: float = 0.0
 
 
+PAUSED = "paused_s"
+"""In what is kept of a publish in flight: seconds for which the engine stood still."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publish:
     """One passage of a version through the states of `publishes`. `gate`, `decision`: None without a publish gate."""
@@ -320,7 +324,13 @@ class Publish:
 
     @property
     def paused_s(self) -> float:
-        """Seconds in which calls were held for engines to change weights, as far as it has come to an end."""
+        """Seconds in which engines had no calls, to change weights, as far as it has come to an end.
+
+        By drain: those in which calls were held. In flight: those in which the engine stood still, by its publisher's
+        clock; where that died in the middle, those in which calls were held.
+        """
+        if self.probe is not None and PAUSED in self.probe:
+            return float(self.probe[PAUSED])
         ends = ("live", "rejected", "failed")
         return self._between("draining", ("evaluating", *ends)) + self._between("settling", ends)
 

@@ -16,7 +16,7 @@ CYCLES = 20
 
 
 def paused_share(publishes: Sequence[Publish]) -> float | None:
-    """Return the share of time in which calls of a model were held for publishes of it; `publishes` newest first."""
+    """Return the share of time in which engines of a model were drained or paused for publishes; newest first."""
     drained = [publish for publish in publishes if "draining" in publish.entered]
     if len(drained) < 2:
         return None
@@ -56,7 +56,7 @@ def shares_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _held_s(publish: Mapping[str, Any] | None) -> float | None:
-    """Seconds in which calls were held; None where nothing was published, or a publish failed unmeasured."""
+    """Seconds in which the engine stood still; None where nothing was published, or a publish failed unmeasured."""
     if publish is None or "error" in publish:
         return None
     if "paused_s" in publish:

@@ -15,6 +15,7 @@ from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineUnreachable, PublishFailed
 from tracegrad.trainer.errors import EngineError
+from tracegrad.trainer.pauses import Pauses
 from tracegrad.trainer.preflight import tied_head
 from tracegrad.trainer.probe import ProbeResult, ProbeSequence, ProbeSet, judge
 
@@ -43,6 +44,7 @@ class Fleet:
     def __init__(self, engines: Sequence[EngineClient], settings: PublishConfig) -> None:
         self.engines = tuple(engines)
         self.settings = settings
+        self.pauses = Pauses()
 
     def __len__(self) -> int:
         return len(self.engines)
@@ -148,11 +150,11 @@ class Fleet:
 
     def _swap_one(self, engine: EngineClient, path: str, mark: str, in_flight: bool) -> None:
         if in_flight:
-            engine.pause()
+            self.pauses.pause(engine)
         if (said := engine.swap(path, mark, timeout_s=self.settings.swap_timeout_s)) != mark:
             raise PublishFailed(f"{engine.url} was told version {mark} and says {said}: is somebody else publishing?")
         if in_flight:
-            engine.resume()
+            self.pauses.resume(engine)
 
     def _probe_one(
         self, engine: EngineClient, probe: ProbeSet, bound: float | None, noise: float | None

@@ -24,12 +24,12 @@ refuses a second unfinished publish). Torch-free.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.gating import unjudged, was_rejected
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
+from tracegrad.tracestore.records import PAUSED, PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed
@@ -37,6 +37,7 @@ from tracegrad.trainer.errors import EngineError
 from tracegrad.trainer.fleet import Fleet, Rehearsal, refuse_bad, told
 from tracegrad.trainer.gate import Gatekeeper, needs_gate
 from tracegrad.trainer.gated import Attempt, Candidate, Passage
+from tracegrad.trainer.pauses import Pauses
 from tracegrad.trainer.probe import ProbeResult, ProbeSet
 from tracegrad.trainer.publish_report import PublishReport, Stopwatch
 
@@ -113,7 +114,7 @@ class Publisher:
         in_flight = self.settings.mode == "in_flight" and canary is None and previous is not None
         publish = self.store.request_publish(version_id, in_flight=in_flight)
         attempt = Attempt(publish, version, previous, self.fleet)
-        clock = Stopwatch()
+        clock, self.fleet.pauses = Stopwatch(), Pauses()
         rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
         self.drain(attempt, clock, staged=canary is None)
         canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
@@ -125,6 +126,7 @@ class Publisher:
             probe=seen,
             canary=canary_seen,
             decision=None,
+            paused_s=self.fleet.pauses.longest_s if in_flight else None,
             total_s=clock.total_s(),
             **clock.spent,
         )
@@ -247,9 +249,7 @@ class Publisher:
     def _fail(self, publish: Publish, error: Exception) -> NoReturn:
         """Write `failed` and raise PublishFailed: engines serve what they served."""
         probe = getattr(error, "probe", None)
-        stored = None if probe is None else {"result": probe.as_json()}
-        self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=stored)
-        self.on_state("failed")
+        self._write_failed(publish, error, probe)
         what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
         raise PublishFailed(f"{what}: {error}", probe=probe) from error
 
@@ -287,11 +287,16 @@ class Publisher:
                 f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",
                 probe=probe,
             ) from error
-        stored = None if probe is None else {"result": probe.as_json()}
-        self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=stored)
-        self.on_state("failed")
+        self._write_failed(publish, error, probe)
         back = f"version {previous.version_id} is back" if previous else "there was no live version to put back"
         raise PublishFailed(f"{what}. {back}", probe=probe) from error
+
+    def _write_failed(self, publish: Publish, error: Exception, probe: ProbeResult | None) -> None:
+        kept: dict[str, Any] = {} if probe is None else {"result": probe.as_json()}
+        if publish.in_flight:
+            kept[PAUSED] = self.fleet.pauses.longest_s
+        self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=kept or None)
+        self.on_state("failed")
 
     def _of(self, publishes: Sequence[Publish]) -> Publish:
         return next(publish for publish in publishes if publish.model == self.model)

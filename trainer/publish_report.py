@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tracegrad.tracestore.gating import Decision
+from tracegrad.tracestore.records import PAUSED
 from tracegrad.trainer.probe import ProbeResult
 
 PARTS = ("stage_s", "drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
@@ -19,7 +20,7 @@ PARTS = ("stage_s", "drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
 class PublishReport:
     """A publish that went live: how long each state took, and what was seen. `probe` is None where none was given.
 
-    `stage_s` comes before anybody waits; `swap_s` is loading the weights into all engines; with a canary, `canary_s`
+    `paused_s` is how long the engine stood still, where calls went on through it. `stage_s` comes before anybody waits; `swap_s` is loading the weights into all engines; with a canary, `canary_s`
     (loading and probing the perturbed weights) comes before it; `judge_s` is the gate's. `total_s` is from the request
     to `live`.
     """
@@ -37,6 +38,7 @@ class PublishReport:
     probe: ProbeResult | None
     canary: ProbeResult | None
     decision: Decision | None = None
+    paused_s: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the times and results as a JSON object: what the store keeps of the publish."""
@@ -44,6 +46,8 @@ class PublishReport:
         seen: dict[str, ProbeResult | Decision | None] = {"result": self.probe, "canary": self.canary}
         if self.decision is not None:
             seen["decision"] = self.decision
+        if self.paused_s is not None:
+            times[PAUSED] = self.paused_s
         return {**times, **{k: None if v is None else v.as_json() for k, v in seen.items()}}
 
 

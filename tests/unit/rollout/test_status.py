@@ -81,6 +81,8 @@ def test_all_is_well(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> 
     sql(store, "update publishes set draining_at = 120 where publish_id = 2")
     _, found, text = ask()
     assert found["models"][0]["paused_share"] == 1 / 20 and "held for publishes 5.0% of the time" in text
+    sql(store, "update publishes set in_flight = true, probe = '{\"paused_s\": 0.5}'")
+    assert "version 2 is live (step 4), paused for publishes 2.5% of the time" in ask()[2]
     sql(store, "delete from publishes where publish_id = 2")
     store.pin_version(version.version_id, "by hand")
     _, found, text = ask()

@@ -9,14 +9,14 @@ from tracegrad.tracestore.records import Publish
 from tracegrad.tracestore.time_shares import paused_share, shares_of, wait_share
 
 
-def publish(state: str = "live", **entered: float) -> Publish:
+def publish(state: str = "live", probe: dict[str, Any] | None = None, **entered: float) -> Publish:
     return Publish(
         publish_id=1,
         version_id=1,
         model="m",
         state=state,  # type: ignore[arg-type]
         error=None,
-        probe=None,
+        probe=probe,
         entered={"requested": 0.0, **entered},
     )
 
@@ -35,6 +35,14 @@ def publish(state: str = "live", **entered: float) -> Publish:
 )
 def test_what_a_publish_held(entered: dict[str, float], paused_s: float) -> None:
     assert publish(**entered).paused_s == paused_s
+
+
+def test_a_publish_in_flight_counts_what_the_engine_stood_still() -> None:
+    """New calls are held longer: through the probe, too. Where its publisher died, nobody knows better."""
+    entered = {"draining": 10.0, "swapping": 10.1, "live": 13.5}
+    assert publish(probe={"paused_s": 0.4, "total_s": 3.6}, **entered).paused_s == 0.4
+    assert publish(probe={"total_s": 3.6}, **entered).paused_s == 3.5
+    assert publish(probe={"paused_s": 0.0}, draining=10.0, failed=40.0).paused_s == 0.0, "it never came to a swap"
 
 
 def test_the_share_of_publishes_is_of_whole_cycles() -> None:

@@ -174,7 +174,11 @@ def test_calls_go_on_through_a_swap_and_the_probe_comes_after_it(house: House) -
     house.engine.busy = True
     house.engine.events.clear()
     second = house.version(1.2)
+    began = time.monotonic()
     report = publisher.publish(second.version_id, probe(1.2, 1.0))
+    took_s, last = time.monotonic() - began, house.store.last_publish("main")
+    assert last is not None and report.paused_s == last.paused_s
+    assert report.swap_s * 0.5 < last.paused_s <= report.swap_s + 1e-4 < took_s - report.probe_s, "not the probe"
     swap = ["pause?mode=keep", "collective_rpc", "reset_prefix_cache", "update_weight_version", "weight_info", "resume"]
     assert house.engine.events[:6] == swap and "v1/completions" in house.engine.events[6:]
     assert report.probe is not None and report.probe.verdict == "new"
@@ -198,6 +202,9 @@ def test_a_swap_in_flight_that_fails_is_undone_while_the_engine_stands_still(
     resumed_once = ["pause?mode=keep", "pause?mode=keep", "resume"]  # not with weights that were not loaded
     assert stood == (resumed_once if fault == "fail_reloads" else ["pause?mode=keep", "resume"] * 2)
     assert house.engine.running.is_set()
+    last = house.store.last_publish("main")
+    assert last is not None and last.state == "failed" and last.probe is not None
+    assert 0 < last.paused_s == last.probe["paused_s"] < last.entered["failed"] - last.entered["swapping"]
 
 
 def test_an_engine_that_is_down_fails_the_publish_before_the_swap(house: House) -> None:

@@ -19,6 +19,7 @@ from tracegrad.tracestore.diagnosis_records import (
     JobFacts,
     PayloadReport,
     RunCount,
+    SpanReport,
     StepFacts,
     Tally,
     Training,
@@ -62,6 +63,7 @@ class Report:
     flat_groups: FlatGroups
     jobs: Sequence[JobReport] = ()
     publishes: Mapping[str, Sequence[Publish]] = field(default_factory=dict)
+    spans: SpanReport = field(default_factory=SpanReport)
     payloads: PayloadReport | None = None
 
     def choices_with(self, flag: str) -> int:
@@ -96,6 +98,7 @@ def gather(
         drift=store.count_drift(asked("drift")),
         forks=store.count_forks(asked("forks")),
         choices=store.count_choices(asked("choices")),
+        spans=store.check_version_spans(asked("versions of tokens")),
         conflicts=store.count_conflicts(asked("conflicts")),
         duplicates=store.count_duplicates(asked("duplicates")),
         runs=store.count_runs(asked("runs")),

@@ -41,6 +41,7 @@ def lines(report: Report) -> Iterator[tuple[str, str]]:
         yield "forks", _tallies(report.forks)
     if report.choices:
         yield "answers", _choices(report)
+    yield from _spans(report)
     if report.conflicts:
         yield "conflicts", _tallies(report.conflicts)
     if report.duplicates.count:
@@ -112,6 +113,13 @@ def _choices(report: Report) -> str:
     named["aborted"] = report.choices_ending(None, "abort", "error")
     total, tokens = (sum(getattr(one, name) for one in report.choices) for name in ("choices", "tokens"))
     return _headed(f"{total} of {tokens} tokens", _listed(named))
+
+
+def _spans(report: Report) -> Iterator[tuple[str, str]]:
+    spans = report.spans
+    if spans.calls or spans.flaws:
+        found = _tallies(spans.flaws) or "every token's version is known"
+        yield "in flight", f"{spans.calls} calls were sampled by several versions: {found}"
 
 
 def _groups(report: Report) -> str:

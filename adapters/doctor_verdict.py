@@ -72,7 +72,8 @@ def _lost_tokens(report: Report) -> Iterator[Finding]:
 
 
 def _payloads(report: Report) -> Iterator[Finding]:
-    for flaw in report.payloads.flaws if report.payloads is not None else ():
+    read = report.payloads.flaws if report.payloads is not None else ()
+    for flaw in (*report.spans.flaws, *read):
         words = quarantine_words(flaw.what)
         text = f"{flaw.what} (calls {words.means}): found {flaw.count} times where nobody quarantined it"
         text += _such(flaw.example)

@@ -22,6 +22,7 @@ from tracegrad.tracestore.runs import lock_runs, open_or_touch
 from tracegrad.tracestore.schema import calls
 from tracegrad.tracestore.serials import Serials
 from tracegrad.tracestore.spans import upsert_spans
+from tracegrad.tracestore.version_spans import cover
 
 _KNOWN = select(calls.c.call_id).where(calls.c.call_id.in_(bindparam("ids", expanding=True)))
 CHUNK = 400
@@ -129,7 +130,7 @@ def _check(call: Call) -> None:
                 f"{len(choice.logprobs)} logprobs: record logprobs None and quarantine the call"
             )
         firsts = [first for first, _ in choice.version_spans]
-        if firsts and (firsts[0] != 0 or firsts != sorted(set(firsts)) or firsts[-1] >= len(choice.token_ids)):
+        if firsts and not cover(choice.version_spans, len(choice.token_ids)):
             raise InvalidRecord(
                 f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids, and version spans "
                 f"from tokens {firsts}: begin with 0, go up, and stay inside, or quarantine the call"

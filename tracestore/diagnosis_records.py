@@ -171,6 +171,14 @@ class PayloadReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpanReport:
+    """Complete calls that several versions sampled; flaws of those that nobody quarantined, by the trainer's reason."""
+
+    calls: int = 0
+    flaws: tuple[Tally, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConservationReport:
     """Sampled tokens of the whole store as one job and epoch sees them (law 5)."""
 

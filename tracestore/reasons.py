@@ -19,6 +19,8 @@ QUARANTINED = "quarantined: "
 DELETED = "deleted"
 NO_VERSION = "no version"
 VERSION_CHANGED = "version changed"
+BAD_SPANS = "version spans"
+"""Of a choice that several versions sampled nobody knows exactly which token is whose."""
 NO_PROMPT = "no prompt ids"
 EMPTY = "empty choice"
 NO_LOGPROBS = "no logprobs"
@@ -84,6 +86,9 @@ REASONS: Mapping[str, Words] = {
     VERSION_CHANGED: Words(
         "sampled while the weights were exchanged",
         "let every proxy use this store, so that a publish waits for it (`tracegrad status` lists them)",
+    ),
+    BAD_SPANS: Words(
+        "of answers whose version spans leave tokens out, or name a version that their model does not have", _REPORT
     ),
     NO_PROMPT: Words("of calls without the token ids of their prompt", _ENGINE),
     EMPTY: Words("of answers without a token", "nothing: there is nothing to train in them"),
@@ -199,6 +204,9 @@ QUARANTINES: Mapping[str, Words] = {
     NAN_LOGPROB: Words("with a logprob that is no finite number", REASONS[NAN_LOGPROB].do),
     "missing logprob": Words("with a token whose logprob the engine left out", _REPORT),
     VERSION_CHANGED: Words("sampled while the weights were exchanged", REASONS[VERSION_CHANGED].do),
+    BAD_SPANS: Words(
+        "with an answer whose version spans leave tokens out, or name a version that its model does not have", _REPORT
+    ),
     "usage mismatch": Words("whose token counts are not those that the engine says it used", _REPORT),
     "no usage": Words("without the engine's own token counts", _ENGINE),
     "choices missing": Words("with fewer answers than were asked for", _REPORT),

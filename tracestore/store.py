@@ -20,6 +20,7 @@ from tracegrad.tracestore.diagnosis import Diagnosis
 from tracegrad.tracestore.diagnosis_jobs import JobDiagnosis
 from tracegrad.tracestore.diagnosis_payloads import PayloadDiagnosis
 from tracegrad.tracestore.diagnosis_siblings import SiblingDiagnosis
+from tracegrad.tracestore.diagnosis_spans import SpanDiagnosis
 from tracegrad.tracestore.evaluations import Evaluations
 from tracegrad.tracestore.interchange import Interchange
 from tracegrad.tracestore.jobs import Jobs
@@ -75,6 +76,7 @@ class Store(
     SiblingDiagnosis,
     JobDiagnosis,
     PayloadDiagnosis,
+    SpanDiagnosis,
     Keys,
     Removal,
     Retention,

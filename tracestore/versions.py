@@ -63,6 +63,15 @@ class Versions(Noun):
         with self._db.read() as connection:
             return [_version(row) for row in connection.execute(chosen)]
 
+    def models_of(self, version_ids: Collection[int]) -> dict[int, str]:
+        """Return version -> its model; unknown ones are left out."""
+        chosen = select(policy_versions.c.version_id, policy_versions.c.model)
+        if not version_ids:
+            return {}
+        with self._db.read() as connection:
+            rows = connection.execute(chosen.where(policy_versions.c.version_id.in_(list(version_ids))))
+            return {int(version): str(model) for version, model in rows}
+
     def abandon_version(self, version_id: int) -> None:
         """Mark a version as one not to build on. Doing it twice is a no-op. Raises NotFound."""
         with self._db.write() as connection:

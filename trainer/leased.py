@@ -13,7 +13,7 @@ from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.lease_keeper import LeaseKeeper
 from tracegrad.trainer.returns import Scope
-from tracegrad.trainer.samples import build_batch
+from tracegrad.trainer.samples import build_batch, spanned_versions
 from tracegrad.trainer.shares import Shares, share
 from tracegrad.trainer.staleness import without_stale_runs
 
@@ -31,11 +31,13 @@ def leased_shares(
     """
     live = {model: version.step for model in rule.models if (version := store.live_version(model)) is not None}
     counted = store.counted_steps(rule.models)
+    leased = store.lease_traces(lease, rule)
+    models = store.models_of(spanned_versions(leased))
     shares, stale = without_stale_runs(
         share(
-            store.lease_traces(lease, rule),
+            leased,
             rule.models,
-            lambda traces, model: build_batch(traces, rule.of(model), scope=scope),
+            lambda traces, model: build_batch(traces, rule.of(model), scope=scope, models=models),
         ),
         lambda version_id: counted[version_id] if version_id in counted else store.get_version(version_id).step,
         steps=steps,

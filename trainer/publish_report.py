@@ -20,9 +20,9 @@ PARTS = ("stage_s", "drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
 class PublishReport:
     """A publish that went live: how long each state took, and what was seen. `probe` is None where none was given.
 
-    `paused_s` is how long the engine stood still, where calls went on through it. `stage_s` comes before anybody waits; `swap_s` is loading the weights into all engines; with a canary, `canary_s`
+    `stage_s` comes before anybody waits; `swap_s` is loading the weights into all engines; with a canary, `canary_s`
     (loading and probing the perturbed weights) comes before it; `judge_s` is the gate's. `total_s` is from the request
-    to `live`.
+    to `live`. `paused_s` is how long engines stood still, where calls went on through it.
     """
 
     publish_id: int

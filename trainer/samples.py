@@ -15,6 +15,7 @@ from typing import Any
 
 from tracegrad.tracestore.reasons import (
     ABORTED,
+    BAD_SPANS,
     CONSTRAINED,
     EMPTY,
     FAILED_CALL,
@@ -34,6 +35,7 @@ from tracegrad.tracestore.reasons import (
 )
 from tracegrad.tracestore.records import Call, Choice, Consumption, LeaseRule, Reward, RunTrace, Span
 from tracegrad.tracestore.rules import reward_counts, wrong_owner
+from tracegrad.tracestore.version_spans import are_of, cover
 from tracegrad.trainer.errors import SampleError
 from tracegrad.trainer.returns import Scope, reached_calls
 from tracegrad.trainer.run_graph import RunGraph, run_graph
@@ -141,11 +143,14 @@ def excluded_by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
     return totals
 
 
-def build_batch(traces: Sequence[RunTrace], rule: LeaseRule, *, scope: Scope = "call") -> Samples:
+def build_batch(
+    traces: Sequence[RunTrace], rule: LeaseRule, *, scope: Scope = "call", models: Mapping[int, str] | None = None
+) -> Samples:
     """Turn the traces of a lease into samples of the rule's model.
 
     `rule` is what they were leased by: the calls and rewards that count there count here. `scope`: how far a reward
-    reaches (see `returns`); a call that none reaches is excluded. The order of `traces` is the order of the plan and
+    reaches (see `returns`); a call that none reaches is excluded. `models`: version -> its model, of all versions that
+    spans name (see `spanned_versions`); None: nobody looked. The order of `traces` is the order of the plan and
     is kept.
 
     Raises:
@@ -168,7 +173,7 @@ def build_batch(traces: Sequence[RunTrace], rule: LeaseRule, *, scope: Scope = "
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
             for choice in call.choices:
-                reason = exclusion(trace, call, choice, rule, reached)
+                reason = exclusion(trace, call, choice, rule, reached, models=models)
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -213,16 +218,31 @@ def counted_rewards(trace: RunTrace, rule: LeaseRule) -> tuple[Reward, ...]:
     return tuple(counted)
 
 
-def exclusion(trace: RunTrace, call: Call, choice: Choice, rule: LeaseRule, reached: Container[str]) -> str | None:
+def spanned_versions(traces: Iterable[RunTrace]) -> set[int]:
+    """Return the versions that version spans of these runs name."""
+    choices = (choice for trace in traces for call in trace.calls for choice in call.choices)
+    return {version for choice in choices for _, version in choice.version_spans}
+
+
+def exclusion(
+    trace: RunTrace,
+    call: Call,
+    choice: Choice,
+    rule: LeaseRule,
+    reached: Container[str],
+    *,
+    models: Mapping[int, str] | None = None,
+) -> str | None:
     """Return why the choice must not train, or None. The first reason that holds is the one counted.
 
-    `reached`: the calls that a counted reward reaches (`returns.reached_calls`).
+    `reached`: the calls that a counted reward reaches (`returns.reached_calls`). `models`: as for `build_batch`.
     """
     return (
         wrong_owner(rule, call)
         or (RUN_FAILED if trace.run.status == "failed" else None)
         or _bad_call(call, choice)
         or _bad_tokens(call, choice)
+        or _bad_spans(call, choice, models)
         or _not_a_sample_of_the_policy(call, choice)
         or (None if call.call_id in reached else NO_REWARD)
         or (SUPERSEDED if any(other.retry_of == call.call_id for other in trace.calls) else None)
@@ -274,6 +294,14 @@ def _bad_tokens(call: Call, choice: Choice) -> str | None:
     if len(choice.logprobs) != len(choice.token_ids):
         return LENGTH_MISMATCH
     return None if all(math.isfinite(value) for value in choice.logprobs) else NAN_LOGPROB
+
+
+def _bad_spans(call: Call, choice: Choice, models: Mapping[int, str] | None) -> str | None:
+    """Where several versions sampled it: each token's is known, and one of the model's (law 8)."""
+    spans = choice.version_spans
+    if not spans or (cover(spans, len(choice.token_ids)) and (models is None or are_of(spans, call.model, models))):
+        return None
+    return BAD_SPANS
 
 
 def _not_a_sample_of_the_policy(call: Call, choice: Choice) -> str | None:

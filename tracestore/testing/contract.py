@@ -11,6 +11,7 @@ from tracegrad.tracestore.testing.diagnosis import (
     DiagnosisContract,
     JobDiagnosisContract,
     PayloadDiagnosisContract,
+    SpanDiagnosisContract,
 )
 from tracegrad.tracestore.testing.gating import EvaluationContract, GateContract, PinContract
 from tracegrad.tracestore.testing.judged_together import JudgedTogetherContract
@@ -60,6 +61,7 @@ class StoreContract(
     OverviewContract,
     DiagnosisContract,
     JobDiagnosisContract,
+    SpanDiagnosisContract,
     PayloadDiagnosisContract,
     KeyContract,
     RemovalContract,

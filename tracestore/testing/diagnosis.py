@@ -13,6 +13,7 @@ from tracegrad.tracestore.diagnosis_records import (
     HeldLease,
     PayloadReport,
     RunCount,
+    SpanReport,
     Tally,
     Training,
     WaitingGroups,
@@ -51,6 +52,7 @@ class DiagnosisContract:
         assert store.count_flat_groups(ALL) == FlatGroups()
         assert store.count_duplicates(ALL) == Tally(what="duplicates", count=0)
         assert store.check_payloads(ALL) == PayloadReport()
+        assert store.check_version_spans(ALL) == SpanReport()
         for found in (store.count_quarantines, store.count_drift, store.count_forks, store.count_choices):
             assert found(ALL) == []
         assert (store.count_conflicts(ALL), store.count_runs(ALL), store.list_jobs()) == ([], [], [])
@@ -372,6 +374,45 @@ class JobDiagnosisContract:
         assert [(one.state, one.error) for one in found] == [("failed", "stale"), ("live", None)]
         assert found[0].probe == {"result": {"verdict": "stale"}}
         assert (store.last_publishes(MODEL, 1), store.last_publishes("other")) == (found[:1], [])
+
+
+class SpanDiagnosisContract:
+    """Calls that weights were exchanged under."""
+
+    def test_spans_that_do_not_tell_each_tokens_version_are_found(self, store: Store) -> None:
+        """However they came to stand there; and calls of two versions that tell of none. Quarantined ones are known."""
+        other = live_version(store, model="other").version_id
+        old, new = live_version(store, 1).version_id, live_version(store, 2).version_id
+        exact = make_call("exact", "r", tokens=[(4, 5, 6)] * 3, version=old)
+        spans: list[tuple[tuple[int, int], ...]] = [((0, old), (1, new)), ((0, new),), ()]
+        told = [replace(choice, version_spans=each) for choice, each in zip(exact.choices, spans, strict=True)]
+        bad = {
+            "starts late": f"[[1, {old}]]",
+            "goes back": f"[[0, {old}], [2, {new}], [1, {old}]]",
+            "beyond the end": f"[[0, {old}], [3, {new}]]",
+            "other model's": f"[[0, {old}], [2, {other}]]",
+            "unknown version": f"[[0, {old}], [2, 99]]",
+            "no spans": "[7]",
+        }
+        silent = [make_call(f"silent {n}", "s", version=old, version_completed=new) for n in (1, 2)]
+        calls = [replace(exact, choices=tuple(told), version_completed=new), *silent]
+        calls += [make_call(name, "r", version=old) for name in bad]
+        calls += [replace(silent[0], call_id="known", quarantine="version changed")]
+        calls += [replace(silent[0], call_id="cut", status="aborted"), make_call("plain", "s", version=new)]
+        store.append_calls(calls)
+        for name, told_of_it in bad.items():
+            seq = "(SELECT seq FROM calls WHERE call_id = :name)"
+            sql(store, f"UPDATE choices SET version_spans = :spans WHERE seq = {seq}", name=name, spans=told_of_it)
+        assert store.check_version_spans(ALL) == SpanReport(
+            calls=7,
+            flaws=(
+                Tally(what="version spans", count=6, example="unknown version"),
+                Tally(what="version changed", count=2, example="silent 2"),
+            ),
+        )
+        assert store.check_version_spans(Extent(run_id="s")).calls == 0
+        assert store.models_of([old, other, 99]) == {old: MODEL, other: "other"}
+        assert store.models_of([]) == {}
 
 
 class PayloadDiagnosisContract:

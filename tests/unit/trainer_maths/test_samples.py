@@ -6,7 +6,7 @@ import pytest
 
 from tracegrad.tracestore.records import Attribution, Choice, Consumption, LeaseRule, ModelCalls, Reward
 from tracegrad.trainer.errors import SampleError
-from tracegrad.trainer.samples import Turn, build_batch, turn_of
+from tracegrad.trainer.samples import Turn, build_batch, spanned_versions, turn_of
 
 RULE = LeaseRule(
     trained=(ModelCalls(model="main", roles=("planner", "writer"), other_roles=("judge",)),),
@@ -20,7 +20,9 @@ def score(run_id="run_a", value=1.0, name="f1", **target):
 
 
 def batch(traces, weights=None):
-    return build_batch(traces, replace(RULE, reward_names=tuple(weights or ())))
+    models = {3: "main", 4: "main", 5: "other"}
+    assert spanned_versions(traces) <= {*models, 6}
+    return build_batch(traces, replace(RULE, reward_names=tuple(weights or ())), models=models)
 
 
 def test_a_sound_call_becomes_a_sample_with_what_was_recorded(make_call, make_trace):
@@ -73,6 +75,10 @@ def choice(**changes):
         ("length mismatch", {"choices": choice(logprobs=(-0.5,))}),
         ("nan logprob", {"choices": choice(logprobs=(-0.5, float("nan")))}),
         ("nan logprob", {"choices": choice(logprobs=(-0.5, float("-inf")))}),
+        ("version spans", {"choices": choice(version_spans=((1, 3),)), "version_completed": 3}),
+        ("version spans", {"choices": choice(version_spans=((0, 3), (2, 4))), "version_completed": 4}),
+        ("version spans", {"choices": choice(version_spans=((0, 3), (1, 5))), "version_completed": 5}),
+        ("version spans", {"choices": choice(version_spans=((0, 3), (1, 6))), "version_completed": 6}),
         ("greedy", {"effective": {"temperature": 0}}),
         ("greedy", {"effective": {"temperature": 0.005}}),
         ("greedy", {"choices": choice(flags=("greedy",))}),

@@ -49,7 +49,18 @@ class Finding:
 
 def judge(report: Report) -> list[Finding]:
     """Return what is wrong, the worst first: problems before notes, and each in the order of the checks below."""
-    checks = (_lost_tokens, _payloads, _publishes, _leases, _steps, _quarantines, _placing, _runs, _groups)
+    checks = (
+        _lost_tokens,
+        _payloads,
+        _version_spans,
+        _publishes,
+        _leases,
+        _steps,
+        _quarantines,
+        _placing,
+        _runs,
+        _groups,
+    )
     found = [one for check in (*checks, _ended_badly, _excluded, _waiting, _prompts) for one in check(report)]
     return sorted(found, key=lambda one: one.level != "problem")
 
@@ -72,12 +83,20 @@ def _lost_tokens(report: Report) -> Iterator[Finding]:
 
 
 def _payloads(report: Report) -> Iterator[Finding]:
-    read = report.payloads.flaws if report.payloads is not None else ()
-    for flaw in (*report.spans.flaws, *read):
+    for flaw in report.payloads.flaws if report.payloads is not None else ():
         words = quarantine_words(flaw.what)
         text = f"{flaw.what} (calls {words.means}): found {flaw.count} times where nobody quarantined it"
         text += _such(flaw.example)
         yield Finding(level="problem", code=flaw.what, text=f"{text}; check the disk, and {words.do}")
+
+
+def _version_spans(report: Report) -> Iterator[Finding]:
+    """The trainer leaves them out, in these words, when it comes to them."""
+    for flaw in report.spans.flaws:
+        words = words_of(flaw.what)
+        text = f"{flaw.what} (tokens {words.means}): found in {flaw.count} calls that nobody quarantined"
+        text += f"{_such(flaw.example)}; {words.do}"
+        yield Finding(level="problem", code=flaw.what, text=text)
 
 
 def _publishes(report: Report) -> Iterator[Finding]:

@@ -204,9 +204,6 @@ QUARANTINES: Mapping[str, Words] = {
     NAN_LOGPROB: Words("with a logprob that is no finite number", REASONS[NAN_LOGPROB].do),
     "missing logprob": Words("with a token whose logprob the engine left out", _REPORT),
     VERSION_CHANGED: Words("sampled while the weights were exchanged", REASONS[VERSION_CHANGED].do),
-    BAD_SPANS: Words(
-        "with an answer whose version spans leave tokens out, or name a version that its model does not have", _REPORT
-    ),
     "usage mismatch": Words("whose token counts are not those that the engine says it used", _REPORT),
     "no usage": Words("without the engine's own token counts", _ENGINE),
     "choices missing": Words("with fewer answers than were asked for", _REPORT),

@@ -296,10 +296,6 @@ class PolicyVersion:
     created_at: float = 0.0
 
 
-PAUSED = "paused_s"
-"""In what is kept of a publish in flight: seconds for which the engine stood still."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publish:
     """One passage of a version through the states of `publishes`. `gate`, `decision`: None without a publish gate."""
@@ -327,10 +323,10 @@ class Publish:
         """Seconds in which engines had no calls, to change weights, as far as it has come to an end.
 
         By drain: those in which calls were held. In flight: those in which the engine stood still, by its publisher's
-        clock; where that died in the middle, those in which calls were held.
+        clock (where that died in the middle, as by drain).
         """
-        if self.probe is not None and PAUSED in self.probe:
-            return float(self.probe[PAUSED])
+        if self.probe is not None and "paused_s" in self.probe:
+            return float(self.probe["paused_s"])
         ends = ("live", "rejected", "failed")
         return self._between("draining", ("evaluating", *ends)) + self._between("settling", ends)
 

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from tracegrad.tracestore.config import PublishConfig
 from tracegrad.tracestore.gating import unjudged, was_rejected
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import PAUSED, PolicyVersion, Publish, PublishState
+from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed
@@ -294,7 +294,7 @@ class Publisher:
     def _write_failed(self, publish: Publish, error: Exception, probe: ProbeResult | None) -> None:
         kept: dict[str, Any] = {} if probe is None else {"result": probe.as_json()}
         if publish.in_flight:
-            kept[PAUSED] = self.fleet.pauses.longest_s
+            kept["paused_s"] = self.fleet.pauses.longest_s
         self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=kept or None)
         self.on_state("failed")
 

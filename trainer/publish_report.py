@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tracegrad.tracestore.gating import Decision
-from tracegrad.tracestore.records import PAUSED
 from tracegrad.trainer.probe import ProbeResult
 
 PARTS = ("stage_s", "drain_s", "canary_s", "swap_s", "probe_s", "judge_s")
@@ -47,7 +46,7 @@ class PublishReport:
         if self.decision is not None:
             seen["decision"] = self.decision
         if self.paused_s is not None:
-            times[PAUSED] = self.paused_s
+            times["paused_s"] = self.paused_s
         return {**times, **{k: None if v is None else v.as_json() for k, v in seen.items()}}
 
 

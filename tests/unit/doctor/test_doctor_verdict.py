@@ -97,7 +97,7 @@ def test_a_healthy_store_gets_no_word() -> None:
         (
             "problem",
             "version spans",
-            "leave tokens out, or name a version that its model does not have): found 1 times where nobody",
+            "leave tokens out, or name a version that their model does not have): found in 1 calls that nobody",
             {"spans": SpanReport(calls=9, flaws=(Tally(what="version spans", count=1, example="c"),))},
         ),
         (

@@ -20,6 +20,7 @@ import kill_load
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
+from waits import wait_for
 
 from tracegrad.tracestore.store import Store, open_store
 
@@ -87,10 +88,7 @@ class House:
         )
         publish_id = self.store.request_publish(version.version_id).publish_id
         self.store.advance_publish(publish_id, "draining")
-        deadline = time.monotonic() + 10
-        while self.store.waiting_proxies(publish_id, 10.0):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: not self.store.waiting_proxies(publish_id, 10.0), "it is acknowledged")
         yield
         self.store.advance_publish(publish_id, "swapping")
         self.store.advance_publish(publish_id, "live")

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from waits import wait_for
 
 from tracegrad.adapters.app_session import open_session, run_loop
 from tracegrad.adapters.cli import main
@@ -29,13 +29,6 @@ from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
 
 RULE = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=2)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def command(stack: Any, app: str, tasks: Path, *more: str) -> list[str]:
@@ -133,10 +126,10 @@ def test_a_killed_rollout_is_finished_by_the_same_name(stack: Any, light_app: st
     stack.engine.delay_s = 0.1
     more = ("--name", "killed", "--group", "4", "--concurrency", "3")
     first = start(stack, light_app, tasks_file, *more)
-    wait_until(lambda: stack.engine.finished >= 7)
+    wait_for(lambda: stack.engine.finished >= 7, "seven calls are answered")
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    wait_until(lambda: stack.engine.in_flight == 0)
+    wait_for(lambda: stack.engine.in_flight == 0, "no call runs")
     stack.engine.delay_s = 0.0
     left = Counter(run.status for run in all_runs(stack.store, "killed", tasks_file, groups=1))
     assert sum(left.values()) == 4
@@ -161,7 +154,7 @@ def test_a_killed_rollout_is_finished_by_the_same_name(stack: Any, light_app: st
 def test_ctrl_c_ends_what_is_in_flight_as_failed(stack: Any, light_app: str, tasks_file: Path) -> None:
     stack.engine.gate = threading.Event()
     running = start(stack, light_app, tasks_file, "--name", "stopped", "--group", "2", "--concurrency", "3")
-    wait_until(lambda: stack.engine.in_flight == 3)
+    wait_for(lambda: stack.engine.in_flight == 3, "three calls run")
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=10)
     stack.engine.gate.set()
@@ -210,11 +203,11 @@ def test_it_waits_for_the_trainer_and_for_publishing(stack: Any, light_app: str,
     thread = threading.Thread(target=lambda: ended.append(run_loop(rollout.run, concurrency=8)))
     thread.start()
 
-    wait_until(lambda: stack.store.backlog("main", RULE).ready_groups == 2)
+    wait_for(lambda: stack.store.backlog("main", RULE).ready_groups == 2, "two groups are ready")
     time.sleep(0.4)
     assert len(stack.engine.requests) == 4, "it sampled more groups than may wait for the trainer"
     train(stack.store, 2, step=1)
-    wait_until(lambda: stack.store.backlog("main", RULE).ready_groups == 2)
+    wait_for(lambda: stack.store.backlog("main", RULE).ready_groups == 2, "two groups are ready")
     canary = stack.store.add_version(
         model="main", kind="canary", parent_id=None, checkpoint_path="/c", checkpoint_hash="c", step=0, job_id=None
     )

@@ -10,13 +10,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
 from tracegrad.adapters.supervisor import ChildGaveUp, ChildSpec, Event, RestartPolicy, Supervisor, supervise
@@ -29,20 +29,6 @@ FAST = RestartPolicy(max_restarts=2, first_wait_s=0.01, longest_wait_s=0.02, ste
 
 def shell(script: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", script)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 8.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def make(specs: list[ChildSpec], tmp_path: Path, events: list[Event], policy: RestartPolicy = FAST) -> Supervisor:
@@ -92,13 +78,13 @@ def test_a_child_that_ignores_the_request_is_killed_with_everything_it_started(t
     quick = RestartPolicy(stop_timeout_s=0.3)
     supervisor = make([ChildSpec(name="stubborn", command=shell(script))], tmp_path, events, quick)
     supervisor.start()
-    wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2, "both run")
     grandchild, child = map(int, pids.read_text().split())
-    assert alive(grandchild)
-    assert alive(child)
+    assert not gone(grandchild)
+    assert not gone(child)
     supervisor.stop()
-    assert not alive(child)
-    assert not alive(grandchild), "a process in a session of its own was left behind"
+    assert gone(child)
+    assert gone(grandchild), "a process in a session of its own was left behind"
 
 
 def test_a_normal_end_of_the_trainer_is_not_a_crash_and_may_end_everything(tmp_path: Path) -> None:
@@ -166,14 +152,14 @@ def test_no_orphan_is_left_whatever_ends_the_supervisor(tmp_path: Path, number: 
     script = textwrap.dedent(UP)
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     files = [tmp_path / "a", tmp_path / "b"]
-    wait_until(lambda: all(file.exists() and file.read_text().endswith("\n") for file in files))
+    wait_for(lambda: all(file.exists() and file.read_text().endswith("\n") for file in files), "all run")
     pids = [int(pid) for file in files for pid in file.read_text().split()]
     assert len(pids) == 4
-    assert all(alive(pid) for pid in pids)
+    assert not any(gone(pid) for pid in pids)
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=10)
     assert process.returncode == code
-    wait_until(lambda: not any(alive(pid) for pid in pids))
+    wait_for(lambda: all(gone(pid) for pid in pids), "all are gone")
     started = [json.loads(line)["child"] for line in out.splitlines() if json.loads(line)["kind"] == "started"]
     assert started == ["a", "b"]
 
@@ -209,7 +195,7 @@ def test_children_that_do_not_depend_on_one_another_start_and_stop_together(tmp_
     with socket.socket(socket.AF_UNIX) as listener:
 
         def listen_once_both_run() -> None:
-            wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+            wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), "both run")
             listener.bind(f"{tmp_path}/s")
             listener.listen()
 

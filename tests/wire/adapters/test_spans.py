@@ -23,6 +23,7 @@ from langgraph.func import entrypoint, task
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, RetryPolicy, Send, interrupt
+from waits import wait_for
 
 from tracegrad.adapters import graph_writes
 from tracegrad.adapters.client import ProxyClient
@@ -349,10 +350,7 @@ def test_long_runs_are_told_while_they_go_on(proxy: Any) -> None:
     graph = wrap(builder.add_edge(START, "first").add_edge("first", "waits").compile(), proxy=proxy.root)
     thread = threading.Thread(target=graph.invoke, args=(_given(),))
     thread.start()
-    give_up = time.monotonic() + 10
-    while not proxy.spans or len(next(iter(proxy.spans.values()))) < 3:
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
+    wait_for(lambda: proxy.spans and len(next(iter(proxy.spans.values()))) >= 3, "three spans are told")
     assert proxy.only_run()["status"] == "open"
     go_on.set()
     thread.join()

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
+from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import load_config
@@ -114,14 +114,7 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path: Path, how: signal.Signals)
     running.send_signal(how)
     assert running.wait(20) == 0
     running.stderr.close()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
-        state = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":
-            break
-        time.sleep(0.02)
-    else:
-        assert not Path(f"/proc/{server}").exists()
+    wait_for(lambda: gone(server), "the server is gone", 5)
 
 
 def test_one_process_for_each_replica(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fake_engine
 import pytest
 from fake_engine import save_weight
+from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import AdapterConfig, EngineConfig, ModelConfig
@@ -45,21 +44,6 @@ def version(version_id: int, path: Path) -> PolicyVersion:
         step=1,
         job_id=None,
     )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """Whether no such process runs (a zombie that nobody has reaped yet counts as gone)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def test_it_starts_and_stops_with_all_its_children(tmp_path: Path) -> None:
@@ -187,7 +171,7 @@ def test_a_killed_engine_comes_back_on_the_live_version(tmp_path: Path) -> None:
         child = int((tmp_path / "w1" / "child.pid").read_text())
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        wait_for(lambda: process.restarts == 1)
+        wait_for(lambda: process.restarts == 1, "it is started again", 15)
         assert gone(child), "the dead server's children are gone as well"
         assert process.client.version() == "2"
         assert process.client.score([1, 2, 3], 1) == pytest.approx(fake_engine.logprobs(2.0, [1, 2, 3], 1))
@@ -246,4 +230,4 @@ def test_it_dies_with_its_owner_even_when_that_is_killed(tmp_path: Path) -> None
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    wait_for(lambda: gone(server) and gone(child))
+    wait_for(lambda: gone(server) and gone(child), "both are gone", 15)

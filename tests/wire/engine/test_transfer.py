@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from fake_engine import FakeEngine, save_weight
 from fake_transfer import STEPS
 from versions import add_version
+from waits import wait_for
 from weight_probes import probe
 
 from tracegrad.tracestore.config import PublishConfig, TransferConfig, parse_config
@@ -158,10 +158,7 @@ def test_a_killed_trainer_leaves_no_memory_behind(tmp_path: Path) -> None:
         assert trainer.stdout.readline() == "staged\n"
         assert len(segments(trainer.pid)) == 1
         os.kill(trainer.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while segments(trainer.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not segments(trainer.pid), "its memory is given back")
 
 
 @pytest.mark.parametrize(("backend", "told"), [("ipc", {"packed": True}), ("nccl", {"world_size": 2})])

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from fake_swaps import save_answers
+from waits import wait_for
 
 from tracegrad.adapters.app_session import AppSession
 from tracegrad.adapters.client import ProxyClient
@@ -316,7 +317,7 @@ def test_a_killed_evaluator_rejects_what_it_had_in_hand_and_the_next_one_goes_on
     engine = whole.engines[0]
     engine.gate = threading.Event()
     publishing = whole.publish("good 1")
-    wait_for(lambda: engine.in_flight > 0)
+    wait_for(lambda: engine.in_flight > 0, "the evaluation asks", 20)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     first.stdout.close()
@@ -329,21 +330,13 @@ def test_a_killed_evaluator_rejects_what_it_had_in_hand_and_the_next_one_goes_on
     whole.store.remove_evaluator(whole.store.living_evaluators("main", 100)[0].evaluator_id)
     second = start()
     assert second.stdout is not None
-    wait_for(lambda: not whole.store.open_gate_runs())
+    wait_for(lambda: not whole.store.open_gate_runs(), "what the first was at is ended", 20)
     assert whole.publish("good 2").result(30).decision.passed  # type: ignore[union-attr]
     second.send_signal(signal.SIGTERM)
     assert second.wait(20) == 0
     second.stdout.close()
     assert whole.store.living_evaluators("main", 100) == []
     whole.check_calls()
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("waited in vain")
 
 
 def test_a_pin_and_its_end_by_command(whole: Whole, tmp_path: Path, store_url: str) -> None:

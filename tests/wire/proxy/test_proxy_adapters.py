@@ -1,12 +1,12 @@
 """Roles whose models are adapters: each is answered by its own, on the engine of their base, and by the base before."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from waits import wait_for
 
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
@@ -50,8 +50,7 @@ def publish(store: Store, engine_app: Any, tmp_path: Path) -> Callable[..., Poli
         )
         publish_id = store.request_publish(version.version_id).publish_id
         store.advance_publish(publish_id, "draining")
-        while store.waiting_proxies(publish_id, 10.0):
-            time.sleep(0.005)
+        wait_for(lambda: not store.waiting_proxies(publish_id, 10.0), "it is acknowledged")
         store.advance_publish(publish_id, "swapping")
         if load:
             engine_app.adapters[model] = str(folder)
@@ -75,24 +74,17 @@ def said(proxy: SimpleNamespace, role: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_each_role_is_answered_by_its_adapter(
     proxy: SimpleNamespace, store: Store, publish: Callable[..., PolicyVersion], engine_app: Any
 ) -> None:
     """Before a first version by the base, which computes the same; such calls know no version. Streams alike."""
     assert [said(proxy, role) for role in ("planner", "writer", "critic")] == ["base"] * 3
     live = publish("p")
-    until(lambda: proxy.app.hold.gates["p"].live_version == live.version_id)
+    wait_for(lambda: proxy.app.hold.gates["p"].live_version == live.version_id, "the proxy sees it")
     assert [said(proxy, role) for role in ("planner", "writer", "critic")] == ["p0", "base", "base"]
     publish("w")
     newer = publish("p")
-    until(lambda: proxy.app.hold.gates["p"].live_version == newer.version_id)
+    wait_for(lambda: proxy.app.hold.gates["p"].live_version == newer.version_id, "the proxy sees it")
     assert [said(proxy, role) for role in ("planner", "writer", "critic")] == ["p1", "w0", "base"]
     assert b'"model":"gpt-4o"' in ask(proxy, "planner", stream=True).content
     assert [body["model"] for body in engine_app.requests][-4:] == ["p", "w", "base", "p"]
@@ -118,7 +110,7 @@ def test_an_engine_that_lost_the_adapter_gets_no_calls_of_it(
     monkeypatch.setattr(engines, "CONTACT_S", 0.0)
     live = publish("p")
     publish("w")
-    until(lambda: proxy.app.hold.gates["p"].live_version == live.version_id)
+    wait_for(lambda: proxy.app.hold.gates["p"].live_version == live.version_id, "the proxy sees it")
     assert said(proxy, "planner") == "p0"
     there = engine_app.adapters.pop("p")
     waiting = proxy.client.post(

@@ -1,11 +1,11 @@
 """The JSON doors: tasks, groups, runs, rewards, backlog; and idle runs that end by themselves."""
 
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from waits import wait_for
 
 from examples.rag_qa.demo import live_step
 from tracegrad.tracestore.records import Run
@@ -136,8 +136,5 @@ def test_idle_live_runs_end_by_themselves(start_proxy: Callable[..., SimpleNames
     proxy = start_proxy(proxy={"idle_close_s": 0.2}, project="elsewhere")
     proxy.client.post("/run/quiet/v1/chat/completions", json=ASK)
     assert (store.get_run("quiet").project, store.get_run("quiet").status) == ("elsewhere", "open")
-    deadline = time.monotonic() + 10
-    while store.get_run("quiet").status == "open":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: store.get_run("quiet").status != "open", "the run is over")
     assert store.get_run("quiet").ended_by == "idle"

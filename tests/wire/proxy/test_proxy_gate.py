@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from waits import wait_for
 
 from tracegrad.adapters.proxy.courses import Caller, course_of
 from tracegrad.tracestore.gating import GateTerms, run_prefix
@@ -55,21 +56,14 @@ class Gated:
 
     def drain(self, publish: Publish, state: PublishState, decision: Any = None) -> None:
         self.store.advance_publish(publish.publish_id, state, decision=decision)
-        self.wait(lambda: not self.store.waiting_proxies(publish.publish_id, 10), f"{state} is acknowledged")
+        wait_for(lambda: not self.store.waiting_proxies(publish.publish_id, 10), f"{state} is acknowledged")
 
     def serves(self, version: int, *engines: Any) -> None:
         for engine in engines or self.engines:
             engine.app.version = str(version)
 
     def sees(self, state: PublishState) -> None:
-        self.wait(lambda: self.proxy.app.hold.gates["main"].view.state == state, f"the proxy sees {state}")
-
-    def wait(self, condition: Callable[[], Any], what: str) -> None:
-        for _ in range(2000):
-            if condition():
-                return
-            threading.Event().wait(0.005)
-        raise AssertionError(f"waited in vain until {what}")
+        wait_for(lambda: self.proxy.app.hold.gates["main"].view.state == state, f"the proxy sees {state}")
 
     def judge(self, publish: Publish, name: str) -> Future[httpx.Response]:
         """A call of the gate's evaluation."""
@@ -115,7 +109,7 @@ def test_one_engine_takes_only_the_evaluation_and_the_rest_waits_for_what_passed
     publish = gated.evaluating()
     held = gated.ask("user")
     waiting = gated.proxy.app.hold.gates["main"].line
-    gated.wait(lambda: len(waiting) == 1, "the user's call waits")
+    wait_for(lambda: len(waiting) == 1, "the user's call waits")
     # A later number, and it goes first: who may not go yet is passed by.
     assert gated.judge(publish, "a").result(10).status_code == 200
     assert gated.judge(publish, "b").result(10).status_code == 200
@@ -135,13 +129,13 @@ def test_a_rejected_candidate_is_drained_and_the_old_version_answers(start: Call
     engine = gated.engines[0].app
     engine.gate = threading.Event()
     late = gated.judge(publish, "late")
-    gated.wait(lambda: engine.in_flight == 1, "a call of the evaluation is with the engine")
+    wait_for(lambda: engine.in_flight == 1, "a call of the evaluation is with the engine")
     gated.store.advance_publish(publish.publish_id, "settling", decision=REJECTED)
     gated.sees("settling")
     assert gated.store.waiting_proxies(publish.publish_id, 10), "not before the evaluation's call is over"
     engine.gate.set()
     engine.gate = None
-    gated.wait(lambda: not gated.store.waiting_proxies(publish.publish_id, 10), "it is acknowledged")
+    wait_for(lambda: not gated.store.waiting_proxies(publish.publish_id, 10), "it is acknowledged")
     assert late.result(10).status_code == 200
     assert gated.answered("gate2_late") == [(publish.version_id, publish.version_id, None)]
     gated.serves(gated.live)
@@ -158,7 +152,7 @@ def test_only_this_evaluation_passes(start: Callable[..., Gated]) -> None:
     stale = gated.judge(SimpleNamespace(publish_id=1), "stale")  # type: ignore[arg-type]
     gated.proxy.client.post("/tracegrad/v1/runs", json={"run_id": "other", "purpose": "eval"})
     others = [stale, gated.ask("other"), gated.ask(f"{run_prefix(publish.publish_id)}_pretender")]
-    gated.wait(lambda: len(gated.proxy.app.hold.gates["main"].line) == 3, "all of them wait")
+    wait_for(lambda: len(gated.proxy.app.hold.gates["main"].line) == 3, "all of them wait")
     assert gated.judge(publish, "mine").result(10).status_code == 200
     assert requests(gated) == [["gate2_mine"]]
     gated.store.advance_publish(publish.publish_id, "live", decision=PASSED)
@@ -181,7 +175,7 @@ def test_a_candidate_that_nobody_judged_in_time_gets_nobody_any_more(start: Call
     """Whatever became of the publisher. The one engine has no other weights, so its users wait as long as they may."""
     gated = start(proxy={"hold_timeout_s": 0.3})
     publish = gated.evaluating(share=1.0, timeout_s=0.15)
-    gated.wait(lambda: gated.proxy.app.hold.gates["main"].view.overdue, "the time is over")
+    wait_for(lambda: gated.proxy.app.hold.gates["main"].view.overdue, "the time is over")
     refused = gated.ask("user").result(10)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "held")
     assert "new weights are being judged" in refused.json()["error"]["message"]
@@ -230,7 +224,7 @@ def test_without_a_share_replicas_hold_nobody(start: Callable[..., Gated]) -> No
     assert {future.result(10).status_code for future in asked} == {200}
     assert requests(gated)[1] == ["gate2_x"]
     assert gated.answered("user-3") == [(gated.live, gated.live, None)]
-    gated.wait(lambda: not gated.proxy.app.hold.gates["main"].holding, "nobody is held")
+    wait_for(lambda: not gated.proxy.app.hold.gates["main"].holding, "nobody is held")
     gated.drain(publish, "settling", REJECTED)
     gated.serves(gated.live)
     gated.store.advance_publish(publish.publish_id, "rejected")
@@ -248,7 +242,7 @@ def test_a_second_swap_that_did_not_wait_for_us_quarantines_what_was_in_flight(
     engine = gated.engines[1].app
     engine.gate = threading.Event()
     spanning = gated.judge(publish, "x")
-    gated.wait(lambda: engine.in_flight == 1, "a call is with the candidate")
+    wait_for(lambda: engine.in_flight == 1, "a call is with the candidate")
     decision = PASSED if end == "live" else REJECTED
     for state in ("settling", end):
         gated.store.advance_publish(publish.publish_id, state, decision=decision if state == "settling" else None)
@@ -272,7 +266,7 @@ def test_a_proxy_that_starts_in_the_middle_serves_the_evaluation(start: Callable
     engine = gated.engines[0].app
     engine.gate = threading.Event()
     asked = gated.judge(publish, "x")
-    gated.wait(lambda: engine.in_flight == 1, "a call is with the candidate")
+    wait_for(lambda: engine.in_flight == 1, "a call is with the candidate")
     gated.store.advance_publish(publish.publish_id, "live", decision=PASSED)
     gated.sees("live")
     engine.gate.set()

@@ -1,6 +1,5 @@
 """While candidates of two models are judged as one: each run meets the candidates of both, or of neither (law 8)."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_swaps import save_answers
+from waits import wait_for
 
 from tracegrad.tracestore.gating import GateTerms, run_prefix
 from tracegrad.tracestore.records import Publish
@@ -89,7 +89,7 @@ class House:
         opened = self.store.request_together(terms)
         for publish in opened:
             self.store.advance_publish(publish.publish_id, "draining")
-            self.wait(lambda p=publish: not self.store.waiting_proxies(p.publish_id, 10), "it is acknowledged")
+            wait_for(lambda p=publish: not self.store.waiting_proxies(p.publish_id, 10), "it is acknowledged")
             self.store.advance_publish(publish.publish_id, "swapping")
             self.serve(publish.model, publish.version_id, last[publish.model])
         self.advance(opened, "evaluating")
@@ -98,14 +98,7 @@ class House:
     def advance(self, opened: list[Publish], state: Any, decision: Any = None) -> None:
         self.store.advance_together(opened[0].publish_id, state, decision=decision)
         gates = self.proxy.app.hold.gates
-        self.wait(lambda: all(gates[name].view.state == state for name in MODELS), f"the proxy sees {state}")
-
-    def wait(self, condition: Callable[[], Any], what: str) -> None:
-        for _ in range(2000):
-            if condition():
-                return
-            threading.Event().wait(0.005)
-        raise AssertionError(f"waited in vain until {what}")
+        wait_for(lambda: all(gates[name].view.state == state for name in MODELS), f"the proxy sees {state}")
 
     def ask(self, run_id: str, model: str) -> Future[httpx.Response]:
         body = {"model": model, "messages": [{"role": "user", "content": run_id}]}
@@ -145,7 +138,7 @@ def test_with_one_engine_each_only_the_evaluation_meets_both_and_others_wait(
         assert house.ask(judging, name).result(10).status_code == 200
     assert house.answered(judging) == [publish.version_id for publish in opened]
     lines = [house.proxy.app.hold.gates[name].line for name in MODELS]
-    house.wait(lambda: all(len(line) == 2 for line in lines), "the others wait for both models")
+    wait_for(lambda: all(len(line) == 2 for line in lines), "the others wait for both models")
     assert not any(future.done() for future in held)
     house.advance(opened, "live", {"passed": True, "judged": True, "why": "good"})
     assert {future.result(10).status_code for future in held} == {200}
@@ -185,7 +178,7 @@ def test_a_run_of_the_candidates_waits_where_one_of_them_is_down(make_house: Cal
     gate, ready = house.proxy.app.hold.gates["writer"], house.proxy.app.hold.gates["writer"].ready
     gate.ready = lambda engines: engines is None or opened[1].gate["engines"][0] not in engines  # type: ignore[index]
     held = house.ask("run-1", "writer")
-    house.wait(lambda: len(gate.line) == 1, "it waits")
+    wait_for(lambda: len(gate.line) == 1, "it waits")
     gate.ready = ready
     assert held.result(10).status_code == 200
     assert house.answered("run-1") == [publish.version_id for publish in opened]

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from waits import wait_for
 
 from tracegrad.adapters.proxy import exchange
 from tracegrad.tracestore.errors import StoreUnavailable
@@ -38,13 +39,6 @@ def publish(store: Store, step: int) -> int:
     for state in ("draining", "swapping", "live"):
         store.advance_publish(publish_id, state)
     return version
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_swaps import save_answers
+from waits import wait_for
 
 from tracegrad.adapters.proxy import engines, hold
 from tracegrad.tracestore.config import PublishConfig
@@ -30,13 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "two choices": {"stream": True, "n": 2},
     "completion stream": {"stream": True, "prompt": "hello"},
 }
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 class House:

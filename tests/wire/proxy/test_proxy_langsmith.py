@@ -1,7 +1,6 @@
 """The LangSmith doors: bodies as clients compress them, what is refused, and trees that come in any order."""
 
 import gzip
-import time
 import uuid
 import zlib
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import kill_load
 import pytest
 import zstandard
 from langsmith_trees import TRACE, form, tree
+from waits import wait_for
 
 from tracegrad.adapters.proxy import langsmith, langsmith_wire
 from tracegrad.adapters.proxy.langsmith_wire import read_multipart
@@ -136,10 +136,7 @@ def test_parts_that_nobody_claims_get_a_run_in_the_end(
     monkeypatch.setattr(langsmith, "HOLD_S", 0.05)
     monkeypatch.setattr("tracegrad.adapters.proxy.app.JOIN_S", 0.02)
     assert post(start_proxy(), form(tree(ended=False))) == 202
-    deadline = time.monotonic() + 10
-    while not store.list_runs():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(store.list_runs, "there is a run")
     assert [span.name for span in store.trace(TRACE).spans] == ["LangGraph", "writer"]
 
 
@@ -176,10 +173,7 @@ def test_a_fact_that_comes_before_its_call_is_joined(
     assert store.trace(TRACE).calls == ()
     headers = {"x-request-id": "early"}
     assert proxy.client.post("/v1/chat/completions", json=ASK, headers=headers).json()["id"] == "chatcmpl-early"
-    deadline = time.monotonic() + 10
-    while not store.trace(TRACE).calls:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: store.trace(TRACE).calls, "the call is joined")
     assert store.trace(TRACE).calls[0].attribution.role == "writer"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from waits import wait_for
 
 from tracegrad.tracestore.errors import NotFound, StoreUnavailable
 from tracegrad.tracestore.records import Call
@@ -200,13 +201,6 @@ def test_an_engine_error_is_stored_as_failed(proxy: SimpleNamespace, store: Stor
     (call,) = calls_of(store)
     assert (call.status, call.choices, call.prompt_ids) == ("failed", (), None)
     assert call.error is not None and call.error.startswith("HTTP 400:")
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("stream", [False, True])

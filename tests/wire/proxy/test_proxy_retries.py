@@ -11,19 +11,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from waits import wait_for
 
 from tracegrad.adapters.proxy import chat, exchange, retries
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 def ask(proxy: SimpleNamespace, retry: int | None, run_id: str = "r", *, timeout: float = 20, **extra: Any) -> Any:

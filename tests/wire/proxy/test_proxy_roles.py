@@ -1,7 +1,6 @@
 """Role rules, inference, and sources that disagree."""
 
 import threading
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waits import wait_for
 
 from tracegrad.adapters.fingerprint import fingerprint_of
 from tracegrad.tracestore.config import parse_config
@@ -170,11 +170,8 @@ def test_nothing_is_inferred_unless_it_was_asked_for(proxy: SimpleNamespace, sto
 
 
 def conflicts_of(store: Store, count: int) -> list[AttributionConflict]:
-    deadline = time.monotonic() + 10
-    while len(found := store.attribution_conflicts()) < count:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.01)
-    return found
+    wait_for(lambda: len(store.attribution_conflicts()) >= count, f"there are {count} conflicts")
+    return store.attribution_conflicts()
 
 
 def test_a_second_source_that_disagrees_is_recorded(proxy: SimpleNamespace, store: Store) -> None:

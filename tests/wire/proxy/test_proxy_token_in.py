@@ -14,6 +14,7 @@ import httpx
 import pytest
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
+from waits import wait_for
 
 from tracegrad.adapters.proxy import continuing, rendering
 from tracegrad.tracestore.records import Call, Continues
@@ -328,9 +329,7 @@ def test_a_call_that_its_client_left_says_that_its_prompt_was_ours(
     body = {"model": "main", "messages": [*chat.messages, user("two")], "stream": True}
     with token_in.client.stream("POST", CHAT.format("r", "agent"), json=body) as answer:
         next(answer.iter_bytes())
-    deadline = time.monotonic() + 5
-    while len(calls_of(store)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(calls_of(store)) == 2, "the second call is stored")
     engine_app.gate.set()
     first, second = calls_of(store)
     assert second.status == "aborted" and begins_as_sampled(second, first)

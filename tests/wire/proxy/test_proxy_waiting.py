@@ -12,6 +12,7 @@ import httpx
 import httpx2
 import openai
 import pytest
+from waits import wait_for
 
 from tracegrad.adapters.proxy import deadlines, engines, exchange, hold
 from tracegrad.adapters.proxy.courses import Caller
@@ -52,13 +53,6 @@ def publishing(store: Store, proxy: SimpleNamespace) -> Iterator[None]:
     wait_for(lambda: proxy.app.hold.gates["main"].holding, "the proxy holds")
     yield
     store.advance_publish(publish_id, "failed")
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 def ask(proxy: SimpleNamespace, run_id: str, headers: dict[str, str] | None = None, **extra: Any) -> httpx.Response:

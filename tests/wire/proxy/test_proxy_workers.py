@@ -16,6 +16,7 @@ import httpx
 import kill_load
 import pytest
 from click.testing import CliRunner
+from waits import gone, wait_for
 
 from tracegrad.adapters.proxy.command import proxy as command
 from tracegrad.adapters.proxy.worker_sockets import WorkerSockets
@@ -23,14 +24,6 @@ from tracegrad.adapters.proxy.workers import listen, reserve
 from tracegrad.tracestore.store import Store
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.03)
-    return found
 
 
 def metrics(url: str) -> str:
@@ -42,13 +35,6 @@ def metrics(url: str) -> str:
 
 def in_flight(page: str) -> str:
     return "".join(line for line in page.splitlines() if line.startswith("tracegrad_calls_in_flight{"))
-
-
-def exists(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_two_workers_share_a_port_and_the_dead_come_back(
@@ -69,18 +55,18 @@ def test_two_workers_share_a_port_and_the_dead_come_back(
         assert sum(float(line.rsplit(" ", 1)[1]) for line in counted) == 12
         assert {line.split('worker="')[1][0] for line in counted} == {"0", "1"}, "the kernel spread nothing"
         os.kill(pids["1"], signal.SIGKILL)
-        eventually(lambda: kill_load.worker_pids(url).get("1", pids["1"]) != pids["1"])
+        wait_for(lambda: kill_load.worker_pids(url).get("1", pids["1"]) != pids["1"], "it is started again", 20)
         assert kill_load.worker_pids(url)["0"] == pids["0"]
         engine_app.gate = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             last = pool.submit(httpx.post, f"{url}/run/r0/v1/chat/completions", json=HELLO, timeout=20)
-            eventually(lambda: "} 1.0" in in_flight(metrics(url)))
+            wait_for(lambda: "} 1.0" in in_flight(metrics(url)), "the call is counted", 20)
             process.send_signal(signal.SIGINT)
             time.sleep(0.2)
             engine_app.gate.set()
             assert last.result().status_code == 200, "a call that runs when the proxy is stopped is finished"
         assert process.wait(15) == 0
-        eventually(lambda: not any(exists(pid) for pid in pids.values()))
+        wait_for(lambda: all(gone(pid) for pid in pids.values()), "no worker runs", 20)
     finally:
         process.kill()
     assert len(store.list_proxies()) == 1, "those that stop take their row away; the killed one's row expires"
@@ -102,7 +88,7 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path, engine_url: 
     pids = kill_load.worker_pids(url)
     process.kill()
     process.wait(10)
-    eventually(lambda: not any(exists(pid) for pid in pids.values()))
+    wait_for(lambda: all(gone(pid) for pid in pids.values()), "no worker runs", 20)
 
 
 def test_a_worker_that_never_serves_ends_all_of_them_and_says_why(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import kill_load
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
+from versions import next_version
 from waits import wait_for
 
 from tracegrad.tracestore.store import Store, open_store
@@ -76,17 +77,7 @@ class House:
             yield
             self.engine.start()
             return
-        live = self.store.live_version("main")
-        version = self.store.add_version(
-            model="main",
-            kind="step" if live else "initial",
-            parent_id=live.version_id if live else None,
-            checkpoint_path="/c",
-            checkpoint_hash=f"hash {time.time()}",
-            step=live.step + 1 if live else 0,
-            job_id=None,
-        )
-        publish_id = self.store.request_publish(version.version_id).publish_id
+        publish_id = self.store.request_publish(next_version(self.store)).publish_id
         self.store.advance_publish(publish_id, "draining")
         wait_for(lambda: not self.store.waiting_proxies(publish_id, 10.0), "it is acknowledged")
         yield

@@ -14,6 +14,7 @@ import recorded_runs as recorded
 from click.testing import CliRunner
 from offline_training import train
 from sqlalchemy import select
+from versions import add_version
 
 from tracegrad.adapters.reward_command import reward
 from tracegrad.tracestore.config import Config, parse_config
@@ -125,15 +126,7 @@ def make_store(configure: Configure) -> Iterator[Store]:
     """Two groups whose planner and writer were answered by models of their own."""
     with closing(open_store(configure().store)) as opened:
         versions = {
-            role: opened.add_version(
-                model=model,
-                kind="initial",
-                parent_id=None,
-                checkpoint_path="",
-                checkpoint_hash=model,
-                step=0,
-                job_id=None,
-            )
+            role: add_version(opened, model, model=model)
             for role, model in zip(recorded.ROLES, ("plan_m", "write_m"), strict=True)
         }
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fake_completions import body_of, lifespan
+from versions import go_live
 
 from tracegrad.adapters import hook
 from tracegrad.adapters.proxy.app import ProxyApp
@@ -182,22 +183,12 @@ class Stack:
     config_path: Path
 
 
-def go_live(store: Store) -> None:
-    """What a trainer does first: publish the weights that the engine was started with."""
-    initial = store.add_version(
-        model="main", kind="initial", parent_id=None, checkpoint_path="/w", checkpoint_hash="w", step=0, job_id=None
-    )
-    publish = store.request_publish(initial.version_id)
-    for state in ("draining", "swapping", "live"):
-        store.advance_publish(publish.publish_id, state)
-
-
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     engine = FakeEngine()
     url = f"sqlite:///{tmp_path}/trace.db"
     store = open_store(url)
-    go_live(store)
+    go_live(store)  # what a trainer does first, with the weights that the engine was started with
     with served(engine) as upstream:
         raw: dict[str, Any] = {
             "store": url,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from versions import add_version
 
 from tracegrad.adapters import gate
 from tracegrad.adapters.errors import ProxyRefused
@@ -65,15 +66,7 @@ def evaluator(store: Store, told: list[Any] | None = None, models: tuple[str, ..
 
 
 def version_of(store: Store, model: str) -> int:
-    return store.add_version(
-        model=model,
-        kind="step",
-        parent_id=None,
-        checkpoint_path="/c",
-        checkpoint_hash="h",
-        step=1,
-        job_id=None,
-    ).version_id
+    return add_version(store, "/c", 1, model=model).version_id
 
 
 def candidate(store: Store, *states: PublishState) -> tuple[int, int]:

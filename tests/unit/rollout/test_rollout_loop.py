@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from versions import add_version
 from waits import wait_for
 
 from tracegrad.adapters.app_session import open_session, run_loop
@@ -208,9 +209,7 @@ def test_it_waits_for_the_trainer_and_for_publishing(stack: Any, light_app: str,
     assert len(stack.engine.requests) == 4, "it sampled more groups than may wait for the trainer"
     train(stack.store, 2, step=1)
     wait_for(lambda: stack.store.backlog("main", RULE).ready_groups == 2, "two groups are ready")
-    canary = stack.store.add_version(
-        model="main", kind="canary", parent_id=None, checkpoint_path="/c", checkpoint_hash="c", step=0, job_id=None
-    )
+    canary = add_version(stack.store, "/c", model="main", kind="canary")
     publish = stack.store.request_publish(canary.version_id)
     train(stack.store, 2, step=2)
     time.sleep(0.4)

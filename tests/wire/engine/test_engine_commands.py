@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_engine import FakeEngine, save_weight
+from versions import add_version
 from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
@@ -53,15 +54,7 @@ def fill(store: Store, tmp_path: Path, weights: list[float], model: str = "main"
     ids = []
     for step, weight in enumerate(weights):
         path = save_weight(tmp_path / f"w{weight}", weight)
-        version = store.add_version(
-            model=model,
-            kind="step" if step else "initial",
-            parent_id=ids[-1] if ids else None,
-            checkpoint_path=str(path),
-            checkpoint_hash=path.name,
-            step=step,
-            job_id=None,
-        )
+        version = add_version(store, path, step, model=model, parent_id=ids[-1] if ids else None)
         ids.append(version.version_id)
         publish = store.request_publish(version.version_id)
         for state in ("draining", "swapping"):
@@ -185,15 +178,7 @@ def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(
     why = "mean f1 0.4312 differs by -0.09377 from the live version's over 128 tasks (perhaps -0.11, at confidence 0.9)"
     decision = {"passed": False, "judged": True, "why": why, "mean": 0.43125, "difference": -0.09377}
     for step in (120_002, 120_003):
-        version = store.add_version(
-            model="main",
-            kind="step",
-            parent_id=None,
-            checkpoint_path=f"w{step}",
-            checkpoint_hash="h",
-            step=step,
-            job_id=None,
-        )
+        version = add_version(store, f"w{step}", step, model="main")
         publish = store.request_publish(version.version_id, gate={"timeout_s": 1.0})
         if step == 120_002:
             store.advance_publish(publish.publish_id, "rejected", decision=decision)
@@ -268,15 +253,7 @@ def test_rollback_publishes_the_old_version_and_abandons_the_newer(
     for again, says in ((first, "is live already"), (second, "abandoned"), (99, "no policy version 99")):
         done = CliRunner().invoke(rollback, [str(again), "--config", config])
         assert (done.exit_code, says in done.output) == (1, True), done.output
-    new = store.add_version(
-        model="main",
-        kind="step",
-        parent_id=first,
-        checkpoint_path="w",
-        checkpoint_hash="h",
-        step=1,
-        job_id=None,
-    )
+    new = add_version(store, "w", 1, model="main", parent_id=first)
     assert new.version_id > third, "ids are never reused"
 
 
@@ -284,16 +261,7 @@ def add_offline(store: Store, tmp_path: Path) -> int:
     """A version of a job that publishes nothing, newer than what serves."""
     path = save_weight(tmp_path / "offline", 9.0)
     store.register_job("again", ["main"], {})
-    made = store.add_version(
-        model="main",
-        kind="step",
-        parent_id=None,
-        checkpoint_path=str(path),
-        checkpoint_hash="h9",
-        step=7,
-        job_id="again",
-    )
-    return made.version_id
+    return add_version(store, path, 7, model="main", job_id="again").version_id
 
 
 def test_what_was_trained_offline_is_neither_abandoned_nor_served(

@@ -11,6 +11,7 @@ import pytest
 import recorded_runs as recorded
 from in_process import InProcess
 from llama_engine import LlamaEngine
+from versions import go_live
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.evaluations import Evaluator, Measured
@@ -210,9 +211,7 @@ def test_the_end_of_a_pin_at_an_older_version_publishes_the_newest_again_while_r
         if asked == 2:
             first = next(v for v in store.list_versions(recorded.MODEL) if v.step == 0)
             store.pin_version(first.version_id, "by hand")
-            publish = store.request_publish(first.version_id)
-            for state in ("draining", "swapping", "live"):
-                store.advance_publish(publish.publish_id, state)
+            go_live(store, first.version_id)
         return asked != 2
 
     def then_unpin(self: publishing.Publishing, *given: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import recorded_runs as recorded
 from in_process import InProcess
 from llama_engine import LlamaEngine
+from versions import add_version
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.rules import ANY_STALENESS, lease_rule
@@ -165,15 +166,7 @@ def test_what_became_too_stale_since_the_lease_is_returned_or_left_out_with_a_co
     run(config, store, engine, worker)
     old, *_, live = store.list_versions(recorded.MODEL)
     if rolled_back:
-        old = store.add_version(
-            model=recorded.MODEL,
-            kind="step",
-            parent_id=old.version_id,
-            checkpoint_path="/gone",
-            checkpoint_hash="gone",
-            step=2,
-            job_id=None,
-        )
+        old = add_version(store, "/gone", 2, model=recorded.MODEL, parent_id=old.version_id)
         store.abandon_version(old.version_id)
     for version, count, seed in ((old, 2 - fresh_groups, 50), (live, fresh_groups, 51)):
         recorded.fill(

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from fake_swaps import save_answers
+from versions import add_version
 from waits import wait_for
 
 from tracegrad.adapters.app_session import AppSession
@@ -91,16 +92,8 @@ class Whole:
         self.publisher().publish(self.live.version_id)
 
     def version(self, answer: str) -> PolicyVersion:
-        path = str(save_answers(self.folder / answer.replace(" ", "-"), answer))
-        made = self.store.add_version(
-            model="main",
-            kind="step",
-            parent_id=None,
-            checkpoint_path=path,
-            checkpoint_hash=path,
-            step=self.steps,
-            job_id=None,
-        )
+        path = save_answers(self.folder / answer.replace(" ", "-"), answer)
+        made = add_version(self.store, path, self.steps, model="main", kind="step")
         self.says[made.version_id] = answer
         self.steps += 1
         return made

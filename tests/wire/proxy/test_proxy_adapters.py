@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from versions import add_version
 from waits import wait_for
 
 from tracegrad.tracestore.records import PolicyVersion
@@ -38,16 +39,8 @@ def publish(store: Store, engine_app: Any, tmp_path: Path) -> Callable[..., Poli
 
     def live(model: str, *, load: bool = True) -> PolicyVersion:
         step = len(store.list_versions(model))
-        folder = save_answers(tmp_path / f"step-{step}" / model, f"{model}{step}")
-        version = store.add_version(
-            model=model,
-            kind="initial",
-            parent_id=None,
-            checkpoint_path=str(folder),
-            checkpoint_hash=f"{model}{step}",
-            step=step,
-            job_id=None,
-        )
+        folder = save_answers(tmp_path / f"{model}{step}", f"{model}{step}")
+        version = add_version(store, folder, step, model=model, kind="initial")
         publish_id = store.request_publish(version.version_id).publish_id
         store.advance_publish(publish_id, "draining")
         wait_for(lambda: not store.waiting_proxies(publish_id, 10.0), "it is acknowledged")

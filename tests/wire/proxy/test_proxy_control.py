@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from versions import go_live
 from waits import wait_for
 
 from examples.rag_qa.demo import live_step
@@ -66,12 +67,7 @@ def test_a_failed_run_is_recorded_as_failed(proxy: SimpleNamespace, store: Store
 
 
 def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace], store: Store) -> None:
-    version = store.add_version(
-        model="main", kind="initial", parent_id=None, checkpoint_path="/c", checkpoint_hash="h", step=0, job_id=None
-    )
-    publish_id = store.request_publish(version.version_id).publish_id
-    for state in ("draining", "swapping", "live"):
-        store.advance_publish(publish_id, state)
+    version = go_live(store)
     proxy = start_proxy()
     open_group(proxy)
     for member in (0, 1):
@@ -86,7 +82,7 @@ def test_the_backlog_is_the_trainers(start_proxy: Callable[..., SimpleNamespace]
         "ready_groups": 1,
         "leased_groups": 0,
         "publishing": False,
-        "live": {"main": {"version": version.version_id, "step": 0}},
+        "live": {"main": {"version": version, "step": 0}},
     }
     assert live_step(found) == 0 and live_step({**found, "live": {"main": None}}) is None, "as the demo reads it"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from versions import go_live, next_version
 from waits import wait_for
 
 from tracegrad.adapters.proxy.courses import Caller, course_of
@@ -18,18 +19,6 @@ from tracegrad.tracestore.store import Store
 
 PASSED = {"passed": True, "judged": True, "why": "good"}
 REJECTED = {"passed": False, "judged": True, "why": "bad"}
-
-
-def version_of(store: Store, step: int) -> int:
-    return store.add_version(
-        model="main",
-        kind="step" if step else "initial",
-        parent_id=None,
-        checkpoint_path=f"/{step}",
-        checkpoint_hash=f"hash {step}",
-        step=step,
-        job_id=None,
-    ).version_id
 
 
 class Gated:
@@ -42,7 +31,7 @@ class Gated:
     def request(self, *, share: float = 0.0, on: int = 1, timeout_s: float = 60.0) -> Publish:
         urls = tuple(engine.url for engine in self.engines[-on:])
         terms = GateTerms(share=share, engines=urls, timeout_s=timeout_s)
-        return self.store.request_publish(version_of(self.store, 1), gate=terms.as_json())
+        return self.store.request_publish(next_version(self.store), gate=terms.as_json())
 
     def evaluating(self, **terms: Any) -> Publish:
         """Bring a candidate to be judged: its engines say its version."""
@@ -86,10 +75,7 @@ def start(
 ) -> Callable[..., Gated]:
     def started(n_engines: int = 1, **overrides: Any) -> Gated:
         engines = [stack.enter_context(fake.ServerThread(fake.FakeEngine("main"))) for _ in range(n_engines)]
-        live = version_of(store, 0)
-        publish = store.request_publish(live)
-        for state in ("draining", "swapping", "live"):
-            store.advance_publish(publish.publish_id, state)
+        live = go_live(store)
         model = {"checkpoint": "none", "engine": {"url": engines[0].url}, "replicas": [e.url for e in engines[1:]]}
         gated = Gated(start_proxy(models={"main": model}, **overrides), store, live, engines)
         gated.serves(live)

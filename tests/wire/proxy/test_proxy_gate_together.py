@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_swaps import save_answers
+from versions import add_version, go_live
 from waits import wait_for
 
 from tracegrad.tracestore.gating import GateTerms, run_prefix
@@ -42,9 +43,7 @@ class House:
         self.engines = {name: running["base" if adapters else name] for name in MODELS}
         self.live = {name: self.version(name) for name in MODELS}
         for name, version in self.live.items():
-            publish = store.request_publish(version)
-            for state in ("draining", "swapping", "live"):
-                store.advance_publish(publish.publish_id, state)
+            go_live(store, version)
             self.serve(name, version, self.engines[name])
         urls = {name: [engine.url for engine in engines] for name, engines in running.items()}
         models: dict[str, Any] = {
@@ -59,15 +58,7 @@ class House:
 
     def version(self, model: str) -> int:
         path = self.folder / f"{len(self.store.list_versions())}"
-        version = self.store.add_version(
-            model=model,
-            kind="step",
-            parent_id=None,
-            checkpoint_path=str(path),
-            checkpoint_hash="h",
-            step=0,
-            job_id=None,
-        )
+        version = add_version(self.store, path, model=model, kind="step")
         save_answers(path, str(version.version_id))
         return version.version_id
 

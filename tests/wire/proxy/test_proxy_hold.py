@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from versions import go_live, next_version
 from waits import wait_for
 
 from tracegrad.adapters.proxy import exchange
@@ -16,29 +17,6 @@ from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
-
-
-def new_version(store: Store, step: int) -> int:
-    live = store.live_version("main")
-    version = store.add_version(
-        model="main",
-        kind="initial" if step == 0 else "step",
-        parent_id=None if live is None else live.version_id,
-        checkpoint_path=f"/checkpoints/{step}",
-        checkpoint_hash=f"hash-{step}",
-        step=step,
-        job_id=None,
-    )
-    return version.version_id
-
-
-def publish(store: Store, step: int) -> int:
-    """Publish without asking anybody, before there are proxies; return the version."""
-    version = new_version(store, step)
-    publish_id = store.request_publish(version).publish_id
-    for state in ("draining", "swapping", "live"):
-        store.advance_publish(publish_id, state)
-    return version
 
 
 @pytest.fixture
@@ -55,13 +33,13 @@ def ask(proxy: SimpleNamespace, run_id: str, **extra: Any) -> httpx.Response:
 def test_a_publish_under_way_holds_drains_acknowledges_and_releases(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, pool: ThreadPoolExecutor
 ) -> None:
-    old = publish(store, 0)
+    old = go_live(store)
     proxy = start_proxy()
     engine_app.gate = threading.Event()
     before: Future[httpx.Response] = pool.submit(ask, proxy, "before", stream=True)
     wait_for(lambda: engine_app.in_flight == 1, "the first call is with the engine")
 
-    new = new_version(store, 1)
+    new = next_version(store)
     publish_id = store.request_publish(new).publish_id
     time.sleep(0.05)
     assert proxy.client.get("/health").json()["models"]["main"]["holding"] is False, "requested does not hold yet"
@@ -90,9 +68,9 @@ def test_a_publish_under_way_holds_drains_acknowledges_and_releases(
 def test_a_failed_publish_releases_under_the_old_version(
     start_proxy: Callable[..., SimpleNamespace], store: Store, pool: ThreadPoolExecutor
 ) -> None:
-    old = publish(store, 0)
+    old = go_live(store)
     proxy = start_proxy()
-    publish_id = store.request_publish(new_version(store, 1)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     wait_for(lambda: not store.waiting_proxies(publish_id, 10), "an idle proxy acknowledges at once")
     held = pool.submit(ask, proxy, "held")
@@ -108,12 +86,12 @@ def test_a_failed_publish_releases_under_the_old_version(
 def test_a_swap_that_did_not_wait_for_us_quarantines_what_was_in_flight(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, pool: ThreadPoolExecutor, seen: str
 ) -> None:
-    publish(store, 0)
+    go_live(store)
     proxy = start_proxy()
     engine_app.gate = threading.Event()
     spanning = pool.submit(ask, proxy, "spanning")
     wait_for(lambda: engine_app.in_flight == 1, "the call is with the engine")
-    publish_id = store.request_publish(new_version(store, 1)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     store.advance_publish(publish_id, "swapping")
     if seen == "live":
@@ -141,7 +119,7 @@ def test_a_held_stream_is_kept_alive_with_empty_chunks(
 ) -> None:
     monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.05)
     proxy = start_proxy()
-    publish_id = store.request_publish(new_version(store, 0)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     wait_for(lambda: proxy.app.hold.gates["main"].holding, "the proxy holds")
     streamed = pool.submit(ask, proxy, "stream", stream=True, model="alias")
@@ -161,7 +139,7 @@ def test_a_client_that_leaves_while_held_is_forgotten(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
 ) -> None:
     proxy = start_proxy()
-    publish_id = store.request_publish(new_version(store, 0)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     wait_for(lambda: proxy.app.hold.gates["main"].holding, "the proxy holds")
     with pytest.raises(httpx.ReadTimeout):
@@ -206,7 +184,7 @@ def test_a_proxy_out_of_touch_dispatches_nothing_and_reads_again_first(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
 ) -> None:
     """Half of the heartbeat's life is the fence: within it nobody can have counted us as dead."""
-    publish(store, 0)
+    go_live(store)
     dark = DarkStore(store)
     proxy = start_proxy(store_object=dark, proxy={"heartbeat_expires_s": 0.4})
     assert ask(proxy, "before").status_code == 200
@@ -216,7 +194,7 @@ def test_a_proxy_out_of_touch_dispatches_nothing_and_reads_again_first(
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
     assert len(engine_app.requests) == 1, "nothing may be dispatched"
     store.remove_proxy(proxy.app.proxy_id)
-    new = publish(store, 1)
+    new = go_live(store)
     dark.dark = False
     dark.order.clear()
     assert ask(proxy, "after").status_code == 200
@@ -228,14 +206,14 @@ def test_a_proxy_out_of_touch_dispatches_nothing_and_reads_again_first(
 def test_a_call_that_outlived_our_heartbeat_is_checked_against_the_store(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, pool: ThreadPoolExecutor
 ) -> None:
-    old = publish(store, 0)
+    old = go_live(store)
     dark = DarkStore(store)
     proxy = start_proxy(store_object=dark, proxy={"heartbeat_expires_s": 0.4, "poll_s": 30})
     engine_app.gate = threading.Event()
     spanning = pool.submit(ask, proxy, "spanning")
     wait_for(lambda: engine_app.in_flight == 1, "the call is with the engine")
     time.sleep(0.3)  # the next poll is 30 s away: we are out of touch, as after a suspended machine
-    new = publish(store, 1)
+    new = go_live(store)
     engine_app.gate.set()
     engine_app.gate = None
     assert spanning.result(10).status_code == 200
@@ -245,7 +223,7 @@ def test_a_call_that_outlived_our_heartbeat_is_checked_against_the_store(
 
 def test_a_proxy_that_stops_takes_its_row_away(start_proxy: Callable[..., SimpleNamespace], store: Store) -> None:
     proxy = start_proxy()
-    publish_id = store.request_publish(new_version(store, 0)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     proxy.server.server.should_exit = True
     proxy.server._thread.join(10)
     store.advance_publish(publish_id, "draining")

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_swaps import save_answers
+from versions import add_version
 from waits import wait_for
 
 from tracegrad.adapters.proxy import engines, hold
@@ -49,10 +50,9 @@ class House:
     def version(self, answer: str) -> int:
         live = self.store.live_version("main")
         path = save_answers(self.folder / answer, answer)
-        return self.store.add_version(
-            model="main", kind="step", parent_id=None if live is None else live.version_id, checkpoint_path=str(path),
-            checkpoint_hash=answer, step=len(self.versions), job_id=None,
-        ).version_id  # fmt: skip
+        parent_id = None if live is None else live.version_id
+        step = len(self.versions)
+        return add_version(self.store, path, step, model="main", kind="step", parent_id=parent_id).version_id
 
     def publish(self, answer: str) -> int:
         self.versions.append(self.version(answer))

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from versions import add_version
 
 from tracegrad.adapters.proxy.app import ProxyApp
 from tracegrad.tracestore.config import parse_config
@@ -93,15 +94,7 @@ def test_the_sampling_override_is_not_for_it(proxy: SimpleNamespace, store: Stor
 
 def test_publishing_does_not_hold_it(proxy: SimpleNamespace, store: Store) -> None:
     for model in ("main", "big"):
-        version = store.add_version(
-            model=model,
-            kind="initial",
-            parent_id=None,
-            checkpoint_path="/c",
-            checkpoint_hash=model,
-            step=0,
-            job_id=None,
-        )
+        version = add_version(store, "/c", model=model)
         store.advance_publish(store.request_publish(version.version_id).publish_id, "draining")
     assert ask(proxy).status_code == 200
 

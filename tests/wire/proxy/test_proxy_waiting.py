@@ -12,6 +12,7 @@ import httpx
 import httpx2
 import openai
 import pytest
+from versions import go_live, next_version
 from waits import wait_for
 
 from tracegrad.adapters.proxy import deadlines, engines, exchange, hold
@@ -22,33 +23,10 @@ ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/run/{}/v1/chat/completions"
 
 
-def new_version(store: Store) -> int:
-    live = store.live_version("main")
-    step = 0 if live is None else live.step + 1
-    version = store.add_version(
-        model="main",
-        kind="step" if live else "initial",
-        parent_id=live.version_id if live else None,
-        checkpoint_path=f"/checkpoints/{step}",
-        checkpoint_hash=f"hash-{step}",
-        step=step,
-        job_id=None,
-    )
-    return version.version_id
-
-
-def go_live(store: Store) -> int:
-    version = new_version(store)
-    publish_id = store.request_publish(version).publish_id
-    for state in ("draining", "swapping", "live"):
-        store.advance_publish(publish_id, state)
-    return version
-
-
 @contextmanager
 def publishing(store: Store, proxy: SimpleNamespace) -> Iterator[None]:
     """A publish is under way for the body, and fails at its end."""
-    publish_id = store.request_publish(new_version(store)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     wait_for(lambda: proxy.app.hold.gates["main"].holding, "the proxy holds")
     yield
@@ -412,7 +390,7 @@ def test_a_publish_drains_every_engine(
         each.app.gate = gate
     futures = [pool.submit(proxy.client.post, "/v1/chat/completions", json=ASK) for _ in range(2)]
     wait_for(lambda: [each.app.in_flight for each in two] == [1, 1], "one call is with each engine")
-    publish_id = store.request_publish(new_version(store)).publish_id
+    publish_id = store.request_publish(next_version(store)).publish_id
     store.advance_publish(publish_id, "draining")
     gates[0].set()
     wait_for(lambda: proxy.app.hold.gates["main"].in_flight == 1, "one has finished")

@@ -1,9 +1,9 @@
 """Trainers in processes of their own that start in no time, so that they can be killed often: forks of a warm one.
 
 As a program it imports the trainer, then forks once for each line `CONFIG POINT:STEP AFTER_S` on its standard input
-(`-` for nothing): the child trains offline, with the learner in its own process (no Ray), and is killed at the named
-point, or after so many seconds. It prints the child's exit status (negative: the signal). `Trainers` is the other end.
-Used by tests/wire/test_trainer_kill.py.
+(`-` for nothing): the child trains with the learner in its own process (no Ray), offline unless it has a publish gate,
+and is killed at the named point, or after so many seconds. It prints the child's id, then its exit status (negative:
+the signal). `Trainers` is the other end. Used by tests/wire/test_trainer_kill.py and learner/test_gate_killed.py.
 """
 
 import os
@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,6 +42,23 @@ class Trainers:
 
     def run(self, config: Path, *, point: str = "-", after_s: float | None = None) -> int:
         """Let one trainer live until its end, a point or a moment; return its exit status, negative for a signal."""
+        self._start(config, point, after_s)
+        return int(self._line())
+
+    def run_until(self, config: Path, reached: Callable[[], bool], *, delay_s: float) -> int:
+        """Let one trainer live until something is reached (or its end) and a moment longer; return its exit status."""
+        pid = self._start(config, "-", None)
+        seen = float("inf")
+        while time.monotonic() < seen + delay_s and Path(f"/proc/{pid}").exists():
+            if seen == float("inf") and reached():
+                seen = time.monotonic()
+            time.sleep(_LOOK_S)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return int(self._line())
+
+    def _start(self, config: Path, point: str, after_s: float | None) -> int:
+        """Return the id of the process."""
         assert self._warm.stdin is not None
         self.get_warm()
         self._warm.stdin.write(f"{config} {point} {'-' if after_s is None else after_s}\n")
@@ -62,6 +81,7 @@ def _train(path: str, point: str) -> int:
 
     from tracegrad.tracestore.config import load_config
     from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.adapter_client import engine_clients
     from tracegrad.trainer.controller import Controller, Surroundings
     from tracegrad.trainer.crash_points import CrashPoints
     from tracegrad.trainer.job_folder import JobFolder
@@ -69,6 +89,7 @@ def _train(path: str, point: str) -> int:
 
     config = load_config(path)
     store = open_store(config.store)
+    online = config.trained_models() if config.trainer.publish.gate is not None else ()
     with JobFolder(config.trainer).held() as folder:
         around = Surroundings(
             store=store,
@@ -76,6 +97,7 @@ def _train(path: str, point: str) -> int:
             folder=folder,
             console=Console(lambda line: None, steps=config.trainer.steps, as_json=False),
             crash_points=CrashPoints.from_environment({"TRACEGRAD_KILL_AT": point}),
+            engines={model: engine_clients(config, model) for model in online},
         )
         Controller(config, around).run()
     store.close()
@@ -99,6 +121,7 @@ def _serve() -> None:
                 status = _train(path, "" if point == "-" else point)
             finally:
                 os._exit(status)
+        print(pid, flush=True)
         print(_end(pid, float("inf" if after_s == "-" else after_s)), flush=True)
 
 

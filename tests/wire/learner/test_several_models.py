@@ -3,8 +3,6 @@
 import contextlib
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ import recorded_runs as recorded
 from in_process import InProcess
 from llama_engine import LlamaEngine
 from offline_training import train
+from played_evaluator import GATE, evaluator
 from sqlalchemy import func, select
 
 from tracegrad.tracestore.config import Config, parse_config
-from tracegrad.tracestore.evaluations import Evaluator, Measured
-from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.schema import calls, consumption, step_versions
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer import gate
@@ -364,48 +361,6 @@ def test_runs_that_one_model_recorded_train_two(
     assert store.consumption("test").conserved
     with store._db.read() as connection:
         assert connection.execute(select(func.count()).select_from(step_versions)).scalar() == 4
-
-
-GATE = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"max_drop": 0.1, "confidence": 0.5}}
-
-
-@contextlib.contextmanager
-def evaluator(store: Store, models: tuple[str, ...], by_step: dict[int, float]) -> Iterator[None]:
-    """One that finds this of versions of these steps that are judged together; baselines too."""
-    over = threading.Event()
-
-    def work() -> None:
-        me = Evaluator(evaluator_id="e", model=evaluator_of(models), tasks_hash="t", score="reward")
-        while not over.wait(0.01):
-            store.beat_evaluator(me)
-            states = store.publish_view(models)
-            versions = {name: state.live_version for name, state in states.items() if state.live_version is not None}
-            if len(versions) < len(models):
-                continue
-            first = next((state.together[0] for state in states.values() if state.state == "evaluating"), None)
-            if first is not None:
-                versions |= {n: s.candidate for n, s in states.items() if s.state == "evaluating" and s.candidate}
-            done = store.list_evaluations(publish_id=first) if first else store.find_baseline(versions, "t", "reward")
-            newest = max(store.get_version(version_id).step for version_id in versions.values())
-            if not done and newest in by_step:
-                found = Measured(
-                    version_id=versions[models[0]],
-                    versions=versions,
-                    publish_id=first,
-                    name=str(time.monotonic_ns()),
-                    tasks_hash="t",
-                    score="reward",
-                    started_at=1.0,
-                    run_ids=("a",),
-                    values={"one": by_step[newest]},
-                )
-                store.add_evaluation(found)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield
-    over.set()
-    thread.join()
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ from tracegrad.tracestore.schema import policy_versions, publishes
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """`steps`: model -> step of its live version. `abandoned`: abandoned version -> the step it counts as."""
+    """`steps`: model -> step of its live version, without those of which nothing is live.
+
+    `abandoned`: abandoned version -> the step it counts as; every other counts as its own.
+    """
 
     steps: Mapping[str, int]
     abandoned: Mapping[int, int] = field(default_factory=dict)
@@ -32,10 +35,10 @@ class Live:
 class Branches(Noun):
     """The part of the store that tells how old what a version sampled is."""
 
-    def counted_steps(self, models: Sequence[str]) -> dict[int, int]:
-        """Return abandoned version -> the step it counts as; every other counts as its own."""
+    def live(self, models: Sequence[str]) -> Live:
+        """Return what is live of these models, and what their abandoned versions count as, of one moment."""
         with self._db.read() as connection:
-            return abandoned_steps(connection, models)
+            return live_of(connection, models)
 
 
 def live_of(connection: Connection, models: Sequence[str]) -> Live:
@@ -51,10 +54,10 @@ def live_of(connection: Connection, models: Sequence[str]) -> Live:
         .where(publishes.c.publish_id.in_(newest))
     )
     steps = {str(model): int(step) for model, step in connection.execute(chosen)}
-    return Live(steps, abandoned_steps(connection, models))
+    return Live(steps, _abandoned_steps(connection, models))
 
 
-def abandoned_steps(connection: Connection, models: Sequence[str]) -> dict[int, int]:
+def _abandoned_steps(connection: Connection, models: Sequence[str]) -> dict[int, int]:
     """Return abandoned version -> as many steps below its newest kept ancestor as it is above; without one, its own."""
     mine, parent = policy_versions, policy_versions.alias("parent")
     rows = connection.execute(

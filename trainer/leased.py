@@ -29,8 +29,7 @@ def leased_shares(
     Staleness counts from the live versions, as readiness counts it: while a pin or a gate holds serving back, what the
     live version samples must not be leased and returned for ever. Ages count from `steps`, the weights' own by model.
     """
-    live = {model: version.step for model in rule.models if (version := store.live_version(model)) is not None}
-    counted = store.counted_steps(rule.models)
+    live = store.live(rule.models)
     leased = store.lease_traces(lease, rule)
     models = store.models_of(spanned_versions(leased))
     shares, stale = without_stale_runs(
@@ -39,9 +38,9 @@ def leased_shares(
             rule.models,
             lambda traces, model: build_batch(traces, rule.of(model), scope=scope, models=models),
         ),
-        lambda version_id: counted[version_id] if version_id in counted else store.get_version(version_id).step,
+        lambda version: live.abandoned[version] if version in live.abandoned else store.get_version(version).step,
         steps=steps,
-        live=live,
+        live=live.steps,
         max_staleness=rule.max_staleness,
     )
     if stale:

@@ -1,5 +1,6 @@
 """What every backend must show of staleness: how old what a version sampled is."""
 
+from tracegrad.tracestore.branches import Live
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import JOB, MODEL, add_group, finish_run, live_version, make_rule
 
@@ -47,7 +48,7 @@ class StalenessContract:
         for version_id in branch[1:]:
             store.abandon_version(version_id)
         assert [ready_within(store, bound) for bound in (2, 3)] == [0, 1]
-        assert store.counted_steps([MODEL]) == {branch[1]: 4, branch[2]: 2}
-        assert store.counted_steps(["other"]) == {}
+        assert store.live([MODEL]) == Live({MODEL: 5}, {branch[1]: 4, branch[2]: 2})
+        assert store.live(["other"]) == Live({})
         store.abandon_version(base.version_id)
-        assert store.counted_steps([MODEL]) == {}
+        assert store.live([MODEL]).abandoned == {}

@@ -73,6 +73,11 @@ def pinned_version(connection: Connection, model: str) -> int | None:
     return connection.execute(chosen).scalar()
 
 
+def held_at(model: str, pin: int) -> str:
+    """Say why no other version of a pinned model is published."""
+    return f"model {model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)"
+
+
 def _add(connection: Connection, model: str, version_id: int | None, reason: str, now: float) -> None:
     row = {"model": model, "version_id": version_id, "reason": reason, "created_at": now}
     connection.execute(pins.insert(), row)

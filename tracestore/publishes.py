@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Select, bindparam, case, delete, func, select
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import Abandoned, Conflict, NotFound, Pinned, PublishUnderWay
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.pins import pinned_version, take_turn
+from tracegrad.tracestore.pins import held_at, pinned_version, take_turn
 from tracegrad.tracestore.records import Json, ModelState, PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.schema import (
     PUBLISH_STATES,
@@ -277,8 +277,9 @@ def _request(connection: Connection, version_id: int, now: float, gate: Json | N
     version = existing(connection, version_id)
     if version.abandoned:
         raise Abandoned(f"version {version_id} is abandoned: publish another one")
-    if (pin := pinned_version(connection, version.model)) not in (None, version_id):
-        raise Pinned(f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)")
+    pin = pinned_version(connection, version.model)
+    if pin is not None and pin != version_id:
+        raise Pinned(held_at(version.model, pin))
     unfinished = connection.execute(
         select(publishes.c.publish_id, publishes.c.state).where(
             publishes.c.model == version.model, publishes.c.state.in_(UNFINISHED)

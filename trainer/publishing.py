@@ -14,6 +14,7 @@ from typing import Any
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import Abandoned, Pinned, PublishUnderWay
 from tracegrad.tracestore.gating import rejections_in_a_row
+from tracegrad.tracestore.pins import held_at
 from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
@@ -207,9 +208,9 @@ class Publishing:
     def _skip_pinned(self, version: PolicyVersion) -> str | None:
         """Write down that a pin holds a version back; None where there is no such pin."""
         pin = self._store.pinned(version.model)
-        if pin in (None, version.version_id):
+        if pin is None or pin == version.version_id:
             return None
-        why = f"model {version.model!r} is pinned at version {pin} (`tracegrad pin --off` ends that)"
+        why = held_at(version.model, pin)
         self._unserved.add(version.model)
         self._store.skip_publish(version.version_id, why)
         self._say(f"version {version.version_id} is not published: {why}")

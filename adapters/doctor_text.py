@@ -119,7 +119,7 @@ def _spans(report: Report) -> Iterator[tuple[str, str]]:
     spans = report.spans
     if spans.calls or spans.flaws:
         found = _tallies(spans.flaws) or "every token's version is known"
-        yield "in flight", f"{spans.calls} calls were sampled by several versions: {found}"
+        yield "in flight", f"{spans.calls} calls went on while weights were exchanged: {found}"
 
 
 def _groups(report: Report) -> str:

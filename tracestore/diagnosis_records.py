@@ -172,7 +172,10 @@ class PayloadReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanReport:
-    """Complete calls that several versions sampled; flaws of those that nobody quarantined, by the trainer's reason."""
+    """Calls that went on while weights were exchanged, as far as they ended well; their flaws, by the trainer's reason.
+
+    Such a call has version spans; one that only waited in the engine was sampled by the newer version alone.
+    """
 
     calls: int = 0
     flaws: tuple[Tally, ...] = ()

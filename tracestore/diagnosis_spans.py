@@ -21,7 +21,7 @@ class SpanDiagnosis(Noun):
     """The part of the store that looks at which versions sampled what."""
 
     def check_version_spans(self, extent: Extent) -> SpanReport:
-        """Return how many calls were sampled by several versions, and those of which that is not known exactly."""
+        """Return how many calls weights were exchanged under, and those of which nobody knows what sampled what."""
         differs = calls.c.version_dispatched != calls.c.version_completed
         chosen = (
             select(calls.c.call_id, calls.c.model, choices.c.n_tokens, choices.c.version_spans)

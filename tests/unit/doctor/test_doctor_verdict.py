@@ -373,7 +373,7 @@ def test_the_lines_of_a_report() -> None:
         "prompts: 9 go on from an earlier call: 7 as sampled, 2 edited; 2 built from sampled ids",
         "forks: 1 edited, 2 branches",
         "answers: 6 of 52 tokens: 5 greedy, 5 stop string, 5 cut off by length, 1 aborted",
-        "in flight: 3 calls were sampled by several versions: every token's version is known",
+        "in flight: 3 calls went on while weights were exchanged: every token's version is known",
         "conflicts: 1 run",
         "repeated: 2 calls like an earlier one, within a minute",
         "runs: 10 train, closed; 1 without a reward",

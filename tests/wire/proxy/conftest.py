@@ -78,6 +78,11 @@ def proxy(start_proxy: Callable[..., SimpleNamespace]) -> SimpleNamespace:
 
 
 @pytest.fixture
+def token_in(start_proxy: Callable[..., SimpleNamespace]) -> SimpleNamespace:
+    return start_proxy(token_in=["default"])
+
+
+@pytest.fixture
 def direct(engine_url: str, stack: ExitStack) -> httpx.Client:
     return stack.enter_context(httpx.Client(base_url=engine_url, timeout=20, verify=False))
 

@@ -9,22 +9,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from conversations import calls_of
 from waits import wait_for
 
-from tracegrad.tracestore.errors import NotFound, StoreUnavailable
-from tracegrad.tracestore.records import Call
+from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store
 
 HELLO = [{"role": "user", "content": "hello"}]
 ASK = {"model": "main", "messages": HELLO}
-
-
-def calls_of(store: Store, run_id: str = "r") -> tuple[Call, ...]:
-    """The stored calls of a run; none where its first is not committed yet."""
-    try:
-        return store.trace(run_id).calls
-    except NotFound:
-        return ()
 
 
 def post(proxy: SimpleNamespace, run_id: str = "r", **extra: Any) -> httpx.Response:

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from conversations import calls_of
 from waits import wait_for
 
 from tracegrad.adapters.proxy import chat, exchange, retries
-from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
@@ -29,10 +29,6 @@ def ask(proxy: SimpleNamespace, retry: int | None, run_id: str = "r", *, timeout
 
 def called(answer: httpx.Response) -> str:
     return answer.headers["x-tracegrad-call"]
-
-
-def calls_of(store: Store, run_id: str = "r") -> tuple[Call, ...]:
-    return store.trace(run_id).calls
 
 
 @pytest.fixture

@@ -129,6 +129,14 @@ def _check(call: Call) -> None:
                 f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids and "
                 f"{len(choice.logprobs)} logprobs: record logprobs None and quarantine the call"
             )
+        kept = choice.kept_ids
+        if kept is not None and [token in ids for token, ids in zip(choice.token_ids, kept, strict=False)] != (
+            [True] * max(len(choice.token_ids), len(kept))
+        ):
+            raise InvalidRecord(
+                f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids and {len(kept)} "
+                f"kept sets: record one for each token, with the token in it, or kept_ids None"
+            )
         firsts = [first for first, _ in choice.version_spans]
         if firsts and not cover(choice.version_spans, len(choice.token_ids)):
             raise InvalidRecord(

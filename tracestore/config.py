@@ -145,6 +145,9 @@ class LimitsConfig(Section, frozen=True, kw_only=True):
     max_header_bytes: int = 64 * 1024
     max_messages: int = 10_000
     max_tools: int = 1_000
+    max_kept: Annotated[int, msgspec.Meta(ge=0)] = 20
+    """How many of the likeliest tokens the engine is asked for where top-p, top-k or min-p cut the others off, so that
+    what was left is on record and can be trained on. More than 20 needs `--max-logprobs` in `engine.args`; 0: none."""
 
 
 class ProxyConfig(Section, frozen=True, kw_only=True):

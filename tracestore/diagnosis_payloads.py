@@ -7,6 +7,7 @@ Constraints of the schema hold lengths too: this finds what damage or another wr
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy import Connection, and_, func, select
 
@@ -15,6 +16,7 @@ from tracegrad.tracestore.codec import widened
 from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import Extent, PayloadReport
 from tracegrad.tracestore.diagnosis_tallies import Tallier
+from tracegrad.tracestore.kept_sets import widened_sets
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import choice_payloads
 from tracegrad.tracestore.payloads import sound_payloads_of
@@ -63,6 +65,8 @@ def _check(connection: Connection, call_ids: dict[int, str], flaws: Tallier) -> 
             choices.c.flags,
             choice_payloads.c.token_ids,
             choice_payloads.c.logprobs,
+            choice_payloads.c.kept_counts,
+            choice_payloads.c.kept_ids,
         )
         .join_from(choices, choice_payloads)
         .where(choices.c.seq.in_(call_ids))
@@ -76,7 +80,7 @@ def _check(connection: Connection, call_ids: dict[int, str], flaws: Tallier) -> 
         ours.add(row.seq)
         if row.n_tokens and row.logprobs is None:
             flaws.add(NO_LOGPROBS, call_ids[row.seq])
-        elif not _are_ids(row.token_ids, row.n_tokens) or len(row.logprobs or ()) != row.n_tokens:
+        elif not _are_counted(row) or len(row.logprobs or ()) != row.n_tokens:
             flaws.add(LENGTH_MISMATCH, call_ids[row.seq])
         elif not all(map(math.isfinite, row.logprobs or ())):
             flaws.add(NAN_LOGPROB, call_ids[row.seq])
@@ -91,8 +95,11 @@ def _check(connection: Connection, call_ids: dict[int, str], flaws: Tallier) -> 
     return n_choices
 
 
-def _are_ids(blob: bytes, count: int) -> bool:
+def _are_counted(row: Any) -> bool:
+    """Whether the token ids of a choice, and its kept sets, are as many as they say."""
     try:
-        return len(widened(blob, count)) == 4 * count
+        widened(row.token_ids, row.n_tokens)
+        widened_sets(row.kept_counts, row.kept_ids, row.n_tokens)
     except ValueError:
         return False
+    return True

@@ -20,6 +20,7 @@ from tracegrad.tracestore.codec import (
     widened,
 )
 from tracegrad.tracestore.hot import HotInsert, run_insert
+from tracegrad.tracestore.kept_sets import encode_sets, widened_sets
 from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.records import Call
@@ -28,7 +29,10 @@ from tracegrad.tracestore.serials import Serials
 
 Row = tuple[Any, ...]
 _CHOICES = HotInsert(choices, "seq", "choice_index", "n_tokens", "finish_reason", "flags", "version_spans")
-_TOKENS = HotInsert(choice_payloads, "seq", "choice_index", "n_tokens", "token_ids", "logprobs", "message")
+_TOKENS = HotInsert(
+    choice_payloads,
+    *("seq", "choice_index", "n_tokens", "token_ids", "logprobs", "message", "kept_counts", "kept_ids"),
+)
 _PAYLOADS = HotInsert(
     call_payloads,
     *("seq", "ids_head", "text_head", "n_prompt", "n_chained", "tail", "places", "request", "requested", "effective"),
@@ -47,6 +51,8 @@ class Answer:
     flags: str
     message: str
     version_spans: str | None
+    kept_counts: bytes | None = None
+    kept_ids: bytes | None = None
 
 
 class Draft(NamedTuple):
@@ -85,6 +91,7 @@ def draft_of(call: Call) -> Draft:
             encode_json(one.flags),
             encode_json(one.message),
             encode_json(one.version_spans) if one.version_spans else None,
+            *encode_sets(one.kept_ids),
         )
         for one in call.choices
     ]
@@ -179,6 +186,7 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
     """Return the choices of calls as they lie, by the number of the call and in order."""
     columns = [choices.c.choice_index, choices.c.n_tokens, choice_payloads.c.token_ids, choice_payloads.c.logprobs]
     columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message, choices.c.version_spans]
+    columns += [choice_payloads.c.kept_counts, choice_payloads.c.kept_ids]
     raw = [type_coerce(one, plain_type(one)).label(one.name) for one in columns]
     found: dict[int, list[Answer]] = {}
     for row in connection.execute(
@@ -189,7 +197,8 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
     ):
         tokens = widened(row.token_ids, row.n_tokens)
         counted = row.choice_index, row.n_tokens, tokens, row.logprobs
-        answer = Answer(*counted, row.finish_reason, row.flags, row.message, row.version_spans)
+        kept = widened_sets(row.kept_counts, row.kept_ids, row.n_tokens)
+        answer = Answer(*counted, row.finish_reason, row.flags, row.message, row.version_spans, *kept)
         found.setdefault(row.seq, []).append(answer)
     return found
 
@@ -206,5 +215,8 @@ def _choice_row(seq: int, answer: Answer) -> Row:
 
 
 def _token_row(seq: int, answer: Answer) -> Row:
-    ids = narrow_int32(answer.token_ids)[1]
-    return seq, answer.choice_index, answer.n_tokens, ids, answer.logprobs, answer.message
+    ids, *kept = (
+        None if blob is None else narrow_int32(blob)[1]
+        for blob in (answer.token_ids, answer.kept_counts, answer.kept_ids)
+    )
+    return seq, answer.choice_index, answer.n_tokens, ids, answer.logprobs, answer.message, *kept

@@ -1,10 +1,10 @@
 """A folder of Parquet files that HF `datasets` loads in one line, and that goes back into a store byte for byte.
 
 One file a table; calls have their choices nested in them, token ids as list<int32>, logprobs as list<float32>, what is
-JSON as its text. A dataset card names the files, so that `load_dataset(FOLDER)` gives the calls and
-`load_dataset(FOLDER, "rewards")` another table. Both ways stream: memory is bounded by a page. Refuses a folder that
-is not empty, and files of another making or schema. Needs pyarrow, which is imported here only when it is used.
-Called by the commands `export` and `import`.
+JSON as its text. Where tails were cut off, `kept_counts` and `kept_ids` say what was left for each token. A dataset
+card names the files, so that `load_dataset(FOLDER)` gives the calls and `load_dataset(FOLDER, "rewards")` another
+table. Both ways stream: memory is bounded by a page. Refuses a folder that is not empty, and files of another making
+or schema. Needs pyarrow, which is imported here only when it is used. Called by the commands `export` and `import`.
 """
 
 import json
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Heard = Callable[[str, int], None]
 _MARK = b"tracegrad"
 _ROWS_AT_ONCE = 500
-_CHOICE = ("choice_index", "token_ids", "logprobs", "finish_reason", "flags", "message", "version_spans")
+_KEPT = ("kept_counts", "kept_ids")
+_CHOICE = ("choice_index", "token_ids", "logprobs", "finish_reason", "flags", "message", "version_spans", *_KEPT)
 _CARD = """---
 configs:
 {configs}
@@ -109,7 +110,7 @@ def _schema(name: str) -> "pa.Schema":
     fields = [pa.field(one, _type(CARRIED[name].table.c[one].type)) for one in CARRIED[name].columns]
     if name == "calls":
         content = {**{c.name: c for c in choices.c}, **{c.name: c for c in choice_payloads.c}}
-        lists = {"token_ids": pa.list_(pa.int32()), "flags": pa.list_(pa.string())}
+        lists = dict.fromkeys(("token_ids", *_KEPT), pa.list_(pa.int32())) | {"flags": pa.list_(pa.string())}
         choice = [pa.field(one, lists[one] if one in lists else _type(content[one].type)) for one in _CHOICE]
         fields.append(pa.field("prompt_ids", pa.list_(pa.int32())))
         fields += [pa.field(one, _type(call_payloads.c[one].type)) for one in ("request", "requested", "effective")]

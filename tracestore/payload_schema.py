@@ -96,12 +96,16 @@ choice_payloads = Table(
     Column("token_ids", LargeBinary, nullable=False),
     Column("logprobs", Float32s),
     Column("message", JsonText, nullable=False),
+    Column("kept_counts", LargeBinary),
+    Column("kept_ids", LargeBinary),
     ForeignKeyConstraint(
         ["seq", "choice_index", "n_tokens"], ["choices.seq", "choices.choice_index", "choices.n_tokens"]
     ),
     CheckConstraint(f"length(token_ids) IN {_in_bytes('n_tokens')}", name="token_length"),
     CheckConstraint("length(logprobs) = 4 * n_tokens", name="logprob_length"),
 )
+"""`kept_counts` says of each sampled token how many ids top-p, top-k or min-p left, `kept_ids` has them one after
+another; both NULL where nothing was cut off, or nobody knows what."""
 
 
 _PLAIN: dict[type[Any], Any] = {Float32s: LargeBinary(), JsonText: Text()}

@@ -108,11 +108,12 @@ REASONS: Mapping[str, Words] = {
     ),
     PENALISED: Words(
         "sampled with penalties or a logit bias",
-        "take presence, frequency and repetition penalties, min_p and logit_bias out of the app's requests",
+        "take presence, frequency and repetition penalties and logit_bias out of the app's requests",
     ),
     TRUNCATED: Words(
-        "sampled with top-p or top-k",
-        "set `top_p: 1.0` and `top_k: 0` under `proxy.sampling` (for purpose `train`)",
+        "sampled with top-p, top-k or min-p, where what these left is not known whole",
+        "set `top_k: 12` under `proxy.sampling` (for purpose `train`), or `top_p: 1.0` and `top_k: 0`; only the latter "
+        "helps where the app asks for logprobs itself",
     ),
     NO_REWARD: Words(
         "that no counted reward reaches",

@@ -103,12 +103,13 @@ class Edge:
 class Choice:
     """One sampled completion.
 
-    Invariant: where `logprobs` is not None, ``len(logprobs) == len(token_ids)``. `message` is the assistant
-    message as the client got it (text is for people; nothing is re-tokenised). `flags` names what the trainer
-    must know: "greedy", "constrained", "penalised", "truncated_sampling", "stop_string", "reasoning",
-    "hidden_tool_calls" (the model wrote more than the client got), "external" (sampled by somebody else's engine).
-    `version_spans`: (first token, policy version), from token 0 on, ascending, where weights were exchanged while the
-    call was in flight; empty: the version at dispatch sampled all of it.
+    Invariant: where `logprobs` is not None, ``len(logprobs) == len(token_ids)``. `message` is the assistant message as
+    the client got it. `flags` names what the trainer must know: "greedy", "constrained", "penalised",
+    "truncated_sampling" (what was left is unknown), "stop_string", "reasoning", "hidden_tool_calls" (the model wrote
+    more than the client got), "external" (sampled by somebody else's engine). `kept_ids`: for each sampled token the
+    ids that top-p, top-k or min-p left, itself among them, over which its logprob is normalised; None: the whole
+    vocabulary, or unknown. `version_spans`: (first token, policy version), from token 0 on, ascending, where weights
+    were exchanged while the call was in flight; empty: the version at dispatch sampled all of it.
     """
 
     index: int
@@ -117,6 +118,7 @@ class Choice:
     finish_reason: str | None
     message: Json = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    kept_ids: tuple[tuple[int, ...], ...] | None = None
     version_spans: tuple[tuple[int, int], ...] = ()
 
 

@@ -37,7 +37,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0016"
+HEAD = "0017"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, tru
 from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.codec import decode_int32, decode_json, widened
 from tracegrad.tracestore.errors import NotFound
+from tracegrad.tracestore.kept_sets import sets_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import choice_payloads
 from tracegrad.tracestore.payloads import Payload, payloads_of
@@ -157,6 +158,8 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
             choice_payloads.c.token_ids,
             choice_payloads.c.logprobs,
             choice_payloads.c.message,
+            choice_payloads.c.kept_counts,
+            choice_payloads.c.kept_ids,
         )
         .join(
             choice_payloads,
@@ -176,6 +179,7 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
                 finish_reason=row.finish_reason,
                 message=row.message,
                 flags=tuple(row.flags),
+                kept_ids=sets_of(row.kept_counts, row.kept_ids, row.n_tokens),
                 version_spans=tuple((first, version) for first, version in row.version_spans or ()),
             )
         )

@@ -313,7 +313,8 @@ def _not_a_sample_of_the_policy(call: Call, choice: Choice) -> str | None:
         return CONSTRAINED
     if "penalised" in choice.flags or _penalised(sent):
         return PENALISED
-    return TRUNCATED if "truncated_sampling" in choice.flags or _truncated(sent) else None
+    unknown = "truncated_sampling" in choice.flags or (choice.kept_ids is None and _truncated(sent))
+    return TRUNCATED if unknown else None
 
 
 def _constrained(sent: Mapping[str, Any]) -> bool:
@@ -327,7 +328,7 @@ def _constrained(sent: Mapping[str, Any]) -> bool:
 
 def _penalised(sent: Mapping[str, Any]) -> bool:
     return (
-        any((sent.get(key) or 0.0) != 0.0 for key in ("presence_penalty", "frequency_penalty", "min_p", "min_tokens"))
+        any((sent.get(key) or 0.0) != 0.0 for key in ("presence_penalty", "frequency_penalty", "min_tokens"))
         or (sent.get("repetition_penalty") or 1.0) != 1.0
         or any(bool(sent.get(key)) for key in ("logit_bias", "bad_words", "allowed_token_ids"))
     )
@@ -335,7 +336,7 @@ def _penalised(sent: Mapping[str, Any]) -> bool:
 
 def _truncated(sent: Mapping[str, Any]) -> bool:
     top_p = sent.get("top_p")
-    return (top_p is not None and top_p < 1.0) or (sent.get("top_k") or 0) > 0
+    return (top_p is not None and top_p < 1.0) or any((sent.get(key) or 0) > 0 for key in ("top_k", "min_p"))
 
 
 def _sample(trace: RunTrace, call: Call, choice: Choice) -> ChoiceSample:
@@ -357,5 +358,6 @@ def _sample(trace: RunTrace, call: Call, choice: Choice) -> ChoiceSample:
         temperature=effective_temperature(call),
         finish_reason=choice.finish_reason,
         version_id=call.version_dispatched,
+        kept_ids=choice.kept_ids,
         version_spans=choice.version_spans,
     )

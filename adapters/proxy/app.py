@@ -23,6 +23,7 @@ from tracegrad.adapters.proxy.errors import MethodNotAllowed, ProxyError, Unknow
 from tracegrad.adapters.proxy.exchange import Shared
 from tracegrad.adapters.proxy.first_worker import FirstWorker
 from tracegrad.adapters.proxy.hold import Hold
+from tracegrad.adapters.proxy.kept import KeptSets
 from tracegrad.adapters.proxy.limits import check_header_bytes
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.metrics_page import METRICS_HEADERS, MetricsPage
@@ -133,6 +134,7 @@ class ProxyApp:
         self.control = Control(self.config, self.store, purposes)
         self.dissents = Dissents(self.store)
         self.continuing = Continuing(self.store, self.upstream, self.config.token_in)
+        self.kept = KeptSets(self.config)
         self.answer = ModelEndpoint(
             self.config,
             self.store,
@@ -144,6 +146,7 @@ class ProxyApp:
                 metrics=self.metrics,
                 dissents=self.dissents,
                 continuing=self.continuing,
+                kept=self.kept,
                 hold_timeout_s=proxy.hold_timeout_s,
                 in_flight=self.config.publishes_in_flight,
             ),
@@ -154,6 +157,7 @@ class ProxyApp:
     def _engine_is_back(self, model: str) -> None:
         """It may have been started with other flags."""
         self.continuing.rendering.ask_again(model)
+        self.kept.ask_again(model)
         self.hold.advance(model)
 
     async def _stop(self) -> None:

@@ -1,8 +1,9 @@
 """What is added to a request so that it can be recorded, and taken out of the answer again.
 
-Upstream: `return_token_ids`, `logprobs` and, for streams, `stream_options.include_usage`, each only where the client
-did not ask for it itself and where adding it can neither turn an error of the engine into an answer nor change the
-answer (a completion with `echo` loses the echoed prompt once ids are asked for); and the project's `cache_salt`.
+Upstream: `return_token_ids`, `logprobs` (with top ones where tails are cut off, see `kept`) and, for streams,
+`stream_options.include_usage`, each only where the client did not ask for it itself and where adding it can neither
+turn an error of the engine into an answer nor change the answer (a completion with `echo` loses the echoed prompt once
+ids are asked for); and the project's `cache_salt`.
 Downstream: the same fields become the `null` that vLLM writes where they are not asked for, and the chunks that exist
 only because of them are dropped. Everything else passes as the bytes that came (values are never decoded and encoded
 again). Refuses what `fields` refuses. Called by `chat` and `exchange`.
@@ -81,11 +82,12 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """Which of the three fields we added."""
+    """Which of the three fields we added. `kept`: how many top logprobs we ask for beside the sampled tokens' own."""
 
     token_ids: bool
     logprobs: bool
     usage: bool
+    kept: int = 0
 
 
 def read_ask(body: bytes, shape: Shape = CHAT, *, allow: Collection[Allowed] = ()) -> Ask:
@@ -107,8 +109,11 @@ NOTHING = Injection(token_ids=False, logprobs=False, usage=False)
 """For an outside API, which may refuse what it does not know, and for embeddings."""
 
 
-def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT) -> Injection:
-    """Decide what to add. Top-logprob fields without `logprobs` are an error that stays the engine's to report."""
+def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT, *, kept: int = 0) -> Injection:
+    """Decide what to add. Top-logprob fields without `logprobs` are an error that stays the engine's to report.
+
+    `kept` top logprobs are asked for where the client sees no logprobs: ours name tokens by their ids.
+    """
     if shape is EMBEDDINGS:
         return NOTHING
     wants_top = body.get("top_logprobs") not in (None, 0) or body.get("logprob_token_ids")
@@ -117,9 +122,11 @@ def plan_injection(body: Mapping[str, Any], shape: Shape = CHAT) -> Injection:
     echo = shape is COMPLETIONS and bool(body.get("echo"))
     # a completion's `logprobs` is a count: 0 asks for those of the sampled tokens, and `false` counts as 0
     without_logprobs = body.get("logprobs") is None if shape is COMPLETIONS else _is_off(body.get("logprobs"))
+    logprobs = without_logprobs and not wants_top and not echo
     return Injection(
         token_ids=_is_off(body.get("return_token_ids")) and not echo,
-        logprobs=without_logprobs and not wants_top and not echo,
+        logprobs=logprobs,
+        kept=kept if logprobs else 0,
         usage=body.get("stream") is True and plain_options,
     )
 
@@ -154,6 +161,9 @@ def upstream_body(
         fields["return_token_ids"] = _TRUE
     if injection.logprobs:
         fields["logprobs"] = msgspec.Raw(ask.shape.logprobs)
+    if injection.kept:
+        fields["return_tokens_as_token_ids"] = _TRUE
+        fields[ask.shape.top_logprobs] = msgspec.Raw(_encode(injection.kept))
     if injection.usage:
         options = dict(ask.body.get("stream_options") or {})
         options.update(include_usage=True, continuous_usage_stats=False)

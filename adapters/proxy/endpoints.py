@@ -19,14 +19,16 @@ class Shape:
     """The field that holds the input: what an error about its length names."""
     logprobs: bytes
     """What asks for the logprobs of the sampled tokens and no others, as JSON."""
+    top_logprobs: str
+    """The field that asks for those of so many others."""
     chunk: str
     """`object` of a stream's chunk."""
     prefix: str
     """Of the completion id."""
 
 
-CHAT = Shape("chat", "v1/chat/completions", "messages", b"true", "chat.completion.chunk", "chatcmpl")
-COMPLETIONS = Shape("completions", "v1/completions", "prompt", b"0", "text_completion", "cmpl")
-EMBEDDINGS = Shape("embeddings", "v1/embeddings", "input", b"null", "list", "embd")
+CHAT = Shape("chat", "v1/chat/completions", "messages", b"true", "top_logprobs", "chat.completion.chunk", "chatcmpl")
+COMPLETIONS = Shape("completions", "v1/completions", "prompt", b"0", "logprobs", "text_completion", "cmpl")
+EMBEDDINGS = Shape("embeddings", "v1/embeddings", "input", b"null", "top_logprobs", "list", "embd")
 SHAPES = {"/" + shape.path: shape for shape in (CHAT, COMPLETIONS, EMBEDDINGS)}
 """By the path that a client uses."""

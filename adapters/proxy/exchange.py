@@ -10,12 +10,12 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from tracegrad.adapters.proxy.attribution import without_ours
-from tracegrad.adapters.proxy.capture import NOTHING, Ask, Stripper, plan_injection, renamed, upstream_body
+from tracegrad.adapters.proxy.capture import NOTHING, Ask, Injection, Stripper, plan_injection, renamed, upstream_body
 from tracegrad.adapters.proxy.continuing import Continuing
 from tracegrad.adapters.proxy.courses import caller_of
 from tracegrad.adapters.proxy.deadlines import beat_s, patience_s, retry_after_s
@@ -25,6 +25,7 @@ from tracegrad.adapters.proxy.engine_errors import openai_error, openai_error_ev
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable, Held, NotRecorded, ProxyError, from_store
 from tracegrad.adapters.proxy.fields import salt_of
 from tracegrad.adapters.proxy.hold import Hold, Ticket
+from tracegrad.adapters.proxy.kept import KeptSets
 from tracegrad.adapters.proxy.log_lines import of_call
 from tracegrad.adapters.proxy.metrics import ProxyMetrics
 from tracegrad.adapters.proxy.recorder import Draft, Progress, Transcript, compose, read_answer
@@ -55,6 +56,7 @@ class Shared:
     metrics: ProxyMetrics
     dissents: Dissents
     continuing: Continuing
+    kept: KeptSets
     hold_timeout_s: float
     in_flight: bool = False
     """Whether calls go on while weights are exchanged: each asks the engine which weights sampled what."""
@@ -79,25 +81,16 @@ class Exchange:
         self._request = request
         self._reply = reply
         self._progress = Progress()
-        self._transcript = Transcript()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
-        ours, served = draft.outside is None, draft.outside or draft.model
-        injection = plan_injection(ask.body, ask.shape) if ours else NOTHING
-        alias = ask.model if ask.model != served or (draft.before and shared.hold.is_new(draft.model)) else None
+        ours = draft.outside is None
+        kept = shared.kept.wanted(draft.model, draft.sampling, draft.purpose) if ours else 0
+        injection = plan_injection(ask.body, ask.shape, kept=kept) if ours else NOTHING
+        self._transcript = Transcript(asked=injection.kept > 0)
+        alias = ask.model if ask.model != _served(draft) or (draft.before and shared.hold.is_new(draft.model)) else None
         who = draft.attribution
-        # Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only.
-        unknown = who.run_id is None or who.role is None
-        mark = draft.call_id if unknown and ask.shape is CHAT else None
-        self._stripper = Stripper(injection, alias=alias, mark=mark)
-        sampling = draft.sampling
-        self._body = upstream_body(
-            ask,
-            injection,
-            model=served,
-            requested=sampling.requested,
-            effective=sampling.effective,
-            salt=salt_of(draft.project, ask.body.get("cache_salt")) if ours else None,
-        )
+        self._stripper = Stripper(injection, alias=alias, mark=_mark_of(draft, ask.shape))
+        self._body = _body_of(ask, draft, injection)
+        self._unasked = _body_of(ask, draft, replace(injection, kept=0)) if injection.kept else b""
         self._past = shared.continuing.past(draft, self._body)
         self._asks = shared.in_flight and ours and ask.shape is not EMBEDDINGS
         self._on_gone = None if attempt is None else attempt.client_left
@@ -199,6 +192,18 @@ class Exchange:
                 answer.release()
 
     async def _dispatch(self) -> EngineAnswer:
+        """Send the request; where the engine refuses it, once more without asking for top logprobs."""
+        answer = await self._dispatch_asking()
+        if not self._unasked or answer.status != 400:
+            return answer
+        answer.release()
+        self._transcript.asked = False
+        answer = await self._post(self._unasked)
+        if answer.status == 200:
+            self._shared.kept.refused(self._draft.model)
+        return answer
+
+    async def _dispatch_asking(self) -> EngineAnswer:
         """Send the request; once more as the client wrote it where the engine refuses a prompt of ids."""
         if self._past is None:
             return await self._post(self._body)
@@ -368,6 +373,27 @@ def empty_chunk(shape: Shape, draft: Draft) -> bytes:
             "model": draft.requested_model,
             "choices": [],
         }
+    )
+
+
+def _mark_of(draft: Draft, shape: Shape) -> str | None:
+    """Nobody said who calls: a LangSmith tree may say it later, and knows the answer of a stream by this mark only."""
+    unknown = draft.attribution.run_id is None or draft.attribution.role is None
+    return draft.call_id if unknown and shape is CHAT else None
+
+
+def _served(draft: Draft) -> str:
+    return draft.outside or draft.model
+
+
+def _body_of(ask: Ask, draft: Draft, injection: Injection) -> bytes:
+    return upstream_body(
+        ask,
+        injection,
+        model=_served(draft),
+        requested=draft.sampling.requested,
+        effective=draft.sampling.effective,
+        salt=salt_of(draft.project, ask.body.get("cache_salt")) if draft.outside is None else None,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import msgspec
 
 from tracegrad.adapters.proxy.capture import SEVERAL_PROMPTS
+from tracegrad.adapters.proxy.kept import MISSING_LOGPROB, Set, flags_with, sets_of_chat, sets_of_completion
 from tracegrad.adapters.proxy.sampling import SAMPLING_FIELDS, Sampling
 from tracegrad.adapters.proxy.version_spans import COMMENT, Judged, Told, judge, read_told
 from tracegrad.tracestore.records import (
@@ -30,15 +31,12 @@ from tracegrad.tracestore.records import (
 )
 
 REASONING_HIDDEN = "reasoning hidden"
-MISSING_LOGPROB = -9999.0
-"""What vLLM writes where it has no logprob for a sampled token. Source: vLLM, `ChatCompletionLogProb.logprob`."""
-
-
 _NULL = msgspec.Raw(b"null")
 
 
 class _Token(msgspec.Struct):
     logprob: float | None = None
+    top_logprobs: msgspec.Raw = _NULL
 
 
 class _Logprobs(msgspec.Struct):
@@ -46,6 +44,7 @@ class _Logprobs(msgspec.Struct):
 
     content: list[_Token] | None = None
     token_logprobs: list[float | None] | None = None
+    top_logprobs: msgspec.Raw = _NULL
 
 
 class _Choice(msgspec.Struct):
@@ -97,14 +96,19 @@ def read_answer(data: bytes) -> Answer:
 
 @dataclass(slots=True)
 class Sampled:
-    """One choice as it comes in. `logprobs` holds None where the engine gave no number."""
+    """One choice as it comes in. `logprobs` holds None where the engine gave no number, `kept` where no set is known.
+
+    `asked`: it was asked for top logprobs, so that `kept` is read.
+    """
 
     index: int
+    asked: bool = False
     token_ids: list[int] | None = None
     logprobs: list[float | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     message: dict[str, Any] = field(default_factory=dict)
+    kept: list[Set | None] = field(default_factory=list)
 
     def extend(self, choice: _Choice) -> None:
         """Add what one answer or one chunk says of this choice."""
@@ -126,8 +130,12 @@ class Sampled:
     def _extend_logprobs(self, logprobs: _Logprobs) -> None:
         if logprobs.content is not None:
             values = [token.logprob for token in logprobs.content]
+            if self.asked:
+                self.kept += sets_of_chat(token.top_logprobs for token in logprobs.content)
         elif logprobs.token_logprobs is not None:
             values = logprobs.token_logprobs
+            if self.asked:
+                self.kept += sets_of_completion(logprobs.top_logprobs)
         else:
             return
         if self.logprobs is None:
@@ -138,6 +146,8 @@ class Sampled:
         """Return the record; logprobs only where they are exact. `one_tool_call`: the engine cut any further ones."""
         ids = tuple(self.token_ids or ())
         logprobs = _numbers(self.logprobs or []) if _flaw(self) in (None, "no finish reason") else None
+        kept = None if logprobs is None else self._known_sets(ids)
+        flags = flags_with(flags, kept)
         if isinstance(self.stop_reason, str):
             flags = (*flags, "stop_string")
         if self.message.get("reasoning") or self.message.get("reasoning_content"):
@@ -151,12 +161,18 @@ class Sampled:
             finish_reason=self.finish_reason,
             message=self.message,
             flags=flags,
+            kept_ids=kept,
         )
+
+    def _known_sets(self, ids: tuple[int, ...]) -> tuple[Set, ...] | None:
+        """Return the kept sets where each token has one with itself in it: else none of them says anything."""
+        known = tuple(each for token, each in zip(ids, self.kept, strict=False) if each is not None and token in each)
+        return known if self.asked and ids and len(known) == len(ids) == len(self.kept) else None
 
 
 @dataclass(slots=True)
 class Transcript:
-    """Everything one answer said, gathered from a body or from chunks."""
+    """Everything one answer said, gathered from a body or from chunks. `asked`: also top logprobs (see `kept`)."""
 
     completion_id: str | None = None
     prompt_ids: list[int] | None = None
@@ -168,6 +184,7 @@ class Transcript:
     """The engine's error inside a stream, as it wrote it."""
     told: Told | None = None
     """Which weights sampled which tokens; None where the engine said nothing of it."""
+    asked: bool = False
 
     def add(self, answer: Answer) -> None:
         """Take in a whole answer or one chunk of it."""
@@ -183,7 +200,7 @@ class Transcript:
                 self.prompt_ids = choice.prompt_token_ids
             sampled = self.choices.get(choice.index)
             if sampled is None:
-                sampled = self.choices[choice.index] = Sampled(choice.index)
+                sampled = self.choices[choice.index] = Sampled(choice.index, self.asked)
             sampled.extend(choice)
 
     def hear(self, comment: bytes) -> bytes | None:

@@ -68,6 +68,15 @@ def test_the_trainer_agrees_with_the_engine_after_every_publish(trained: Trained
     assert max(measured) < 1e-4, differences
 
 
+def test_what_top_k_left_of_the_checkers_digits_is_replayed(trained: Trained) -> None:
+    """So its choices train, and the figures above hold for them; the solver sampled from everything."""
+    for summary in trained.store.list_runs(purpose="train", limit=20):
+        solver, checker = (call.choices[0] for call in trained.store.trace(summary.run.run_id).calls)
+        assert solver.kept_ids is None and checker.kept_ids is not None
+        assert all(1 <= len(kept) <= 9 for kept in checker.kept_ids)
+    assert "truncated sampling" not in trained.store.consumption("main").excluded
+
+
 def test_every_version_went_live_and_the_probes_saw_the_new_weights(trained: Trained) -> None:
     """Late steps repeat themselves: few distinct answers make a small probe, which may only say "unresolved"."""
     verdicts = [line["publish"]["result"]["verdict"] for line in trained.metrics]

@@ -6,6 +6,7 @@ tiny model makes them.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from tracegrad.tracestore.store import open_store
 pytestmark = pytest.mark.engine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SAID = [{"role": "user", "content": "max 3 5"}]
 OK = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "pick", "parameters": OK, "strict": True}}
 CALL = {"tools": [TOOL], "max_tokens": 400, "temperature": 1.0, "seed": 1}
@@ -39,6 +41,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "token ids": {"return_token_ids": True},
     "two choices": {"n": 2, "temperature": 0.9, "seed": 5},
+    "top-k": {"top_k": 4, "temperature": 1.0, "seed": 5},
+    "top-p": {"top_p": 0.9, "temperature": 1.0, "seed": 5},
     "a stop string": {"stop": ["1"]},
     "an error": {"tools": []},
     "usage all along": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
@@ -60,6 +64,7 @@ COMPLETIONS_ASKED: dict[str, dict[str, Any]] = {
     "nothing more": {},
     "logprobs": {"logprobs": 2},
     "two choices": {"n": 2, "temperature": 0.9, "seed": 5},
+    "top-k": {"top_k": 4, "temperature": 1.0, "seed": 5},
     "token ids": {"prompt": [70, 71, 72], "return_token_ids": True},
     "several prompts": {"prompt": ["3 5", "7 2"]},
     "echo": {"echo": True},
@@ -279,6 +284,44 @@ def test_the_record_is_what_the_engine_says_it_sampled(both: SimpleNamespace, st
         assert list(choice.token_ids) == said["token_ids"]
         assert choice.message["content"] == said["message"]["content"]
         assert choice.logprobs == pytest.approx([t["logprob"] for t in said["logprobs"]["content"]], abs=1e-2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "cut"),
+    [
+        *((CHAT, cut) for cut in ({"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_p": 0.8, "top_k": 4})),
+        *((COMPLETIONS, cut) for cut in ({"top_k": 4}, {"min_p": 0.1})),
+    ],
+)
+def test_what_was_left_when_a_tail_was_cut_off_is_recorded(
+    both: SimpleNamespace, path: str, cut: dict[str, Any], stream: bool
+) -> None:
+    """What is left is what has a logprob at all, and it sums to one. The tiny model answers a digit and an end."""
+    prompt: dict[str, Any] = {"prompt": "3 5"} if path == COMPLETIONS else {"messages": SAID}
+    body = {"model": both.name, **prompt, "max_tokens": 8, "temperature": 1.0, "seed": 3, **cut}
+    run_id = f"cut-{stream}-{path[4:]}-{'-'.join(cut)}".replace("/", "-")
+    answer = both.proxy.post(f"/run/{run_id}/role/a{path}", json={**body, "stream": stream})
+    assert answer.status_code == 200 and "token_id:" not in answer.text
+    (call,) = both.store.trace(run_id).calls
+    (choice,) = call.choices
+    assert (call.quarantine, choice.flags) == (None, ())
+    assert choice.kept_ids is not None and len(choice.kept_ids) == len(choice.token_ids)
+    sizes = [len(kept) for kept in choice.kept_ids]
+    assert 1 < max(sizes) <= cut.get("top_k", 20)
+    raw = {"logprobs": 20} if path == COMPLETIONS else {"logprobs": True, "top_logprobs": 20}
+    asked = {**body, **raw, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    (said,) = both.engine.post(path, json=asked).json()["choices"]
+    assert list(choice.token_ids) == said["token_ids"]
+    tops = [
+        {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in said["logprobs"].get("content", ())
+    ] or said["logprobs"]["top_logprobs"]
+    assert [{f"token_id:{i}" for i in kept} for kept in choice.kept_ids] == [
+        {name for name, value in top.items() if value > -9999.0} for top in tops
+    ]
+    assert [sum(math.exp(value) for value in top.values()) for top in tops] == pytest.approx(
+        [1.0] * len(tops), abs=1e-5
+    )
 
 
 def test_a_prompt_goes_on_from_what_was_sampled(token_in: SimpleNamespace) -> None:

@@ -7,7 +7,7 @@ import struct
 import time
 from typing import Any
 
-from fake_sampling import FINGERPRINT, FIRST_BYTE, Sampled, encode_text, logprob_of, token_text
+from fake_sampling import FINGERPRINT, FIRST_BYTE, Sampled, encode_text, logprob_of, token_name, token_text, tops_of
 
 
 class CompletionsWire:
@@ -125,7 +125,15 @@ class CompletionsWire:
                 value = logprob_of(token, start + offset, choice)
                 values.append(None if fault == "nan" else -9999.0 if fault == "missing_logprob" else value)
         offsets = [sum(map(len, texts[:n])) for n in range(len(texts))]
-        tops = [None if value is None else {text: value} for text, value in zip(texts, values, strict=False)]
+        said = zip([*echoed, *ids], values, strict=False)
+        tops = [
+            None
+            if value is None
+            else {
+                token_name(body, one): number for one, number in tops_of(body, token, value, body["logprobs"]).items()
+            }
+            for token, value in said
+        ]
         return {"text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": tops}
 
     async def _embeddings(self, body: dict[str, Any], send: Any) -> None:

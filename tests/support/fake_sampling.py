@@ -7,6 +7,7 @@ user message. One byte is one token. Source of the parsing: vLLM 0.32, `tool_par
 
 import hashlib
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -36,6 +37,42 @@ def logprob_of(token_id: int, position: int, choice: int) -> float:
     digest = hashlib.blake2b(f"{token_id}/{position}/{choice}".encode(), digest_size=4).digest()
     value = -4.0 * int.from_bytes(digest, "little") / 2**32 - 1e-6
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def token_name(body: dict[str, Any], token: int) -> str:
+    return f"token_id:{token}" if body.get("return_tokens_as_token_ids") else token_text(token)
+
+
+def tops_of(body: dict[str, Any], token: int, value: float | None, count: int) -> dict[int, float | None]:
+    """Return token -> logprob of the sampled token and `count` others, the likeliest first.
+
+    What top-k leaves has equal shares of the rest; top-p and min-p leave three, and everything else is cut off.
+    """
+    if value is None or value <= -9999.0 or not count:
+        return {token: value}
+    top_k = body.get("top_k") or 0
+    narrow = (body.get("top_p") or 1.0) < 1.0 or (body.get("min_p") or 0.0) > 0.0
+    left = top_k if top_k > 0 else 3 if narrow else 256
+    others = [FIRST_BYTE + (token + n) % 256 for n in range(1, count + 1)]
+    share = math.log(-math.expm1(value) / (left - 1)) if left > 1 else -9999.0
+    if left == 1:
+        value = 0.0
+    return {token: value, **{other: share if n < left - 1 else -9999.0 for n, other in enumerate(others)}}
+
+
+def content_entry(body: dict[str, Any], token: int, value: float | None) -> dict[str, Any]:
+    """Return what a chat completion says of a sampled token."""
+    most = body.get("top_logprobs") or 0
+    said = [(token_name(body, one), number) for one, number in tops_of(body, token, value, most).items()]
+    own, *others = ({"token": name, "logprob": number, "bytes": list(name.encode())} for name, number in said)
+    return {**own, "top_logprobs": [own, *others][:most]}
+
+
+def too_many_tops(body: dict[str, Any], most: int) -> str | None:
+    asked = body.get("logprobs")
+    wanted = int(body.get("top_logprobs") or 0) if isinstance(asked, bool) or asked is None else int(asked)
+    said = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {most}"
+    return f"{said} (parameter=logprobs, value={wanted})" if wanted > most else None
 
 
 @dataclass(frozen=True)

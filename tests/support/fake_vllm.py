@@ -27,13 +27,14 @@ from fake_sampling import (
     FIRST_BYTE,
     ChoiceStream,
     Sampled,
+    content_entry,
     encode_text,
     logprob_of,
     sample,
     script,
     split_calls,
     split_reasoning,
-    token_text,
+    too_many_tops,
 )
 from fake_swaps import SwapWire
 
@@ -51,6 +52,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         self.name = name
         self.token_delay_s = token_delay_s
         self.max_model_len = 2048
+        self.max_logprobs = 20
         self.fault: str | None = None
         """no_token_ids, no_logprobs, short_logprobs, nan, missing_logprob, usage, drop, error_event, not_json"""
         self.event_error = {
@@ -180,6 +182,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
             refusal = 400, text, bad, "logprob_token_ids"
         elif (body.get("top_logprobs") or 0) > 0 and not body.get("logprobs"):
             refusal = 400, "when using `top_logprobs`, `logprobs` must be set to true.", bad, "top_logprobs"
+        elif (many := too_many_tops(body, self.max_logprobs)) is not None:
+            refusal = 400, many, bad, "logprobs"
         elif (body.get("n") or 1) > 1 and body.get("temperature") == 0:
             refusal = 400, "n must be 1 when using greedy sampling.", bad, None
         elif self.fault == "overloaded":
@@ -393,8 +397,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
                 value = None  # how vLLM's chunks write a NaN
             if start + offset == 1 and self.fault == "missing_logprob":
                 value = -9999.0
-            entry = {"token": token_text(token), "logprob": value, "bytes": list(token_text(token).encode())}
-            content.append({**entry, "top_logprobs": [entry] * (body.get("top_logprobs") or 0)})
+            content.append(content_entry(body, token, value))
         return {"content": content}
 
     def _usage(self, prompt: int, completion: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from tracegrad.trainer.adapter_client import engine_clients
 SUPPORT = Path(__file__).resolve().parent
 STEPS, GROUPS, GROUP = 12, 16, 4
 LR, ADAPTER_LR = 7e-4, 3e-3
+SOFT = {"temperature": 0.8}
 
 
 def configuration(
@@ -45,12 +46,12 @@ def configuration(
     credit: dict[str, Any],
     steps: int = STEPS,
 ) -> dict[str, Any]:
-    """Return what trains these models on the digits app, in `folder`."""
+    """Return what trains these models on the digits app, in `folder`. Of the checker's digits top-k leaves nine."""
     return {
         "store": "sqlite:///trace.db",
         "models": models,
         "roles": roles,
-        "proxy": {"port": free_port(), "sampling": {"*": {"temperature": 0.8}}},
+        "proxy": {"port": free_port(), "sampling": {"*": SOFT, "checker": {**SOFT, "top_k": 9}}},
         "trainer": {
             "steps": steps,
             "output": str(folder),

@@ -171,7 +171,8 @@ class CallContract:
         version = live_version(store).version_id
         odd = (-0.1, -math.inf, math.nan, 0.0, -1e-45, -123.456)
         call = make_call("c", "r", version=version, stream=True, quarantine="nan logprob", error="e", status="aborted")
-        two = replace(make_choice(1, range(6), odd), version_spans=((0, version), (4, version + 1)))
+        kept = ((0, 70_000), (1,), (2, 300, 4), (3,), (4,), (5, 2**31 - 1))
+        two = replace(make_choice(1, range(6), odd), version_spans=((0, version), (4, version + 1)), kept_ids=kept)
         call = replace(call, choices=(two, replace(make_choice(0, ()), flags=())))
         bare = make_call("d", "r", tokens=[], prompt_ids=None, completion_id=None, status="failed", at=500.0)
         none = replace(
@@ -236,6 +237,10 @@ class CallContract:
             *(
                 (replace(good, call_id="bad", choices=(replace(make_choice(0, (1, 2)), version_spans=spans),)), "spans")
                 for spans in (((1, 5),), ((0, 5), (2, 6)), ((0, 5), (1, 6), (1, 7)))
+            ),
+            *(
+                (replace(good, call_id="bad", choices=(replace(make_choice(0, (1, 2)), kept_ids=kept),)), "kept sets")
+                for kept in (((1,),), ((1,), (3, 4)), ((1,), (2,), (3,)), ())
             ),
             (replace(good, call_id="bad", choices=(make_choice(0, (2**31,)),)), "int32"),
             (replace(good, call_id="bad", prompt_ids=(-(2**31) - 1,)), "int32"),

@@ -29,7 +29,7 @@ ENTRIES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 OF_OTHERS = {
     *("--enable-scale-out", "--enable-lora", "--max-loras", "--lora-target-modules", "--lora-modules"),  # vLLM's
     "--lora-target-modules",  # vLLM's
-    "--return-sampling-mask",  # vLLM's
+    *("--return-sampling-mask", "--max-logprobs"),  # vLLM's
     "--trust-request-chat-template",
     "--api-key",
     "--gpus",  # Docker's

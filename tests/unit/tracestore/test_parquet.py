@@ -62,7 +62,11 @@ def world(store: Store) -> list[str]:
     runs = [*ready_group(store, "g", version=version), *add_group(store, "e", purpose="eval")]
     store.put_tasks([Task(task_id="t", input={"q": "ü\u2028"}, reference={"a": [1, None]}, project="p")])
     store.open_run(Run(run_id="solo", project="p", task_id="t"))
-    odd = replace(make_choice(0, range(len(EXACT)), EXACT), version_spans=((0, version), (2, version + 1)))
+    odd = replace(
+        make_choice(0, range(len(EXACT)), EXACT),
+        version_spans=((0, version), (2, version + 1)),
+        kept_ids=tuple((token, *range(100, 100 + token)) for token in range(len(EXACT))),
+    )
     none = Choice(
         index=3, token_ids=(2**31 - 1, -(2**31)), logprobs=None, finish_reason=None, message={"content": None}
     )

@@ -91,9 +91,9 @@ def choice(**changes):
         ("penalised", {"effective": {"frequency_penalty": 0.1}}),
         ("penalised", {"effective": {"repetition_penalty": 1.1}}),
         ("penalised", {"effective": {"logit_bias": {"5": 1}}}),
-        ("penalised", {"effective": {"min_p": 0.05}}),
         ("truncated sampling", {"effective": {"top_p": 0.9}}),
         ("truncated sampling", {"effective": {"top_k": 20}}),
+        ("truncated sampling", {"effective": {"min_p": 0.05}}),
         ("truncated sampling", {"choices": choice(flags=("truncated_sampling",))}),
     ],
 )
@@ -114,6 +114,13 @@ def test_what_must_not_train_is_excluded_with_its_reason(make_call, make_trace, 
 )
 def test_switched_off_parameters_do_not_exclude(make_call, make_trace, effective):
     assert len(batch([make_trace(calls=[make_call(effective=effective)], rewards=[score()])]).choices) == 1
+
+
+def test_a_choice_whose_kept_sets_are_known_trains_with_them(make_call, make_trace):
+    kept = ((5, 4), (6,))
+    call = make_call(choices=choice(token_ids=(4, 6), kept_ids=kept), effective={"top_p": 0.9, "min_p": 0.05})
+    (sample,) = batch([make_trace(calls=[call], rewards=[score()])]).choices
+    assert sample.kept_ids == kept
 
 
 def test_an_empty_choice_is_accounted_for_with_no_tokens(make_call, make_trace):

@@ -93,7 +93,8 @@ FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "reasoning": (say("think"), ("reasoning",)),
     "reasoning before a call": ({**say("think and call"), "tools": [WEATHER]}, ("reasoning",)),
     "penalties": ({**say("hello"), "frequency_penalty": 0.5, "logit_bias": {"5": 1}}, ("penalised",)),
-    "truncation": ({**say("hello"), "top_p": 0.9}, ("truncated_sampling",)),
+    "truncation": ({**say("hello"), "top_p": 0.9}, ()),
+    "truncation and logprobs": ({**say("hello"), "top_p": 0.9, "logprobs": True}, ("truncated_sampling",)),
     "greedy": ({**say("hello"), "temperature": 0}, ("greedy",)),
     "everything at once": (
         {**say("call all"), "tools": [WEATHER, STRICT], "n": 2, "temperature": 0.5, "top_p": 0.5, "seed": 1,
@@ -196,7 +197,8 @@ def test_what_goes_up_is_the_request_and_what_recording_needs(
 ) -> None:
     matrix.ask(what)
     sent = dict(engine_app.requests[0])
-    for injected in ("return_token_ids", "logprobs", "cache_salt"):
+    kept_sets = ("top_logprobs", "return_tokens_as_token_ids") if what == "truncation" else ()
+    for injected in ("return_token_ids", "logprobs", "cache_salt", *kept_sets):
         if injected not in FEATURES[what][0]:
             sent.pop(injected)
     assert sent == {"model": "main", **FEATURES[what][0]}

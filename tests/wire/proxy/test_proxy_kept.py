@@ -1,0 +1,143 @@
+"""What top-p, top-k or min-p left is recorded, where the engine tells it and nobody sees the difference."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from tracegrad.adapters.proxy.kept import Set, sets_of_chat, sets_of_completion
+from tracegrad.tracestore.records import Choice, Run
+from tracegrad.tracestore.store import Store
+
+CHAT, COMPLETIONS = "chat/completions", "completions"
+ASKED = {CHAT: {"messages": [{"role": "user", "content": "hello"}]}, COMPLETIONS: {"prompt": "hello"}}
+
+
+def ask(proxy: SimpleNamespace, run: str = "r", path: str = CHAT, **extra: Any) -> Any:
+    return proxy.client.post(f"/run/{run}/role/a/v1/{path}", json={"model": "main", **ASKED[path], **extra})
+
+
+def only_choice(store: Store, run: str = "r") -> Choice:
+    (call,) = store.trace(run).calls
+    assert (call.status, call.quarantine) == ("complete", None)
+    return call.choices[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1, "top_k": -1}])
+def test_what_was_left_is_on_record(
+    proxy: SimpleNamespace, store: Store, path: str, stream: bool, cut: dict[str, Any]
+) -> None:
+    assert ask(proxy, path=path, stream=stream, n=2, **cut).status_code == 200
+    left = max(cut.get("top_k", 3), 3)
+    choice = only_choice(store)
+    assert choice.flags == () and choice.kept_ids is not None and len(choice.token_ids) > 3
+    for token, kept in zip(choice.token_ids, choice.kept_ids, strict=True):
+        assert kept[0] == token and len(set(kept)) == left
+
+
+@pytest.mark.parametrize(
+    ("body", "top_logprobs"),
+    [
+        ({"top_k": 5}, 13),
+        ({"top_k": 40}, 20),
+        ({"top_p": 0.9}, 20),
+        ({}, None),
+        ({"top_p": 0.9, "temperature": 0}, None),
+        ({"top_p": 0.9, "response_format": {"type": "json_object"}}, None),
+        ({"top_p": 0.9, "logprobs": True}, None),
+        ({"top_p": 0.9, "logprobs": True, "top_logprobs": 4}, 4),
+    ],
+)
+def test_only_what_can_make_it_trainable_is_asked_for(
+    proxy: SimpleNamespace, engine_app: Any, body: dict[str, Any], top_logprobs: int | None
+) -> None:
+    said = ask(proxy, **body).json()["choices"][0]
+    (sent,) = engine_app.requests
+    assert sent.get("top_logprobs") == top_logprobs
+    assert sent.get("return_tokens_as_token_ids") == (None if "logprobs" in body or not top_logprobs else True)
+    assert (said["logprobs"] is None) == ("logprobs" not in body)
+
+
+@pytest.mark.parametrize("body", [{"top_k": 40}, {"top_p": 0.9, "logprobs": True, "top_logprobs": 20}])
+def test_what_is_not_known_whole_stays_flagged(proxy: SimpleNamespace, store: Store, body: dict[str, Any]) -> None:
+    """Forty were left and twenty are told; a client's own top logprobs name texts, not ids."""
+    ask(proxy, **body)
+    choice = only_choice(store)
+    assert (choice.flags, choice.kept_ids) == (("truncated_sampling",), None)
+    assert choice.logprobs is not None
+
+
+def test_an_evaluation_a_frozen_model_and_who_does_not_want_it_are_not_asked(
+    start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any, engine_url: str
+) -> None:
+    store.open_run(Run(run_id="judged", purpose="eval"))
+    ask(start_proxy(), "judged", top_k=5)
+    model = {"checkpoint": "none", "engine": {"url": engine_url}}
+    frozen = {"models": {"main": {**model, "trained": False}, "other": model}}
+    ask(start_proxy(**frozen), top_k=5)
+    ask(start_proxy(proxy={"limits": {"max_kept": 0}}), top_k=5)
+    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [None] * 3
+
+
+def test_an_engine_that_allows_fewer_is_asked_once(
+    proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The app gets its answer either way; when the engine was away it may have been started with other flags."""
+    engine_app.max_logprobs = 5
+    for run in ("first", "second"):
+        assert ask(proxy, run, top_p=0.9).status_code == 200
+        assert only_choice(store, run).flags == ("truncated_sampling",)
+    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, None, None]
+    assert [r.getMessage() for r in caplog.records if "--max-logprobs 20" in r.getMessage()] != []
+    engine_app.max_logprobs = 20
+    proxy.app._engine_is_back("main")
+    ask(proxy, "third", top_p=0.9)
+    assert only_choice(store, "third").kept_ids is not None
+
+
+def test_a_request_that_is_wrong_for_another_reason_is_refused_as_before(
+    proxy: SimpleNamespace, engine_app: Any
+) -> None:
+    answer = ask(proxy, top_p=0.9, messages=[{"role": "user", "content": "x" * 5000}])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    ask(proxy, top_p=0.9)
+    assert engine_app.requests[-1]["top_logprobs"] == 20
+
+
+def likely(*shares: float) -> list[float]:
+    return [math.log(share) if share else -9999.0 for share in shares]
+
+
+@pytest.mark.parametrize(
+    ("names", "logprobs", "expected"),
+    [
+        (("token_id:7", "token_id:3", "token_id:9"), likely(0.25, 0.75, 0), (7, 3)),
+        (("token_id:7",), [0.0], (7,)),
+        (("token_id:7", "token_id:3"), likely(0.25, 0.7499), None),
+        (("token_id:7", "a"), likely(0.25, 0.75), None),
+        (("token_id:x",), [0.0], None),
+        (("token_id:7", "token_id:3"), [0.0, None], (7,)),
+        (("token_id:7",), [None], None),
+        ((), [], None),
+    ],
+)
+def test_a_set_is_known_where_it_holds_all_of_the_probability(
+    names: tuple[str, ...], logprobs: list[float | None], expected: Set | None
+) -> None:
+    chat = [{"token": name, "logprob": value} for name, value in zip(names, logprobs, strict=True)]
+    assert sets_of_chat([raw(chat)]) == [expected]
+    assert sets_of_completion(raw([dict(zip(names, logprobs, strict=True))])) == [expected]
+
+
+def test_what_is_no_list_of_them_is_no_set() -> None:
+    assert sets_of_chat([raw(None), raw({"a": 1})]) == [None, None]
+    assert sets_of_completion(raw(7)) == [] and sets_of_completion(raw([None])) == [None]
+
+
+def raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))

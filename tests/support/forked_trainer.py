@@ -8,42 +8,28 @@ the signal). `Trainers` is the other end. Used by tests/wire/test_trainer_kill.p
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from warm import Warm
 
 _LOOK_S = 0.002
 
 
-class Trainers:
+class Trainers(Warm):
     """Owns the warm process. A context manager."""
 
-    def __enter__(self) -> Self:
-        self._warm = subprocess.Popen(
-            [sys.executable, str(Path(__file__))],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self) -> None:
+        super().__init__(__file__)
         self._is_warm = False
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._warm.kill()
-        self._warm.wait()
 
     def run(self, config: Path, *, point: str = "-", after_s: float | None = None) -> int:
         """Let one trainer live until its end, a point or a moment; return its exit status, negative for a signal."""
         self._start(config, point, after_s)
-        return int(self._line())
+        return int(self.hear())
 
     def run_until(self, config: Path, reached: Callable[[], bool], *, delay_s: float) -> int:
         """Let one trainer live until something is reached (or its end) and a moment longer; return its exit status."""
@@ -55,25 +41,17 @@ class Trainers:
             time.sleep(_LOOK_S)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        return int(self._line())
+        return int(self.hear())
 
     def _start(self, config: Path, point: str, after_s: float | None) -> int:
         """Return the id of the process."""
-        assert self._warm.stdin is not None
         self.get_warm()
-        self._warm.stdin.write(f"{config} {point} {'-' if after_s is None else after_s}\n")
-        self._warm.stdin.flush()
-        return int(self._line())
+        self.tell(f"{config} {point} {'-' if after_s is None else after_s}")
+        return int(self.hear())
 
     def get_warm(self) -> None:
         """Wait until it has imported what it needs, which it does while the test makes its runs."""
-        self._is_warm = self._is_warm or self._line() == "warm"
-
-    def _line(self) -> str:
-        assert self._warm.stdout is not None
-        line = self._warm.stdout.readline()
-        assert line, f"the warm process ended with status {self._warm.wait()}"
-        return line.strip()
+        self._is_warm = self._is_warm or self.hear() == "warm"
 
 
 def _train(path: str, point: str) -> int:

@@ -10,15 +10,15 @@ Used by tests/wire/learner/test_ranks.py and tests/wire/learner/test_ranks_kille
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
+
+from warm import Warm
 
 if TYPE_CHECKING:
     from tracegrad.trainer.ranks import Ranks
@@ -29,27 +29,12 @@ _GRACE_S = 3.0
 """So long the others of a killed rank may take to notice, as those in a collective do: then all are ended."""
 
 
-class Crew:
+class Crew(Warm):
     """Owns the warm process. A context manager. `folder`: for what the ranks are told and say."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(__file__)
         self._folder, self._runs = folder, 0
-
-    def __enter__(self) -> Self:
-        self._warm = subprocess.Popen(
-            [sys.executable, str(Path(__file__))],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._warm.kill()
-        self._warm.wait()
 
     def run(self, size: int, task: Any) -> list[Any]:
         """Have `size` ranks do the task; return what each answered."""
@@ -63,13 +48,10 @@ class Crew:
         folder = self._folder / f"run-{self._runs}"
         folder.mkdir()
         (folder / "task").write_bytes(pickle.dumps(task))
-        assert self._warm.stdin is not None and self._warm.stdout is not None
-        self._warm.stdin.write(f"{folder} {size} {kill} {after_s}\n")
-        self._warm.stdin.flush()
-        line = self._warm.stdout.readline()
-        assert line, f"the warm process ended with status {self._warm.wait()}"
+        self.tell(f"{folder} {size} {kill} {after_s}")
+        statuses = [int(status) for status in self.hear().split()]
         files = [folder / f"answer-{rank}" for rank in range(size)]
-        return [int(s) for s in line.split()], [pickle.loads(f.read_bytes()) if f.exists() else None for f in files]
+        return statuses, [pickle.loads(f.read_bytes()) if f.exists() else None for f in files]
 
 
 @dataclass(frozen=True, kw_only=True)

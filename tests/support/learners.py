@@ -52,29 +52,12 @@ def learner(configure: Callable[..., Config], tmp_path: Path) -> MakeLearner:
     return make
 
 
-def sample_groups(config: Config, folder: Path, count: int) -> None:
-    """Fill the store of a configuration with groups that weights of another job sampled, which begin as its own."""
-    learner = Learner(config)
-    made = learner.create(str(folder))
-    with closing(open_store(config.store)) as opened:
-        version = opened.add_version(
-            model=recorded.MODEL,
-            kind="initial",
-            parent_id=None,
-            checkpoint_path=made.path,
-            checkpoint_hash=made.hash,
-            step=0,
-            job_id=None,
-        )
-        recorded.fill(opened, recorded.recorded_groups(count, score=learner.score, version_id=version.version_id))
-
-
 @pytest.fixture(scope="session")
 def recorded_store(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with eight groups that another job's weights (equal to the base) sampled."""
     folder = tmp_path_factory.mktemp("recorded")
     config = recorded.configuration(llama, folder / "out", store=f"sqlite:///{folder}/store.db")
-    sample_groups(config, folder / "sampler", 8)
+    recorded.sample_groups(config, folder / "sampler", 8)
     with closing(sqlite3.connect(folder / "store.db")) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return folder / "store.db"

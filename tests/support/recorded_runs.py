@@ -115,14 +115,20 @@ def recorded_groups(
 
 def stored_groups(folder: Path, *, groups: int, **trainer: Any) -> Config:
     """Fill a store in `folder` with groups that other weights, equal to the base, sampled; return the configuration."""
-    from tracegrad.tracestore.store import open_store
-    from tracegrad.trainer.learner import Learner
-
     base = random_llama(folder / "base", hidden=64)
     optimizer = {"epochs": 2, "minibatches": 2, "lr": 1e-3}
     config = configuration(base, folder / "out", store=f"sqlite:///{folder}/store.db", optimizer=optimizer, **trainer)
+    sample_groups(config, folder / "sampler", groups)
+    return config
+
+
+def sample_groups(config: Config, folder: Path, count: int) -> None:
+    """Fill the store of a configuration with groups that weights of another job sampled, which begin as its own."""
+    from tracegrad.tracestore.store import open_store
+    from tracegrad.trainer.learner import Learner
+
     learner = Learner(config)
-    made = learner.create(str(folder / "sampler"))
+    made = learner.create(str(folder))
     with closing(open_store(config.store)) as store:
         version = store.add_version(
             model=MODEL,
@@ -133,8 +139,7 @@ def stored_groups(folder: Path, *, groups: int, **trainer: Any) -> Config:
             step=0,
             job_id=None,
         )
-        fill(store, recorded_groups(groups, score=learner.score, version_id=version.version_id))
-    return config
+        fill(store, recorded_groups(count, score=learner.score, version_id=version.version_id))
 
 
 def fill(store: Store, groups: Sequence[Recorded]) -> None:

@@ -13,7 +13,6 @@ import pytest
 import recorded_runs as recorded
 from click.testing import CliRunner
 from in_process import InProcess
-from learners import sample_groups
 
 from tracegrad.tracestore.config import Config, dump_config, parse_config
 from tracegrad.tracestore.tracking import MlflowConfig, TrackingConfig, WandbConfig
@@ -224,7 +223,7 @@ def test_the_command_tells_the_configured_tracker(
 ) -> None:
     config = recorded.configuration(llama, tmp_path / "out", store=f"sqlite:///{tmp_path}/store.db", steps=2)
     config = msgspec.structs.replace(config, tracking=TrackingConfig(wandb=WandbConfig(project="p")))
-    sample_groups(config, tmp_path / "sampler", 4)
+    recorded.sample_groups(config, tmp_path / "sampler", 4)
     (tmp_path / "tracegrad.yaml").write_text(dump_config(config))
     monkeypatch.setattr("tracegrad.trainer.ray_groups.ray_groups", in_process)
     result = CliRunner().invoke(train, ["--config", str(tmp_path / "tracegrad.yaml"), "--offline"])

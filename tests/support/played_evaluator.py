@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator, Mapping
 
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.gating import evaluation
 
 GATE = {"app": "a:g", "tasks": "t.jsonl", "reward": "r:f", "rule": {"max_drop": 0.1, "confidence": 0.5}}
 
@@ -31,18 +31,8 @@ def evaluator(store: Store, models: tuple[str, ...], by_step: Mapping[int, float
             done = store.list_evaluations(publish_id=first) if first else store.find_baseline(versions, "t", "reward")
             newest = max(store.get_version(version_id).step for version_id in versions.values())
             if not done and newest in by_step:
-                found = Measured(
-                    version_id=versions[models[0]],
-                    versions=versions,
-                    publish_id=first,
-                    name=str(time.monotonic_ns()),
-                    tasks_hash="t",
-                    score="reward",
-                    started_at=1.0,
-                    run_ids=("a",),
-                    values={"one": by_step[newest]},
-                )
-                store.add_evaluation(found)
+                said = {"run_ids": ("a",), "n_failed": 0, "score": "reward", "values": {"one": by_step[newest]}}
+                evaluation(store, versions[models[0]], versions=versions, publish_id=first, **said)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -16,10 +16,11 @@ from tracegrad.adapters.gate import GateEvaluator, Work
 from tracegrad.adapters.gate_command import gate as command
 from tracegrad.tracestore.config import GateConfig, GateRule
 from tracegrad.tracestore.errors import ConfigError
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import GateTerms
 from tracegrad.tracestore.records import PublishState, Task
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.tracestore.testing.rows import MODEL, Clock, live_version
 
 ME = Evaluator(evaluator_id="e", model=MODEL, tasks_hash="t", score="f1")
@@ -79,19 +80,8 @@ def candidate(store: Store, *states: PublishState) -> tuple[int, int]:
 
 
 def found(store: Store, version_id: int, publish_id: int | None = None, *, error: str | None = None) -> None:
-    store.add_evaluation(
-        Measured(
-            version_id=version_id,
-            publish_id=publish_id,
-            name=f"{version_id} {publish_id} {error}",
-            tasks_hash="t",
-            score="f1",
-            started_at=1.0,
-            run_ids=() if error else ("a",),
-            values=None if error else {"one": 1.0},
-            error=error,
-        )
-    )
+    values, run_ids = (None, ()) if error else ({"one": 1.0}, ("a",))
+    evaluation(store, version_id, publish_id=publish_id, run_ids=run_ids, n_failed=0, values=values, error=error)
 
 
 def test_the_live_version_is_evaluated_once(store: Store) -> None:

@@ -18,8 +18,8 @@ from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
 from tracegrad.tracestore.config import load_config
-from tracegrad.tracestore.evaluations import Measured
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer.adapter_client import engine_clients
 from tracegrad.trainer.engine_command import engine
 from tracegrad.trainer.pin_command import pin
@@ -164,17 +164,7 @@ def test_the_table_fits_a_terminal_and_says_what_the_gate_decided(
     fill(store, tmp_path, [1.0, 2.0])
     live = store.live_version("main")
     assert live is not None
-    measured = Measured(
-        version_id=live.version_id,
-        publish_id=None,
-        name="baseline",
-        tasks_hash="t",
-        score="f1",
-        started_at=1.0,
-        run_ids=("a", "b"),
-        values={"one": 0.5, "two": 0.55},
-    )
-    store.add_evaluation(measured)
+    evaluation(store, live.version_id, run_ids=("a", "b"), n_failed=0, values={"one": 0.5, "two": 0.55})
     why = "mean f1 0.4312 differs by -0.09377 from the live version's over 128 tasks (perhaps -0.11, at confidence 0.9)"
     decision = {"passed": False, "judged": True, "why": why, "mean": 0.43125, "difference": -0.09377}
     for step in (120_002, 120_003):

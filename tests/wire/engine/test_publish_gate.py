@@ -14,10 +14,11 @@ from weight_probes import probe
 
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
 from tracegrad.tracestore.errors import Pinned
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
@@ -65,20 +66,9 @@ class House:
     def found(self, version_id: int, publish: Publish | None, mean: float, error: str | None = None) -> None:
         values = None if error else {"one": mean, "two": mean}
         publish_id = None if publish is None else publish.publish_id
-        name = f"{version_id} {time.monotonic_ns()}"
         run_ids = () if error else ("a", "b")
-        self.store.add_evaluation(
-            Measured(
-                version_id=version_id,
-                publish_id=publish_id,
-                name=name,
-                tasks_hash="t",
-                score="f1",
-                started_at=1.0,
-                values=values,
-                run_ids=run_ids,
-                error=error,
-            )
+        evaluation(
+            self.store, version_id, publish_id=publish_id, values=values, run_ids=run_ids, n_failed=0, error=error
         )
 
     def judges(self, mean: float, **said: Any) -> Callable[[str], None]:

@@ -1,7 +1,6 @@
 """Candidates of two models behind one gate: all live or none, at whatever moment somebody dies. Engines on the wire."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +11,11 @@ from versions import add_version
 from weight_probes import probe
 
 from tracegrad.tracestore.config import GateConfig, GateRule, PublishConfig
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.records import PolicyVersion, PublishState
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed, PublishRejected
@@ -85,18 +85,8 @@ class House:
         Passage(gate, candidates).run()
 
     def found(self, versions: Mapping[str, int], publish_id: int | None, mean: float) -> None:
-        measured = Measured(
-            version_id=versions["planner"],
-            versions=versions,
-            publish_id=publish_id,
-            name=str(time.monotonic_ns()),
-            tasks_hash="t",
-            score="f1",
-            started_at=1.0,
-            run_ids=("a",),
-            values={"one": mean},
-        )
-        self.store.add_evaluation(measured)
+        said = {"publish_id": publish_id, "run_ids": ("a",), "n_failed": 0, "values": {"one": mean}}
+        evaluation(self.store, versions["planner"], versions=versions, **said)
 
     def judges(self, mean: float, then: Callable[[str], None] = lambda _state: None) -> Callable[[str], None]:
         """An evaluator that finds this of the candidates, once they are there to be evaluated; `then` comes after."""

@@ -14,10 +14,11 @@ from llama_engine import LlamaEngine
 from versions import go_live
 
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.records import Lease, PolicyVersion
 from tracegrad.tracestore.step_records import StepCommit
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer import gate, publishing
 from tracegrad.trainer.checkpoints import step_folder
 from tracegrad.trainer.controller import Controller, Surroundings
@@ -49,18 +50,8 @@ def evaluator(store: Store, by_step: dict[int, float]) -> Iterator[None]:
     def find(version: PolicyVersion, publish_id: int | None) -> None:
         name = f"{version.version_id} {publish_id}"
         if all(each.name != name for each in store.list_evaluations(version_id=version.version_id)):
-            mean = by_step[version.step]
-            measured = Measured(
-                version_id=version.version_id,
-                publish_id=publish_id,
-                name=name,
-                tasks_hash="t",
-                score="reward",
-                started_at=1.0,
-                run_ids=("a",),
-                values={"one": mean},
-            )
-            store.add_evaluation(measured)
+            said = {"run_ids": ("a",), "n_failed": 0, "score": "reward", "values": {"one": by_step[version.step]}}
+            evaluation(store, version.version_id, publish_id=publish_id, name=name, **said)
 
     def work() -> None:
         while not over.wait(0.01):

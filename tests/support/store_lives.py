@@ -2,7 +2,7 @@
 
 "cut" stops a transaction right before its commit (on SQLite the files are copied in that moment and the copy is opened,
 which is what a killed process leaves), "unheard" loses the answer after it. What is done to the store is in
-`store_calls` and `store_leases`; all of it is for `store_machine`.
+`store_recording` and `store_leases`; all of it is for `store_machine`.
 """
 
 import shutil

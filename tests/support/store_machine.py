@@ -9,7 +9,7 @@ Used by tests/wire/tracestore/test_interleavings.py.
 
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from store_calls import Recording
+from store_recording import Recording
 from store_leases import Leasing
 from store_lives import GROUPS, PROJECT, RULES, pick, same
 from store_model import AJob

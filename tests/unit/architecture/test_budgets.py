@@ -1,6 +1,7 @@
 """The style's budgets: sizes of modules, functions, classes, configuration; where broad excepts may stand."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -102,3 +103,9 @@ def _is_broad(handler: ast.ExceptHandler) -> bool:
         return True
     names = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
     return bool(names & {"Exception", "BaseException"})
+
+
+def test_helpers_of_tests_and_benchmarks_have_names_of_their_own() -> None:
+    """Both folders are on the path of a session that tests a benchmark: of two modules the first would be meant."""
+    names = Counter(path.name for folder in ("tests/support", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

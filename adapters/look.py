@@ -292,7 +292,7 @@ def _print_call(console: Console, numbers: Mapping[str, int], call: Call, longes
     for message in call.request.get("messages", ()):
         table.add_row(escape(str(message.get("role"))), escape(_shorten(message_text(message), longest)))
     for choice in call.choices:
-        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags, *_exchanges(choice)]))})[/]"
+        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags, *_left(choice), *_exchanges(choice)]))})[/]"
         answer = escape(_shorten(message_text(choice.message), longest))
         table.add_row(f"[bold]answer {choice.index}[/]", f"[bold]{answer}[/]{ending}")
     console.print(table)
@@ -347,6 +347,12 @@ def _passage(call: Call) -> str:
         return "unknown"
     changed = call.version_completed not in (None, call.version_dispatched)
     return f"{call.version_dispatched} → {call.version_completed}" if changed else str(call.version_dispatched)
+
+
+def _left(choice: Choice) -> list[str]:
+    """How much top-p, top-k or min-p left, where that is known."""
+    sizes = [len(kept) for kept in choice.kept_ids or ()]
+    return [f"sampled from {sum(sizes) / len(sizes):.1f} tokens at a time"] if sizes else []
 
 
 def _exchanges(choice: Choice) -> list[str]:

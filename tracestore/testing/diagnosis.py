@@ -454,14 +454,16 @@ class PayloadDiagnosisContract:
         """As another program, or a disk, may leave it."""
         if not store._db.is_sqlite:
             pytest.skip("PostgreSQL has no way around its constraints")
-        store.append_calls([make_call("a", "r"), make_call("b", "r")])
+        kept = replace(make_choice(0, (4, 5)), kept_ids=((4, 6), (5,)))
+        store.append_calls([make_call("a", "r"), make_call("b", "r"), make_call("c", "r", choices=(kept,))])
         with store._db.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=ON")
             connection.exec_driver_sql(
                 "UPDATE choice_payloads SET logprobs = x'00000000'"
                 " WHERE seq = (SELECT seq FROM calls WHERE call_id = 'a')"
             )
+            connection.exec_driver_sql("UPDATE choice_payloads SET kept_counts = x'02000200' WHERE seq = 3")
             connection.exec_driver_sql("UPDATE call_payloads SET tail = x'0000' WHERE seq = 2")
             connection.commit()
             connection.exec_driver_sql("PRAGMA ignore_check_constraints=OFF")
-        assert store.check_payloads(ALL).flaws == (Tally(what="length mismatch", count=2, example="b"),)
+        assert store.check_payloads(ALL).flaws == (Tally(what="length mismatch", count=3, example="c"),)

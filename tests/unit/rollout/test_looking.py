@@ -121,12 +121,14 @@ def test_a_call_is_shown_by_its_own_or_its_completions_id(url: str) -> None:
 
 def test_a_call_without_a_run_is_shown(url: str) -> None:
     store = open_store(url)
-    store.append_calls([call(3, attribution=Attribution(role="planner", role_source="rule"))])
+    cut = replace(call(3).choices[0], kept_ids=((4, 9, 8), (5,)))
+    store.append_calls([call(3, attribution=Attribution(role="planner", role_source="rule"), choices=(cut,))])
     store.append_calls([call(4, attribution=Attribution(), completion_id="chatcmpl-3")])
     store.attribute_late([LateAttribution(source="langsmith", call_id="call_3", role="writer")])
     store.close()
     shown = invoke("show", "call_3", "--store", url).stdout
-    assert "of no run: nothing trains on it" in shown and "Paris [bold]" in shown
+    assert "of no run: nothing trains on it" in shown
+    assert "Paris [bold] (stop, greedy, sampled from 2.0 tokens at a time)" in shown
     assert "conflict: the role of call_3 is planner (rule), not writer (langsmith)" in shown
     told = json.loads(invoke("show", "call_3", "--store", url, "--json").stdout)
     assert (told["attribution"]["run_id"], told["attribution"]["role_source"]) == (None, "rule")

@@ -30,8 +30,12 @@ class AdapterClient(EngineClient):
         return False
 
     def swap(self, path: str, mark: str, *, timeout_s: float = 120.0) -> str:
-        """Load the adapter at `path` in place of the one before; return `mark` where the engine lists that folder."""
-        body = {"lora_name": self.name, "lora_path": path, "load_inplace": True}
+        """Load the adapter at `path` instead of the one before; return `mark` where the engine lists that folder.
+
+        Not with `load_inplace`: vLLM keeps that with the adapter, and then reads the folder again at every step.
+        """
+        self.disown(mark)
+        body = {"lora_name": self.name, "lora_path": path}
         self._send("POST", "/v1/load_lora_adapter", body, timeout_s=timeout_s)
         return mark if self.loaded() == path else str(self.loaded())
 

@@ -78,6 +78,8 @@ class FakeEngine(TransferWire):
         self.alive = True
         self.loaded: list[str] = []
         self.adapters: dict[str, str] = {}
+        self.read_at_each_step: set[str] = set()
+        """Adapters that were loaded in place: vLLM 0.32 goes on reading the folders of these."""
         """Name -> folder; None of them can be loaded without `takes_adapters`."""
         self.takes_adapters = True
         self.products = True
@@ -145,6 +147,8 @@ class FakeEngine(TransferWire):
             self.fail_reloads -= 1
             return 500, _error("out of memory")
         self.loaded.append(path)
+        if body.get("load_inplace"):
+            self.read_at_each_step.add(name)
         if not self.ignore_reload:
             self.load_adapter(name, Path(path))
         self.adapters[name] = path

@@ -70,7 +70,7 @@ def test_two_adapters_are_exchanged_beside_each_other(
         model: version.checkpoint_path for model, version in live.items() if version is not None
     }
     assert (engine.weight, engine.version) == (1.0, "default")
-    assert "reset_prefix_cache" not in engine.events
+    assert "reset_prefix_cache" not in engine.events and not engine.read_at_each_step
 
 
 def test_an_adapter_is_proven_beside_the_one_that_serves_and_a_bad_one_holds_nobody(

@@ -292,7 +292,8 @@ def _print_call(console: Console, numbers: Mapping[str, int], call: Call, longes
     for message in call.request.get("messages", ()):
         table.add_row(escape(str(message.get("role"))), escape(_shorten(message_text(message), longest)))
     for choice in call.choices:
-        ending = f" [dim]({escape(', '.join([str(choice.finish_reason), *choice.flags, *_left(choice), *_exchanges(choice)]))})[/]"
+        notes = [str(choice.finish_reason), *choice.flags, *_left(choice), *_exchanges(choice)]
+        ending = f" [dim]({escape(', '.join(notes))})[/]"
         answer = escape(_shorten(message_text(choice.message), longest))
         table.add_row(f"[bold]answer {choice.index}[/]", f"[bold]{answer}[/]{ending}")
     console.print(table)

@@ -9,10 +9,10 @@ Used by tests/wire/tracestore/test_interleavings.py.
 
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from store_recording import Recording
 from store_leases import Leasing
 from store_lives import GROUPS, PROJECT, RULES, pick, same
 from store_model import AJob
+from store_recording import Recording
 
 from tracegrad.tracestore.testing.rows import MODEL
 

@@ -105,6 +105,8 @@ class CreditConfig(Section, frozen=True, kw_only=True):
     """Discount for each call between a call and the reward."""
     turn_lambda: _Share = 1.0
     """Lambda from a call to the one after it; below 1 it trusts the critic's value of that call."""
+    bootstrap: Literal["own", "all"] = "own"
+    """Along the graph, whose critics' values count: the model's own, other models' calls being stepped over; or all."""
     reward_weights: Mapping[str, float] = {}
     """Reward name -> weight. Empty: every name counts with weight 1; otherwise names not listed count 0."""
 
@@ -136,7 +138,12 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
 
 def wrong_algorithm(algorithm: AlgorithmConfig) -> str | None:
     """Return what is wrong with `trainer.algorithm`, None where nothing is."""
-    loss, correction = algorithm.loss, algorithm.correction
+    credit, loss, correction = algorithm.credit, algorithm.loss, algorithm.correction
+    if credit.bootstrap == "all" and (credit.advantage, credit.scope) != ("gae", "graph"):
+        return (
+            "credit.bootstrap is all: values pass between models along the run graph alone, so it needs "
+            f"credit.advantage gae and credit.scope graph (they are {credit.advantage} and {credit.scope})"
+        )
     if loss.aggregate == "constant" and loss.aggregate_tokens is None:
         return "loss.aggregate is constant: set loss.aggregate_tokens, the most tokens an answer may have"
     if correction.anchor == "behaviour" and correction.weights != "off":

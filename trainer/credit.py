@@ -9,7 +9,7 @@ Layouts: `_B` one entry per choice, `_N` one per trained token, choices one afte
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.tracestore.records import Reward
 from tracegrad.trainer.comparison import STD_EPSILON, Statistics, compare
 from tracegrad.trainer.errors import BatchError, SampleError
+from tracegrad.trainer.exchange import CriticValues
 from tracegrad.trainer.gae import RunTokens, graph_gae
 from tracegrad.trainer.returns import Scope, ScopedGraph, atoms_of, call_returns
 from tracegrad.trainer.samples import ChoiceSample, Samples
@@ -68,11 +69,14 @@ def assign(
     values_N: Floats | None = None,
     token_rewards_N: Floats | None = None,
     batch: Statistics | None = None,
+    *,
+    foreign: Sequence[CriticValues] = (),
 ) -> Credit:
     """Turn the rewards of a step into advantages.
 
     `values_N`: the critic's, of the state each token was sampled in; needed under `gae`. `token_rewards_N`: what is
-    added to the rewards token by token (a penalty for leaving the reference policy). `batch`: see `normalised`.
+    added to the rewards token by token (a penalty for leaving the reference policy). `batch`: see `normalised`;
+    `foreign`: see `gae_advantages`.
 
     Raises:
         SampleError: no counted reward reaches a choice (a missing reward is not 0; `build_batch` excludes these).
@@ -94,10 +98,11 @@ def assign(
     if config.advantage == "gae":
         if values_N is None:
             raise BatchError("advantage gae needs the values of a critic")
-        advantages_N = gae_advantages(samples, config, values_N, token_rewards_N)
-        decoupled = config.critic_lambda is not None
-        judged_N = gae_advantages(samples, config, values_N, token_rewards_N, critic=True) if decoupled else None
-        targets_N = values_N + (advantages_N if judged_N is None else judged_N)
+        values = critic_values(samples, values_N, token_rewards_N)
+        advantages_N = judged_N = gae_advantages(samples, config, values, foreign)
+        if config.critic_lambda is not None:
+            judged_N = gae_advantages(samples, config, values, foreign, critic=True)
+        targets_N = values_N + judged_N
     else:
         if token_rewards_N is not None:
             returns_B = returns_B + np.add.reduceat(token_rewards_N, starts[:-1])
@@ -142,40 +147,48 @@ def run_returns(
     return totals
 
 
+def critic_values(samples: Samples, values_N: Floats, token_rewards_N: Floats | None = None) -> CriticValues:
+    """Return what the model's critic says of its choices, as credit takes it and other models may be told it."""
+    return CriticValues(
+        calls=tuple((choice.run_id, choice.call_id) for choice in samples.choices),
+        starts=token_starts(samples.choices),
+        values_N=values_N,
+        token_rewards_N=token_rewards_N,
+    )
+
+
 def gae_advantages(
     samples: Samples,
     config: CreditConfig,
-    values_N: Floats,
-    token_rewards_N: Floats | None = None,
+    values: CriticValues,
+    foreign: Sequence[CriticValues] = (),
     *,
     critic: bool = False,
-    foreign_values: bool = False,
 ) -> Floats:
     """Return (N,) GAE advantages, not normalised, in the scope of `config`; `critic`: with the targets' lambda.
 
-    Values of another model's critic are bootstrapped from only with `foreign_values`: elsewhere its calls are stepped
-    over, so that what one model learns does not hang on how well another's critic is trained.
+    `values`: of these choices. `foreign`: of those that other models train on; their calls are bootstrapped from and
+    gone through like the model's own. Without, they are stepped over.
     """
-    starts = token_starts(samples.choices)
-    by_run: dict[str, list[int]] = defaultdict(list)
-    for number, choice in enumerate(samples.choices):
-        by_run[choice.run_id].append(number)
-    advantages_N = np.zeros(len(values_N))
-    for run_id, numbers in by_run.items():
+    every = CriticValues.joined([values, *foreign])
+    numbers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, (run_id, call_id) in enumerate(every.calls):
+        numbers[run_id][call_id].append(number)
+    advantages_N = np.zeros(len(values.values_N))
+    for run_id in dict.fromkeys(choice.run_id for choice in samples.choices):
         graph = samples.graphs[run_id]
         place = graph.index()
-        view = ScopedGraph(graph, config.scope)
-        atoms = atoms_of(graph, samples.rewards[run_id], config.reward_weights)
-        by_critic: dict[str | None, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for number in numbers:
-            at = place[samples.choices[number].call_id]
-            by_critic[None if foreign_values else graph.nodes[at].model][at].append(number)
-        for calls in by_critic.values():
-            run = RunTokens(view=view, atoms=atoms, calls=calls)
-            for number, advantages_T in graph_gae(
-                run, values_N, starts, config, critic=critic, token_rewards_N=token_rewards_N
-            ).items():
-                advantages_N[starts[number] : starts[number + 1]] = advantages_T
+        run = RunTokens(
+            view=ScopedGraph(graph, config.scope),
+            atoms=atoms_of(graph, samples.rewards[run_id], config.reward_weights),
+            calls={place[call_id]: chosen for call_id, chosen in numbers[run_id].items()},
+        )
+        found = graph_gae(
+            run, every.values_N, every.starts, config, critic=critic, token_rewards_N=every.token_rewards_N
+        )
+        for number, advantages_T in found.items():
+            if number < len(samples.choices):
+                advantages_N[every.starts[number] : every.starts[number + 1]] = advantages_T
     return advantages_N
 
 
@@ -188,18 +201,13 @@ def normalised(samples: Samples, advantages_N: Floats, config: CreditConfig, bat
     over = config.normalise or ("role" if config.advantage in _WHITENED else "off")
     if over == "off":
         return advantages_N
-    if over == "batch":
-        return whitened(advantages_N, batch)
-    keys: list[Hashable]
-    if over == "role":
-        keys = [choice.role for choice in samples.choices]
-    else:
-        models = {node.call_id: node.model for graph in samples.graphs.values() for node in graph.nodes}
-        keys = [models[choice.call_id] for choice in samples.choices]
+    if over != "role":
+        return whitened(advantages_N, batch if over == "batch" else None)
     starts = token_starts(samples.choices)
+    roles = [choice.role for choice in samples.choices]
     result_N = np.zeros_like(advantages_N)
-    for key in set(keys):
-        mask_N = spread(np.array([float(one == key) for one in keys]), starts).astype(bool)
+    for role in set(roles):
+        mask_N = spread(np.array([float(one == role) for one in roles]), starts).astype(bool)
         if mask_N.any():
             result_N[mask_N] = whitened(advantages_N[mask_N])
     return result_N

@@ -27,6 +27,23 @@ class Evaluation:
     values_N: Floats | None
     entropy_N: Floats | None
 
+    def first(self, count: int) -> "Evaluation":
+        """Return that of the first tokens."""
+        values_N, entropy_N = (None if array is None else array[:count] for array in (self.values_N, self.entropy_N))
+        return Evaluation(logprobs_N=self.logprobs_N[:count], values_N=values_N, entropy_N=entropy_N)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Before:
+    """What is known of a step's choices before its first update.
+
+    `proximal`: of the weights that the step starts with, where it needs that; `reference_N`: logprobs, nats, where
+    there is a reference policy.
+    """
+
+    proximal: Evaluation | None = None
+    reference_N: Floats | None = None
+
 
 @torch.no_grad()
 def evaluate(

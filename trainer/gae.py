@@ -4,8 +4,9 @@ Inside a call: over its sampled tokens, stepping over masked ones. Where other c
 after the last token is the first state of what follows. If exactly one call follows directly and its value is known,
 that value is bootstrapped from, and on a chain the result is GAE over the concatenated tokens. If several follow, their
 values overlap (each holds what comes after the place where the branches meet), so none is taken: the distinct rewards
-behind them are summed. A call without a value of its own (of another model, or context only) is stepped over: its
-rewards count, its tokens do not. Rewards of single tokens count in their call, and beyond it where a value does.
+behind them are summed. A call without a known value (context only, or of another model that was not asked) is stepped
+over: its rewards count, its tokens do not. Rewards of single tokens count in their call, and beyond it where a value
+does.
 
 Sources: GAE, Schulman et al. 2015 (arXiv 1506.02438, eq. 16); length-adaptive and decoupled lambda, VAPO, Yue et al.
 2025 (arXiv 2504.05118). Called by `credit`.
@@ -72,7 +73,7 @@ def adaptive_lambda(length: int, alpha: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTokens:
-    """The trained choices of one run, for one model's critic.
+    """The choices of one run that have values.
 
     `calls`: place in the graph -> its trained choices, by number in the batch. Every place of `values_N` that
     these choices have is set; the rest is not read.
@@ -92,7 +93,7 @@ def graph_gae(
     critic: bool = False,
     token_rewards_N: Floats | None = None,
 ) -> dict[int, Floats]:
-    """Return, per trained choice of the run, its tokens' advantages (T,). See the module for what follows a call.
+    """Return, per choice of `run.calls`, its tokens' advantages (T,). See the module for what follows a call.
 
     `critic`: with the lambda of the value targets. `token_rewards_N`: added to the rewards. Choices of one call share
     what follows it.

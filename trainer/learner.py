@@ -26,7 +26,8 @@ from tracegrad.trainer.checkpoints import Checkpoint, verify_checkpoint, write_c
 from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import TrainerError
-from tracegrad.trainer.evaluation import Evaluation, Floats, choose_probe, scored
+from tracegrad.trainer.evaluation import Before, Evaluation, choose_probe, scored
+from tracegrad.trainer.exchange import CriticValues, Told
 from tracegrad.trainer.memory import return_freed_memory
 from tracegrad.trainer.policy import Policy
 from tracegrad.trainer.ppo import PpoStep
@@ -51,7 +52,7 @@ class _Begun:
     """A step whose choices are evaluated, and how long that took."""
 
     plan: BatchPlan
-    proximal: Evaluation | None
+    before: Before
     probe: _Probe | None
     seconds: float
 
@@ -209,13 +210,23 @@ class Learner:
 
     # -- the step
 
-    def appraise(self, plan: BatchPlan, samples: Samples, *, probe_tokens: int = 0) -> Statistics:
-        """Begin a step: evaluate its choices, and return what their advantages are before they are normalised.
+    def values(self, plan: BatchPlan, samples: Samples, *, probe_tokens: int = 0) -> CriticValues:
+        """Begin a step: evaluate its choices, and return what the critic says of them.
+
+        `appraise` and `step` go on from there, told what all critics say. Raises as `step`.
+        """
+        self._begun = begun = self._begin(plan, samples, probe_tokens)
+        return self.ppo.values(samples, begun.before)
+
+    def appraise(
+        self, plan: BatchPlan, samples: Samples, *, probe_tokens: int = 0, told: Told | None = None
+    ) -> Statistics:
+        """Begin a step, or go on where something is told; return its advantages before they are normalised.
 
         `step` goes on from there, told what those of all models are. Raises as `step`.
         """
-        self._begun = begun = self._begin(plan, samples, probe_tokens)
-        return self.ppo.spread(samples, begun.proximal)
+        self._begun = begun = self._begin(plan, samples, probe_tokens) if told is None else self._going_on(plan)
+        return self.ppo.spread(samples, begun.before, self._foreign(told))
 
     def step(
         self,
@@ -224,23 +235,29 @@ class Learner:
         *,
         version_id: int | None,
         probe_tokens: int = 0,
-        batch: Statistics | None = None,
+        told: Told | None = None,
     ) -> StepResult:
         """Train one step. `version_id`: the policy version of the weights it starts with.
 
-        `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`. `batch`: of the
-        advantages of all models, where each was asked to `appraise` this step before.
+        `probe_tokens` > 0 keeps a publish probe of at least so many sampled tokens (or all) for `save`. `told`: what
+        all models said, where each was asked for `values` or to `appraise` this step before.
 
         Raises:
             NothingToTrain: no choice may be trained; the message says why, and of how many tokens.
             StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before.
         """
-        begun = self._begin(plan, samples, probe_tokens) if batch is None else self._begun
-        if begun is None or begun.plan != plan:
-            raise TrainerError(f"step {plan.step} was not begun with appraise: nothing to go on from")
+        begun = self._begin(plan, samples, probe_tokens) if told is None else self._going_on(plan)
         self._begun = None
         history, refuse = self._history, self.config.algorithm.refuse
-        metrics = self.ppo.run(plan, samples, begun.proximal, version_id=version_id, history=history, batch=batch)
+        metrics = self.ppo.run(
+            plan,
+            samples,
+            begun.before,
+            version_id=version_id,
+            history=history,
+            batch=None if told is None else told.batch,
+            foreign=self._foreign(told),
+        )
         silent = is_silent(samples.rewards.values())
         self._history = history.after(metrics["grad_norm"], silent, refuse)
         self._probe = begun.probe
@@ -268,7 +285,16 @@ class Learner:
         self._history.check_reward(plan.step, is_silent(samples.rewards.values()), self.config.algorithm.refuse)
         self._probe = None
         proximal, probe = self._proximal(samples.choices, probe_tokens)
-        return _Begun(plan=plan, proximal=proximal, probe=probe, seconds=time.monotonic() - started)
+        before = Before(proximal=proximal, reference_N=self.ppo.reference_logprobs(samples.choices))
+        return _Begun(plan=plan, before=before, probe=probe, seconds=time.monotonic() - started)
+
+    def _going_on(self, plan: BatchPlan) -> _Begun:
+        if self._begun is None or self._begun.plan != plan:
+            raise TrainerError(f"step {plan.step} was not begun with values or appraise: nothing to go on from")
+        return self._begun
+
+    def _foreign(self, told: Told | None) -> tuple[CriticValues, ...]:
+        return () if told is None else told.foreign(self.model_name)
 
     def _proximal(self, choices: Sequence[ChoiceSample], probe_tokens: int) -> tuple[Evaluation | None, _Probe | None]:
         """Evaluate the step's choices where the step needs it, and the probe, in one pass: they share contexts."""
@@ -281,12 +307,7 @@ class Learner:
         known = (probe, scored(probe, both.logprobs_N[n_tokens:])) if probe else None
         if not needed:
             return None, known
-        proximal = Evaluation(
-            logprobs_N=both.logprobs_N[:n_tokens],
-            values_N=_head(both.values_N, n_tokens),
-            entropy_N=_head(both.entropy_N, n_tokens),
-        )
-        return proximal, known
+        return both.first(n_tokens), known
 
     def _optimizer_or_raise(self) -> torch.optim.AdamW:
         if self._optimizer is None:
@@ -381,7 +402,3 @@ def _noisy(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 def _mean_abs(new: Sequence[Scored], previous: Sequence[Scored]) -> float:
     pairs = [pair for n, p in zip(new, previous, strict=True) for pair in zip(n.logprobs, p.logprobs, strict=True)]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
-
-
-def _head(values: Floats | None, count: int) -> Floats | None:
-    return None if values is None else values[:count]

@@ -13,6 +13,7 @@ from typing import Any
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.comparison import Statistics
+from tracegrad.trainer.exchange import CriticValues, Told
 from tracegrad.trainer.learner import Learner, load_trunk
 from tracegrad.trainer.ranks import ALONE, Ranks
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
@@ -48,12 +49,22 @@ class ModelGroup:
         """Write every model into its subfolder, and score its last probe again."""
         return {model: self._write(learner, Path(folder) / model) for model, learner in self.learners.items()}
 
-    def appraise(
+    def values(
         self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0
+    ) -> dict[str, CriticValues]:
+        """As `Learner.values`, of each model that has something to train."""
+        return {
+            model: learner.values(plan, samples[model], probe_tokens=probe_tokens)
+            for model, learner in self.learners.items()
+            if samples[model].choices
+        }
+
+    def appraise(
+        self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0, told: Told | None = None
     ) -> dict[str, Statistics]:
         """As `Learner.appraise`, of each model that has something to train."""
         return {
-            model: learner.appraise(plan, samples[model], probe_tokens=probe_tokens)
+            model: learner.appraise(plan, samples[model], probe_tokens=probe_tokens, told=told)
             for model, learner in self.learners.items()
             if samples[model].choices
         }
@@ -65,18 +76,18 @@ class ModelGroup:
         *,
         version_ids: Mapping[str, int | None],
         probe_tokens: int = 0,
-        batch: Statistics | None = None,
+        told: Told | None = None,
     ) -> dict[str, StepResult]:
         """Train one step of each model that has something to train; the others stay as they are, and are left out.
 
-        `batch`: as for `Learner.step`.
+        `told`: as for `Learner.step`.
 
         Raises:
             StepRefused: by one model; those before it in the group have been trained.
         """
         return {
             model: learner.step(
-                plan, samples[model], version_id=version_ids[model], probe_tokens=probe_tokens, batch=batch
+                plan, samples[model], version_id=version_ids[model], probe_tokens=probe_tokens, told=told
             )
             for model, learner in self.learners.items()
             if samples[model].choices

@@ -26,9 +26,10 @@ from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.batches import PackedRow, packed_row, split_groups
 from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.corrections import KEPT, rejection_reasons
-from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, token_starts
+from tracegrad.trainer.credit import Credit, assign, behaviour_logprobs, critic_values, token_starts
 from tracegrad.trainer.errors import StepRefused
-from tracegrad.trainer.evaluation import Evaluation, Floats, evaluate
+from tracegrad.trainer.evaluation import Before, Evaluation, Floats, evaluate
+from tracegrad.trainer.exchange import CriticValues
 from tracegrad.trainer.losses import kl_estimate, objective
 from tracegrad.trainer.packing import Packing, pack
 from tracegrad.trainer.policy import Policy
@@ -99,26 +100,27 @@ class PpoStep:
         self,
         plan: BatchPlan,
         samples: Samples,
-        proximal: Evaluation | None,
+        before: Before,
         *,
         version_id: int | None,
         history: StepHistory | None = None,
         batch: Statistics | None = None,
+        foreign: Sequence[CriticValues] = (),
     ) -> dict[str, Any]:
         """Update the weights once through the step; return its metrics.
 
-        `proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
-        `needs_proximal`. `history`: of the steps before, to refuse a gradient that explodes. `batch`: see `spread`.
+        `before.proximal` is `evaluate(samples.choices, full=True)` under the present weights, or None if not
+        `needs_proximal`; `before.reference_N` is `reference_logprobs`. `history`: of the steps before, to refuse a
+        gradient that explodes. `batch`: see `spread`. `foreign`: of the other models, see `values`.
 
         Raises:
             StepRefused: see the module.
         """
         started = time.monotonic()
-        choices = samples.choices
-        reference_N = self._reference_logprobs(choices)
-        credit = self.credit(samples, proximal, reference_N, batch)
+        choices, proximal = samples.choices, before.proximal
+        credit = self.credit(samples, before, batch, foreign)
         packing = self.pack(choices)
-        fixed = self._fixed(samples, proximal, reference_N, credit)
+        fixed = self._fixed(samples, before, credit)
         seen = Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
         parts = self._config.optimizer.minibatches
@@ -138,7 +140,7 @@ class PpoStep:
             behaviour_N=behaviour_logprobs(choices),
             proximal_N=seen.policy_N if proximal is None else proximal.logprobs_N,
             policy_N=seen.policy_N,
-            reference_N=reference_N,
+            reference_N=before.reference_N,
             entropy_N=seen.entropy_N if proximal is None else _present(proximal.entropy_N),
             ratio_N=seen.ratio_N,
             clipped_N=seen.clipped_N,
@@ -160,21 +162,29 @@ class PpoStep:
             "seconds": {"update": time.monotonic() - started},
         }
 
-    def spread(self, samples: Samples, proximal: Evaluation | None) -> Statistics:
+    def reference_logprobs(self, choices: Sequence[ChoiceSample]) -> Floats | None:
+        """Return those of the reference policy, None where there is none."""
+        return None if self._reference is None else self._evaluate_with(self._reference, choices, full=False).logprobs_N
+
+    def values(self, samples: Samples, before: Before) -> CriticValues:
+        """Return what the critic says of the step's choices, for the credit of this model and of others."""
+        values_N = _present(None if before.proximal is None else before.proximal.values_N)
+        return critic_values(samples, values_N, self._penalties(before))
+
+    def spread(self, samples: Samples, before: Before, foreign: Sequence[CriticValues] = ()) -> Statistics:
         """Return the statistics of the step's advantages as they are before anything is normalised.
 
         Those of several models together (`Statistics.joined`) are what `normalise: batch` takes in `run`.
         """
-        reference_N = self._reference_logprobs(samples.choices) if self._penalised else None
         plain = replace(self._config.algorithm.credit, normalise="off")
-        return Statistics.of(self.credit(samples, proximal, reference_N, rule=plain).advantages_N.tolist())
+        return Statistics.of(self.credit(samples, before, foreign=foreign, rule=plain).advantages_N.tolist())
 
     def credit(
         self,
         samples: Samples,
-        proximal: Evaluation | None,
-        reference_N: Floats | None = None,
+        before: Before,
         batch: Statistics | None = None,
+        foreign: Sequence[CriticValues] = (),
         *,
         rule: CreditConfig | None = None,
     ) -> Credit:
@@ -182,28 +192,31 @@ class PpoStep:
 
         With `kl_in: reward` each token's reward is less by its KL penalty, of the weights that the step starts with.
         """
-        algorithm = self._config.algorithm
-        values_N = _present(None if proximal is None else proximal.values_N) if self._critic else None
-        penalties_N = None
-        if self._penalised:
-            sampled_N = torch.from_numpy(_present(None if proximal is None else proximal.logprobs_N))
-            other_N = torch.from_numpy(_present(reference_N))
-            penalties_N = -algorithm.loss.kl_coef * kl_estimate(algorithm.loss.kl_estimator, sampled_N, other_N).numpy()
-        return assign(samples, rule or algorithm.credit, values_N, penalties_N, batch)
+        rule = rule or self._config.algorithm.credit
+        if self._critic:
+            known = self.values(samples, before)
+            return assign(samples, rule, known.values_N, known.token_rewards_N, batch, foreign=foreign)
+        return assign(samples, rule, None, self._penalties(before), batch)
 
     # -- inside
+
+    def _penalties(self, before: Before) -> Floats | None:
+        """What each token's reward is less for leaving the reference policy, as a number below 0."""
+        if not self._penalised:
+            return None
+        loss = self._config.algorithm.loss
+        sampled_N = torch.from_numpy(_present(None if before.proximal is None else before.proximal.logprobs_N))
+        other_N = torch.from_numpy(_present(before.reference_N))
+        penalties_N: Floats = -loss.kl_coef * kl_estimate(loss.kl_estimator, sampled_N, other_N).numpy()
+        return penalties_N
 
     def _evaluate_with(self, policy: Policy, choices: Sequence[ChoiceSample], *, full: bool) -> Evaluation:
         rows = [packed_row(row) for row in self.pack(choices).rows]
         n_tokens = int(token_starts(choices)[-1])
         return evaluate(policy, rows, n_tokens, with_values=full and self._critic, with_entropy=full)
 
-    def _reference_logprobs(self, choices: Sequence[ChoiceSample]) -> Floats | None:
-        return None if self._reference is None else self._evaluate_with(self._reference, choices, full=False).logprobs_N
-
-    def _fixed(
-        self, samples: Samples, proximal: Evaluation | None, reference_N: Floats | None, credit: Credit
-    ) -> Fixed:
+    def _fixed(self, samples: Samples, before: Before, credit: Credit) -> Fixed:
+        proximal = before.proximal
         return Fixed(
             lengths=torch.tensor([len(choice.token_ids) for choice in samples.choices]),
             behaviour=torch.from_numpy(behaviour_logprobs(samples.choices)).float(),
@@ -211,7 +224,7 @@ class PpoStep:
             advantages=torch.from_numpy(credit.advantages_N).float(),
             targets=float32(credit.targets_N),
             old_values=None if proximal is None else float32(proximal.values_N),
-            reference=float32(reference_N),
+            reference=float32(before.reference_N),
         ).to(self._policy.device)
 
     def _update(self, step: int, batch: Minibatch, fixed: Fixed, seen: Seen, history: StepHistory) -> dict[str, Any]:

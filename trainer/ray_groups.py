@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.comparison import Statistics
+from tracegrad.trainer.exchange import CriticValues, Told
 from tracegrad.trainer.ray_cluster import places, ray_running
 from tracegrad.trainer.ray_team import RayTeam
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
@@ -43,12 +44,21 @@ class RayGroup:
         written: dict[str, Written] = self._team.call("write", folder, stop=self._stop)
         return written
 
-    def appraise(
+    def values(
         self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0
+    ) -> dict[str, CriticValues]:
+        """As `ModelGroup.values`."""
+        found: dict[str, CriticValues] = self._team.call(
+            "values", plan, samples, probe_tokens=probe_tokens, stop=self._stop
+        )
+        return found
+
+    def appraise(
+        self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0, told: Told | None = None
     ) -> dict[str, Statistics]:
         """As `ModelGroup.appraise`."""
         found: dict[str, Statistics] = self._team.call(
-            "appraise", plan, samples, probe_tokens=probe_tokens, stop=self._stop
+            "appraise", plan, samples, probe_tokens=probe_tokens, told=told, stop=self._stop
         )
         return found
 
@@ -59,11 +69,11 @@ class RayGroup:
         *,
         version_ids: Mapping[str, int | None],
         probe_tokens: int = 0,
-        batch: Statistics | None = None,
+        told: Told | None = None,
     ) -> dict[str, StepResult]:
         """As `ModelGroup.step`."""
         results: dict[str, StepResult] = self._team.call(
-            "step", plan, samples, version_ids=version_ids, probe_tokens=probe_tokens, batch=batch, stop=self._stop
+            "step", plan, samples, version_ids=version_ids, probe_tokens=probe_tokens, told=told, stop=self._stop
         )
         return results
 

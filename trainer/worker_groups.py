@@ -19,6 +19,7 @@ from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.checkpoints import Checkpoint, step_folder, verify_checkpoint, write_checkpoint
 from tracegrad.trainer.comparison import Statistics
 from tracegrad.trainer.errors import CheckpointError, TrainerError, WorkerDied
+from tracegrad.trainer.exchange import CriticValues, Told
 from tracegrad.trainer.refusals import nothing_to_train
 from tracegrad.trainer.results import Saved, Scored, StepResult, Written
 from tracegrad.trainer.samples import Samples, excluded_by_reason
@@ -43,10 +44,16 @@ class TrainsModels(Protocol):
         """Write every model into its subfolder."""
         ...
 
-    def appraise(
+    def values(
         self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0
+    ) -> dict[str, CriticValues]:
+        """Begin a step of each model that has something to train; `appraise` and `step` go on from there."""
+        ...
+
+    def appraise(
+        self, plan: BatchPlan, samples: Mapping[str, Samples], *, probe_tokens: int = 0, told: Told | None = None
     ) -> dict[str, Statistics]:
-        """Begin a step of each model that has something to train; `step` goes on from there."""
+        """The same, or go on where something is told."""
         ...
 
     def step(
@@ -56,9 +63,9 @@ class TrainsModels(Protocol):
         *,
         version_ids: Mapping[str, int | None],
         probe_tokens: int = 0,
-        batch: Statistics | None = None,
+        told: Told | None = None,
     ) -> dict[str, StepResult]:
-        """Train one step of each model that has something to train. `batch`: of all models' advantages."""
+        """Train one step of each model that has something to train. `told`: what all models said of theirs."""
         ...
 
     def probe_sequences(self, model: str, n_tokens: int, seed: int) -> tuple[Scored, ...]:
@@ -96,7 +103,8 @@ class WorkerGroups:
     def __init__(self, groups: Mapping[str, TrainsModels], config: Config, stop: Event | None = None) -> None:
         self._groups, self._models = groups, config.worker_groups()
         self._holding = {name: group for group, names in self._models.items() for name in names}
-        self._over_batch = config.trainer.algorithm.credit.normalise == "batch"
+        credit = config.trainer.algorithm.credit
+        self._over_batch, self._all_critics = credit.normalise == "batch", credit.bootstrap == "all"
         self._stop = stop or Event()
         self._sound = False
         self._begun: tuple[str, str | None] = ("", None)
@@ -147,11 +155,11 @@ class WorkerGroups:
             raise nothing_to_train(plan, excluded_by_reason(shares.consumption))
 
         def train() -> dict[str, StepResult]:
-            batch = self._appraised(plan, shares, probe_tokens)
+            told = self._told(plan, shares, probe_tokens)
 
             def one(name: str, group: TrainsModels) -> dict[str, StepResult]:
                 own = self._own(name, shares)
-                return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens, batch=batch)
+                return group.step(plan, own, version_ids=version_ids, probe_tokens=probe_tokens, told=told)
 
             return _joined(self._all(one))
 
@@ -200,16 +208,26 @@ class WorkerGroups:
     def _own(self, name: str, shares: Shares) -> dict[str, Samples]:
         return {model: shares.by_model[model] for model in self._models[name]}
 
-    def _appraised(self, plan: BatchPlan, shares: Shares, probe_tokens: int) -> Statistics | None:
-        """What `normalise: batch` needs before any model can train; None where one model knows it by itself."""
-        if not self._over_batch or sum(bool(samples.choices) for samples in shares.by_model.values()) < 2:
+    def _told(self, plan: BatchPlan, shares: Shares, probe_tokens: int) -> Told | None:
+        """What models must hear of one another before any can train; None where each knows enough by itself.
+
+        First the values of all critics (`bootstrap: all`), then with them the advantages (`normalise: batch`).
+        """
+        if sum(bool(samples.choices) for samples in shares.by_model.values()) < 2:
             return None
 
-        def one(name: str, group: TrainsModels) -> dict[str, Statistics]:
-            return group.appraise(plan, self._own(name, shares), probe_tokens=probe_tokens)
+        def values(name: str, group: TrainsModels) -> dict[str, CriticValues]:
+            return group.values(plan, self._own(name, shares), probe_tokens=probe_tokens)
 
-        found = _joined(self._all(one))
-        return Statistics.joined([found[model] for model in self._holding if model in found])
+        def appraise(name: str, group: TrainsModels) -> dict[str, Statistics]:
+            return group.appraise(plan, self._own(name, shares), probe_tokens=probe_tokens, told=told)
+
+        told = Told(values=_joined(self._all(values))) if self._all_critics else None
+        if not self._over_batch:
+            return told
+        found = _joined(self._all(appraise))
+        batch = Statistics.joined([found[model] for model in self._holding if model in found])
+        return replace(told or Told(), batch=batch)
 
     def _load(self, call: Callable[[str, TrainsModels], None]) -> None:
         self._stop.clear()

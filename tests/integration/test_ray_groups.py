@@ -47,7 +47,7 @@ PLAN = BatchPlan(step=1, epoch=0, seed=3, run_ids=("r",))
 
 
 def configured(folder: Path, per_group: int) -> Config:
-    """The planner trains an adapter on the base, the writer a full model: two groups."""
+    """The planner trains an adapter on the base, the writer a full model: two groups, which tell their values."""
     llama = str(recorded.random_llama(folder / "llama"))
     engine = {"dtype": "float32"}
     models = {
@@ -57,6 +57,7 @@ def configured(folder: Path, per_group: int) -> Config:
     }
     workers = {"threads": 1, "per_group": per_group}
     trainer: dict[str, Any] = {"precision": "fp32", "workers": workers, "optimizer": {"lr": 1e-3, "critic_lr": 1e-3}}
+    trainer["algorithm"] = {"credit": {"scope": "graph", "bootstrap": "all"}}
     return parse_config({"models": models, "roles": {"planner": "p", "writer": "solo"}, "trainer": trainer})
 
 

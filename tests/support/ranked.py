@@ -71,6 +71,7 @@ class Train:
     end: str | None = None
 
     def __call__(self, ranks: "Ranks") -> dict[str, Any]:
+        from tracegrad.trainer.exchange import Told
         from tracegrad.trainer.model_group import ModelGroup
 
         group = ModelGroup(self.config, self.group, ranks)
@@ -82,7 +83,11 @@ class Train:
         gradients = {model: _gradients(learner) for model, learner in group.learners.items()}
         metrics: dict[str, list[Any]] = {model: [] for model in group.learners}
         for plan in self.plans:
-            done = group.step(plan, self.samples, version_ids=dict.fromkeys(group.learners, 1), probe_tokens=8)
+            told = None
+            if self.config.trainer.algorithm.credit.bootstrap == "all":
+                told = Told(values=group.values(plan, self.samples, probe_tokens=8))
+            versions = dict.fromkeys(group.learners, 1)
+            done = group.step(plan, self.samples, version_ids=versions, probe_tokens=8, told=told)
             for model, result in done.items():
                 metrics[model].append(result.metrics)
         written = group.write(self.end) if self.end is not None else {}

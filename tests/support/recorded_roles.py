@@ -1,5 +1,6 @@
 """Runs of three roles as a proxy would have recorded them under a role map: each call by the model of its role.
 
+Each role is a node of the graph, one after another as they are named.
 Every model computes what the base does when its job begins, so one learner of the base gives the logprobs of all.
 """
 
@@ -11,7 +12,7 @@ import msgspec
 import recorded_runs as recorded
 
 from tracegrad.tracestore.config import Config, parse_config
-from tracegrad.tracestore.records import Call, RunTrace
+from tracegrad.tracestore.records import Call, RunTrace, Span
 from tracegrad.tracestore.store import Store
 
 ROLES = ("planner", "writer", "critic")
@@ -75,7 +76,7 @@ def fill(
         return replace(
             call,
             call_id=f"{call.attribution.run_id}-{role}",
-            attribution=replace(call.attribution, role=role),
+            attribution=replace(call.attribution, role=role, span=_node(str(call.attribution.run_id), role)),
             model=model,
             version_dispatched=version,
             version_completed=version,
@@ -88,3 +89,8 @@ def fill(
 
     made = recorded.recorded_groups(groups, score=score, seed=seed)
     recorded.fill(store, [replace(one, traces=tuple(map(as_mapped, one.traces))) for one in made])
+
+
+def _node(run_id: str, role: str) -> Span:
+    step = ROLES.index(role)
+    return Span(span_id=f"{run_id}-{role}", run_id=run_id, name=role, namespace=f"{role}:{step}", superstep=step)

@@ -63,6 +63,8 @@ def test_mistakes_are_named(change: dict[str, object], says: str) -> None:
         ({"correction": {"reject": [{"level": "token"}]}}, r"reject\[0\] has no bound"),
         ({"correction": {"reject": [{"low": 2.0, "high": 0.5}]}}, r"reject\[0\] keeps nothing"),
         ({"correction": {"reject": [{"lowest": 2.0}]}}, "did you mean low"),
+        ({"credit": {"bootstrap": "all"}}, r"bootstrap is all.*gae and credit.scope graph \(they are gae and call\)"),
+        ({"credit": {"bootstrap": "all", "scope": "graph", "advantage": "grpo"}}, r"\(they are grpo and graph\)"),
     ],
 )
 def test_an_algorithm_that_cannot_be_meant_is_refused(algorithm: dict[str, object], says: str) -> None:

@@ -17,6 +17,7 @@ from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import StepRefused
+from tracegrad.trainer.evaluation import Before
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.results import Scored, StepResult
 from tracegrad.trainer.samples import Samples, build_batch
@@ -343,8 +344,8 @@ def test_a_kl_penalty_in_the_reward_is_credit_of_each_token(learner: MakeLearner
         made, without = learner(algorithm=settings), learner(algorithm={**settings, "loss": {}})
         _, samples = samples_of(made)
         proximal = made.ppo.evaluate(samples.choices, full=True)
-        found = made.ppo.credit(samples, proximal, proximal.logprobs_N - 1.0)
-        plain = without.ppo.credit(samples, proximal)
+        found = made.ppo.credit(samples, Before(proximal=proximal, reference_N=proximal.logprobs_N - 1.0))
+        plain = without.ppo.credit(samples, Before(proximal=proximal))
         lengths = np.diff(token_starts(samples.choices))
         to_come = np.concatenate([np.arange(length, 0, -1) for length in lengths])
         if advantage == "reinforce++":
@@ -412,8 +413,9 @@ def test_one_update_without_a_critic_computes_nothing_twice(learner: MakeLearner
     lean, full = learner(**GROUP), learner(**GROUP)
     plan, samples = samples_of(lean, temperature=0.7)
     assert not lean.ppo.needs_proximal
-    ours = lean.ppo.run(plan, samples, None, version_id=1)
-    theirs = full.ppo.run(plan, samples, full.ppo.evaluate(samples.choices, full=True), version_id=1)
+    ours = lean.ppo.run(plan, samples, Before(), version_id=1)
+    evaluated = Before(proximal=full.ppo.evaluate(samples.choices, full=True))
+    theirs = full.ppo.run(plan, samples, evaluated, version_id=1)
     for name in ("entropy", "kl", "logprob_abs_diff", "ratio_mean", "reward", "loss", "grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
     for name, tensor in weights(lean).items():

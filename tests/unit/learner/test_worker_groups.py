@@ -12,6 +12,7 @@ import pytest
 import recorded_runs as recorded
 import torch
 from safetensors.torch import load_file
+from watched_steps import watched
 
 from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan, RunTrace
@@ -26,9 +27,9 @@ from tracegrad.trainer.errors import (
     WorkerDied,
     WorkerFailed,
 )
+from tracegrad.trainer.exchange import Told
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.model_group import ModelGroup
-from tracegrad.trainer.ppo import PpoStep
 from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import build_batch
 from tracegrad.trainer.shares import Shares, share
@@ -322,64 +323,69 @@ def test_a_group_that_waits_is_told_when_another_has_failed(
         apply(workers, shares_of(config, runs))
 
 
-@pytest.mark.parametrize("over", ["batch", "model"])
+def with_algorithm(config: Config, credit: Mapping[str, Any], **loss: Any) -> Config:
+    raw = msgspec.to_builtins(config)
+    raw["trainer"]["algorithm"] = {"credit": {"advantage": "gae", **credit}, "loss": loss}
+    return parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [{"normalise": "batch"}, {"normalise": "model"}, {"normalise": "batch", "bootstrap": "all", "scope": "graph"}],
+)
 def test_advantages_of_a_batch_are_normalised_over_all_its_models(
-    config: Config, runs: list[RunTrace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
+    config: Config, runs: list[RunTrace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credit: dict[str, str]
 ) -> None:
     """Also where a model's group learns the others' only by asking; nothing is evaluated twice for it."""
-    given: list[np.ndarray] = []
-    evaluations: list[int] = []
-
-    class Seen(PpoStep):
-        def _fixed(self, samples: Any, proximal: Any, reference_N: Any, credit: Any) -> Any:
-            given.append(credit.advantages_N)
-            return super()._fixed(samples, proximal, reference_N, credit)
-
-        def evaluate(self, choices: Any, *, full: bool = False) -> Any:
-            evaluations.append(len(choices))
-            return super().evaluate(choices, full=full)
-
-    monkeypatch.setattr("tracegrad.trainer.learner.PpoStep", Seen)
-    credit = {"credit": {"advantage": "gae", "normalise": over}, "loss": {"kl_coef": 0.1, "kl_in": "reward"}}
-    raw = msgspec.to_builtins(config)
-    raw["trainer"]["algorithm"] = credit
-    config = msgspec.convert(raw, Config)
+    seen = watched(monkeypatch)
+    config = with_algorithm(config, credit, kl_coef=0.1, kl_in="reward")
     workers = groups_of_job(config)
     workers.create(str(tmp_path))
     apply(workers, shares_of(config, runs))
-    assert len(given) == len(evaluations) == 2
-    for together in [np.concatenate(given)] if over == "batch" else given:
+    assert sorted(seen.evaluations) == ["policy"] * 2 + ["reference"] * 2
+    given = [step.credit.advantages_N for step in seen.steps]
+    assert len(given) == 2
+    for together in [np.concatenate(given)] if credit["normalise"] == "batch" else given:
         assert abs(together.mean()) < 1e-9 and abs(together.std(ddof=1) - 1) < 1e-4
-    if over == "batch":
+    if credit["normalise"] == "batch":
         assert max(abs(apart.mean()) for apart in given) > 0.01
 
 
 def test_a_step_that_was_not_begun_cannot_go_on(config: Config, runs: list[RunTrace], tmp_path: Path) -> None:
     groups = groups_of(config)
     groups_of_job(config, groups).create(str(tmp_path))
-    samples, batch = shares_of(config, runs).by_model, Statistics(3, 0.0, 1.0)
+    samples, told = shares_of(config, runs).by_model, Told(batch=Statistics(3, 0.0, 1.0))
     with pytest.raises(TrainerError, match="step 2 was not begun"):
-        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, batch=batch)
+        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, told=told)
     groups["solo"].appraise(plan(1), samples)
     with pytest.raises(TrainerError, match="step 2 was not begun"):
-        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, batch=batch)
+        groups["solo"].step(plan(2), samples, version_ids=VERSIONS, told=told)
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
+@pytest.mark.parametrize(("deaths", "at"), [(1, "step"), (2, "step"), (1, "values")])
 def test_a_step_in_which_a_worker_died_is_begun_again_once(
-    config: Config, runs: list[RunTrace], tmp_path: Path, deaths: int
+    config: Config, runs: list[RunTrace], tmp_path: Path, deaths: int, at: str
 ) -> None:
-    """From the checkpoint that it began with: the other group, which had trained by then, forgets it."""
+    """From the checkpoint that it began with: the other group, which had gone on by then, forgets it."""
 
     class Dies(ModelGroup):
         left = deaths
 
-        def step(self, *args: Any, **kwargs: Any) -> dict[str, StepResult]:
-            if self.left:
+        def die(self, where: str) -> None:
+            if self.left and at == where:
                 self.left -= 1
                 raise WorkerDied("a worker of base died")
+
+        def values(self, *args: Any, **kwargs: Any) -> Any:
+            self.die("values")
+            return super().values(*args, **kwargs)
+
+        def step(self, *args: Any, **kwargs: Any) -> dict[str, StepResult]:
+            self.die("step")
             return super().step(*args, **kwargs)
 
+    if at == "values":
+        config = with_algorithm(config, {"scope": "graph", "bootstrap": "all"})
     shares = shares_of(config, runs)
     undisturbed = groups_of_job(config)
     undisturbed.create(str(tmp_path / "a"))

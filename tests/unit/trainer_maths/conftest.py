@@ -75,14 +75,12 @@ def make_trace() -> Callable[..., RunTrace]:
 def make_samples() -> Callable[..., Samples]:
     """Samples of choices as they are given; `links`: pairs of call ids; `context`: calls that are not trained."""
 
-    def make(choices, rewards, *, links=(), context=(), models=None) -> Samples:
+    def make(choices, rewards, *, links=(), context=()) -> Samples:
         runs = {choice.run_id for choice in choices} | {one.run_id for one in rewards}
         graphs = {}
         for run in runs:
             nodes = {
-                c.call_id: CallNode(call_id=c.call_id, role=c.role, model=(models or {}).get(c.call_id, "main"))
-                for c in choices
-                if c.run_id == run
+                c.call_id: CallNode(call_id=c.call_id, role=c.role, model="main") for c in choices if c.run_id == run
             }
             nodes |= {node.call_id: node for node in context}
             graphs[run] = linked(nodes.values(), [link for link in links if set(link) <= set(nodes)])

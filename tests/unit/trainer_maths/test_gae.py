@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.tracestore.records import Reward
-from tracegrad.trainer.credit import assign, choice_returns, gae_advantages
+from tracegrad.trainer.credit import assign, choice_returns, critic_values, gae_advantages
 from tracegrad.trainer.errors import BatchError
+from tracegrad.trainer.exchange import Told
 from tracegrad.trainer.gae import Tail, adaptive_lambda, gae
 from tracegrad.trainer.run_graph import CallNode
 
@@ -21,6 +22,10 @@ def reward(value, name="f1", **target):
 
 def settings_of(scope="graph", **changes):
     return CreditConfig(scope=scope, normalise="off", **changes)
+
+
+def advantages(samples, config, values):
+    return gae_advantages(samples, config, critic_values(samples, values))
 
 
 # -- one sequence
@@ -126,7 +131,7 @@ def test_on_a_chain_it_is_gae_over_the_concatenated_tokens(
     order = [choices.index(choice) for choice in mixed]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     blocks = [values[starts[n] : starts[n + 1]] for n in order]
-    result = gae_advantages(make_samples(mixed, rewards, links=links), config, np.concatenate(blocks))
+    result = advantages(make_samples(mixed, rewards, links=links), config, np.concatenate(blocks))
     paid = np.zeros(sum(lengths))
     paid[starts[1:] - 1] = per_call
     paid[-1] += 0.5
@@ -157,7 +162,7 @@ def test_with_lambda_one_it_is_the_return_less_the_value(
     config = settings_of(scope, gae_lambda=1.0)
     values = rng.normal(size=sum(len(choice.token_ids) for choice in choices))
     expected = np.repeat(choice_returns(samples, config, scope), [len(c.token_ids) for c in choices]) - values
-    np.testing.assert_allclose(gae_advantages(samples, config, values), expected, atol=1e-12)
+    np.testing.assert_allclose(advantages(samples, config, values), expected, atol=1e-12)
 
 
 def test_a_fork_sums_what_follows_and_bootstraps_nothing(make_choice, make_samples):
@@ -169,7 +174,7 @@ def test_a_fork_sums_what_follows_and_bootstraps_nothing(make_choice, make_sampl
     links = [("p", "l"), ("p", "r"), ("l", "z"), ("r", "z")]
     samples = make_samples(choices, rewards, links=links)
     config = settings_of(gae_lambda=0.0, turn_lambda=0.0)
-    assert gae_advantages(samples, config, np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [109.0, 2.0, 11.0, 96.0]
+    assert advantages(samples, config, np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [109.0, 2.0, 11.0, 96.0]
 
 
 def test_credit_of_a_call_or_role_stays_there_and_that_of_the_graph_reaches_ancestors_only(make_choice, make_samples):
@@ -181,11 +186,11 @@ def test_credit_of_a_call_or_role_stays_there_and_that_of_the_graph_reaches_ance
     values = np.linspace(-1, 1, 8)
 
     def moved(scope, call):
-        def advantages(value):
+        def found(value):
             rewards = [reward(value, call_id=call), reward(1.0, "run")]
-            return gae_advantages(make_samples(choices, rewards, links=links), settings_of(scope), values)
+            return advantages(make_samples(choices, rewards, links=links), settings_of(scope), values)
 
-        changed = (advantages(0.0) != advantages(5.0)).reshape(4, 2).all(axis=1)
+        changed = (found(0.0) != found(5.0)).reshape(4, 2).all(axis=1)
         return {c for c, one in zip("plrz", changed, strict=True) if one}
 
     assert {call: moved("call", call) for call in "plrz"} == {call: {call} for call in "plrz"}
@@ -198,16 +203,97 @@ def test_credit_of_a_call_or_role_stays_there_and_that_of_the_graph_reaches_ance
     }
 
 
+# -- several models
+
+
+def apart(make_samples, choices, rewards, *, links, models, context=()):
+    """Return model -> (the numbers of its choices, its samples): all other calls are context to it."""
+    everyone = {c.call_id: CallNode(call_id=c.call_id, role=c.role, model=models[c.call_id]) for c in choices}
+    found = {}
+    for model in sorted(set(models.values())):
+        numbers = [number for number, choice in enumerate(choices) if models[choice.call_id] == model]
+        others = [*context, *(node for node in everyone.values() if node.model != model)]
+        if numbers:
+            own = [choices[number] for number in numbers]
+            found[model] = numbers, make_samples(own, rewards, links=links, context=others)
+    return found
+
+
+def tokens_of(choices, numbers):
+    starts = np.concatenate([[0], np.cumsum([len(choice.token_ids) for choice in choices])])
+    return np.concatenate([np.arange(starts[n], starts[n + 1]) for n in numbers])
+
+
 def test_another_models_critic_is_asked_only_if_configured(make_choice, make_samples):
     # a (main) -> b (other) -> c (main), one token each, lambda 0, reward 8 on c. V = (1, 100, 3).
     # Own values only: b is stepped over, and c's value stands for what follows: a: 3 - 1 = 2; c: 8 - 3 = 5.
     # b, for its own critic, steps over c: 8 - 100 = -92.
-    # With foreign values: a: 100 - 1 = 99, b: 3 - 100 = -97.
+    # With those of all: a: 100 - 1 = 99, b: 3 - 100 = -97.
     choices = [make_choice(call_id=c, tokens=(1,)) for c in "abc"]
-    samples = make_samples(choices, [reward(8.0, call_id="c")], links=[("a", "b"), ("b", "c")], models={"b": "other"})
-    config, values = settings_of(gae_lambda=0.0, turn_lambda=0.0), np.array([1.0, 100.0, 3.0])
-    assert gae_advantages(samples, config, values).tolist() == [2.0, -92.0, 5.0]
-    assert gae_advantages(samples, config, values, foreign_values=True).tolist() == [99.0, -97.0, 5.0]
+    links, models = [("a", "b"), ("b", "c")], {"a": "main", "b": "other", "c": "main"}
+    split = apart(make_samples, choices, [reward(8.0, call_id="c")], links=links, models=models)
+    config, main, other = settings_of(gae_lambda=0.0, turn_lambda=0.0), split["main"][1], split["other"][1]
+    of_main, of_other = critic_values(main, np.array([1.0, 3.0])), critic_values(other, np.array([100.0]))
+    assert gae_advantages(main, config, of_main).tolist() == [2.0, 5.0]
+    assert gae_advantages(other, config, of_other).tolist() == [-92.0]
+    assert gae_advantages(main, config, of_main, [of_other]).tolist() == [99.0, 5.0]
+    assert gae_advantages(other, config, of_other, [of_main]).tolist() == [-97.0]
+
+
+def test_on_a_chain_of_two_models_all_critics_give_the_golden_numbers_of_one(make_choice, make_samples):
+    # The first golden numbers, V = (0.5, 0.25, 0.5), reward 1, all discounts 0.5: one token of main, two of other.
+    # Own values only: main sees the reward one call away: 0.5 - 0.5 = 0.
+    choices = [make_choice(call_id="a", tokens=(1,)), make_choice(call_id="b", tokens=(1, 2))]
+    models = {"a": "main", "b": "other"}
+    main, other = (
+        s for _, s in apart(make_samples, choices, [reward(1.0)], links=[("a", "b")], models=models).values()
+    )
+    config = settings_of(gamma=0.5, gae_lambda=0.5, turn_gamma=0.5, turn_lambda=0.5)
+    of_main, of_other = critic_values(main, np.array([0.5])), critic_values(other, np.array([0.25, 0.5]))
+    assert assign(main, config, of_main.values_N, foreign=[of_other]).advantages_N.tolist() == [-0.34375]
+    assert gae_advantages(other, config, of_other, [of_main]).tolist() == [0.125, 0.5]
+    assert gae_advantages(main, config, of_main).tolist() == [0.0]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12),
+    models=st.lists(st.sampled_from(["m", "n", "o", None]), min_size=6, max_size=6),
+    adaptive=st.sampled_from([None, 0.7]),
+    critic=st.booleans(),
+    penalised=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_critics_that_agree_give_several_models_the_credit_of_one_bitwise(
+    make_choice, make_samples, *, pairs, models, adaptive, critic, penalised, seed
+):
+    """On any graph, with calls that nobody trains (None), several choices a call, and penalties of tokens."""
+    rng = np.random.default_rng(seed)
+    of_call = {f"c{n}": model for n, model in enumerate(models) if model is not None}
+    choices = [
+        make_choice(call_id=call_id, choice_index=index, role="x", tokens=(1,) * int(rng.integers(1, 4)))
+        for call_id in of_call
+        for index in range(int(rng.integers(1, 3)))
+    ]
+    context = [CallNode(call_id=f"c{n}", role="x", model="api") for n in range(6) if models[n] is None]
+    links = [(f"c{a}", f"c{b}") for a, b in pairs if a < b]
+    rewards = [reward(float(rng.normal()), call_id=f"c{n}") for n in range(6)] + [reward(0.25, "run")]
+    count = sum(len(choice.token_ids) for choice in choices)
+    values, penalties = rng.normal(size=count), -rng.random(count) if penalised else None
+    config = settings_of(
+        gamma=0.9, turn_gamma=0.8, gae_lambda=0.6, turn_lambda=0.7, length_adaptive=adaptive, critic_lambda=0.5
+    )
+    one = make_samples(choices, rewards, links=links, context=context)
+    expected = gae_advantages(one, config, critic_values(one, values, penalties), critic=critic)
+    split = apart(make_samples, choices, rewards, links=links, models=of_call, context=context)
+    tokens = {model: tokens_of(choices, numbers) for model, (numbers, _) in split.items()}
+    of = {
+        model: critic_values(samples, values[tokens[model]], None if penalties is None else penalties[tokens[model]])
+        for model, (_, samples) in split.items()
+    }
+    for model, (_, samples) in split.items():
+        found = gae_advantages(samples, config, of[model], Told(values=of).foreign(model), critic=critic)
+        assert found.tolist() == expected[tokens[model]].tolist()
 
 
 def test_choices_of_one_call_share_what_follows(make_choice, make_samples):
@@ -217,7 +303,7 @@ def test_choices_of_one_call_share_what_follows(make_choice, make_samples):
     ]
     samples = make_samples(choices, [reward(6.0, call_id="b")], links=[("a", "b")])
     config = settings_of(gae_lambda=1.0)
-    assert gae_advantages(samples, config, np.array([1.0, 1.0, 4.0])).tolist() == [5.0, 5.0, 2.0]
+    assert advantages(samples, config, np.array([1.0, 1.0, 4.0])).tolist() == [5.0, 5.0, 2.0]
 
 
 def test_vapo_decouples_the_critics_lambda(make_choice, make_samples):

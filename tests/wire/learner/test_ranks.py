@@ -17,6 +17,7 @@ from tracegrad.tracestore.records import BatchPlan
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.ranks import ALONE
+from tracegrad.trainer.run_graph import linked
 from tracegrad.trainer.samples import Samples, build_batch
 
 PLANS = tuple(BatchPlan(step=step, epoch=0, seed=step, run_ids=("r",)) for step in (1, 2))
@@ -105,6 +106,30 @@ def test_gradients_and_metrics_are_those_of_one_worker(
         held = [each["shares"][model] for each in together]
         assert sum(held) == pytest.approx(1.0), "each holds a part of masters and moments"
         assert min(held) > 0.8 / size
+
+
+def test_critics_tell_on_every_rank_what_they_tell_on_one(crew: Crew, base: Path, samples: Samples) -> None:
+    """The planner's adapter is credited with what the critic of the writer's says of the call that follows."""
+
+    def of(role: str) -> Samples:
+        calls = {choice.call_id for choice in samples.choices if choice.role == role}
+        return replace(
+            samples,
+            choices=tuple(choice for choice in samples.choices if choice.call_id in calls),
+            consumption=tuple(entry for entry in samples.consumption if entry.call_id in calls),
+            graphs={run_id: linked(g.nodes, [[n.call_id for n in g.nodes]]) for run_id, g in samples.graphs.items()},
+        )
+
+    def given(bootstrap: str) -> Train:
+        credit = {"advantage": "gae", "scope": "graph", "bootstrap": bootstrap}
+        config = adapters(base, algorithm={"credit": credit})
+        return replace(task(config, samples), samples={"p": of("planner"), "w": of("writer")})
+
+    alone, apart = given("all")(ALONE), given("own")(ALONE)
+    assert alone["metrics"]["p"][0]["advantage_std"] != apart["metrics"]["p"][0]["advantage_std"]
+    for each in crew.run(2, given("all")):
+        same_gradients(alone, each, 1e-5)
+        same_metrics(alone["metrics"], each["metrics"])
 
 
 def test_a_rank_without_a_row_takes_part(crew: Crew, base: Path, samples: Samples) -> None:

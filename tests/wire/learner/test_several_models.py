@@ -130,16 +130,21 @@ class Mortal(InProcess):
         return saved
 
 
+@pytest.mark.parametrize("credit", [{}, {"scope": "graph", "bootstrap": "all"}])
 def test_a_job_that_dies_goes_on_to_the_same_bits(
-    separate: Config, store: Store, configure: Configure, llama: Path
+    separate: Config, store: Store, configure: Configure, llama: Path, credit: dict[str, str]
 ) -> None:
-    undisturbed = spoken.mapped(configure(steps=3, job="calm"), "full separation", llama)
+    """Also where the credit of each model is made of all critics' values."""
+    undisturbed, mortal = (
+        spoken.mapped(configure(steps=3, job=job, algorithm={"credit": credit}), "full separation", llama)
+        for job in ("calm", "test")
+    )
     train(undisturbed, store)
     expected = [v.checkpoint_hash for v in store.list_versions("w") if v.job_id == "calm"]
     for step in (2, 3):
         with pytest.raises(Dies):
-            train(separate, store, Mortal(separate, step))
-    said = train(separate, store)
+            train(mortal, store, Mortal(mortal, step))
+    said = train(mortal, store)
     assert any("never committed" in line for line in said)
     assert [digest for _, digest in steps(store)["w"]] == expected
     assert steps(store)["p"] == steps(store)["w"] == steps(store)["c"]

@@ -3,6 +3,7 @@
 import importlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,6 +29,13 @@ def fake() -> ModuleType:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as entered:
         yield entered
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """For clients that ask at once."""
+    with ThreadPoolExecutor(12) as threads:
+        yield threads
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from away_store import AwayStore
 
 from tracegrad.adapters.client import ProxyClient
 from tracegrad.adapters.errors import ProxyRefused
 from tracegrad.adapters.proxy import access
 from tracegrad.adapters.proxy.access import is_loopback, keys_wanted, scope_for
 from tracegrad.tracestore.config import ProxyConfig, parse_config
-from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.keys import hash_key
 from tracegrad.tracestore.records import KEY_SCOPES, KeyScope, Run, Task
 from tracegrad.tracestore.store import Store
@@ -188,14 +188,7 @@ def test_many_requests_with_one_key_ask_the_store_once(
 def test_while_keys_cannot_be_looked_up_nobody_gets_in(
     start_proxy: Callable[..., SimpleNamespace], store: Store, engine_app: Any
 ) -> None:
-    class Down:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
-
-        def find_key(self, key_hash: str) -> Any:
-            raise StoreUnavailable("gone")
-
-    guarded = start_proxy(proxy={"access": {"keys": "on"}}, store_object=Down())
+    guarded = start_proxy(proxy={"access": {"keys": "on"}}, store_object=AwayStore(store, "find_key"))
     answer = guarded.client.post(CHAT, json=ASK, headers=key_for(store, "call"))
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
     assert engine_app.requests == []

@@ -19,12 +19,6 @@ from tracegrad.tracestore.store import Store
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
 
 
-@pytest.fixture
-def pool() -> Any:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 def ask(proxy: SimpleNamespace, run_id: str, **extra: Any) -> httpx.Response:
     answer: httpx.Response = proxy.client.post(f"/run/{run_id}/v1/chat/completions", json={**ASK, **extra})
     return answer

@@ -77,12 +77,6 @@ def house(
     return House(start_proxy, store, engine_app, engine_url, tmp_path)
 
 
-@pytest.fixture
-def pool() -> Any:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 def under_way(house: House, pool: ThreadPoolExecutor, ways: dict[str, dict[str, Any]]) -> dict[str, Future[Any]]:
     house.engine.gate = threading.Event()
     asked = {name: pool.submit(house.ask, name.replace(" ", "-"), **extra) for name, extra in ways.items()}

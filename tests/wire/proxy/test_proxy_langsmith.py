@@ -12,12 +12,12 @@ import httpx
 import kill_load
 import pytest
 import zstandard
+from away_store import AwayStore
 from langsmith_trees import TRACE, form, tree
 from waits import wait_for
 
 from tracegrad.adapters.proxy import langsmith, langsmith_wire
 from tracegrad.adapters.proxy.langsmith_wire import read_multipart
-from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
@@ -180,15 +180,7 @@ def test_a_fact_that_comes_before_its_call_is_joined(
 def test_a_store_that_is_away_is_a_503_and_the_client_sends_again(
     start_proxy: Callable[..., SimpleNamespace], store: Store
 ) -> None:
-    class Away:
-        away = True
-
-        def __getattr__(self, name: str) -> Any:
-            if self.away and name in ("put_spans", "attribute_late"):
-                raise StoreUnavailable("gone for a moment")
-            return getattr(store, name)
-
-    away = Away()
+    away = AwayStore(store, "put_spans", "attribute_late")
     proxy = start_proxy(store_object=away)
     body = form(tree(call(proxy)))
     assert post(proxy, body) == 503

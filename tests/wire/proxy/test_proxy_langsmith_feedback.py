@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import langsmith
 import pytest
+from away_store import AwayStore
 from langchain_openai import ChatOpenAI
 from langgraph.graph import START, StateGraph
 from langsmith.run_helpers import tracing_context
@@ -18,7 +19,6 @@ from langsmith_trees import MODEL, NODE, TRACE, form, tree
 from tracegrad.adapters.langgraph import wrap
 from tracegrad.adapters.proxy import langsmith_feedback
 from tracegrad.adapters.proxy.langsmith_wire import read_feedback
-from tracegrad.tracestore.errors import StoreUnavailable
 from tracegrad.tracestore.store import Store
 
 ASK = {"model": "main", "messages": [{"role": "user", "content": "hello"}]}
@@ -196,15 +196,7 @@ def test_feedback_in_a_form_waits_for_the_runs_it_is_about(
 
 
 def test_a_store_that_is_away_loses_no_feedback(start_proxy: Callable[..., SimpleNamespace], store: Store) -> None:
-    class Away:
-        away = True
-
-        def __getattr__(self, name: str) -> Any:
-            if self.away and name == "add_rewards":
-                raise StoreUnavailable("gone for a moment")
-            return getattr(store, name)
-
-    away = Away()
+    away = AwayStore(store, "add_rewards")
     proxy = start_proxy(store_object=away)
     assert post(proxy, with_feedback(tree(), score=0.5)).status_code == 503
     away.away = False

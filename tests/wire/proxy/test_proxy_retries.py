@@ -32,12 +32,6 @@ def called(answer: httpx.Response) -> str:
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(12) as threads:
-        yield threads
-
-
-@pytest.fixture
 def gate(engine_app: Any) -> Iterator[threading.Event]:
     """The engine stops before the end of each answer until this is set."""
     engine_app.gate = event = threading.Event()

@@ -38,12 +38,6 @@ def ask(proxy: SimpleNamespace, run_id: str, headers: dict[str, str] | None = No
     return answer
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 class Restartable:
     """An engine that can be stopped and started again at the same address."""
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -94,18 +94,6 @@ class House:
         found = self.store.live_version("main")
         assert found is not None
         return found.version_id
-
-
-@pytest.fixture
-def make_house(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
-    monkeypatch.setattr(gate_module, "POLL_S", 0.01)
-    with ExitStack() as stack:
-        yield lambda n_engines: House(tmp_path, store, stack, n_engines)
-
-
-@pytest.fixture
-def house(make_house: Callable[[int], House]) -> House:
-    return make_house(1)
 
 
 def test_what_passes_goes_live_and_is_the_next_baseline(house: House) -> None:

@@ -1,7 +1,7 @@
 """Candidates of two models behind one gate: all live or none, at whatever moment somebody dies. Engines on the wire."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.records import PolicyVersion, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.gating import evaluation
-from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed, PublishRejected
 from tracegrad.trainer.gated import Passage
@@ -113,18 +112,6 @@ class House:
         told = {(e.weight, e.version) for name in MODELS for e in self.engines[name]}
         wanted = {(weight, str(version.version_id)) for version in versions.values()}
         return told == wanted and self.lives() == {name: version.version_id for name, version in versions.items()}
-
-
-@pytest.fixture
-def make_house(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], House]]:
-    monkeypatch.setattr(gate_module, "POLL_S", 0.01)
-    with ExitStack() as stack:
-        yield lambda n_engines: House(tmp_path, store, stack, n_engines)
-
-
-@pytest.fixture
-def house(make_house: Callable[[int], House]) -> House:
-    return make_house(1)
 
 
 def test_what_passes_goes_live_for_all_at_once(house: House) -> None:

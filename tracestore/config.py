@@ -262,7 +262,7 @@ class GateConfig(Section, frozen=True, kw_only=True):
     rejected."""
     share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Share of the other runs that the candidate serves while it is judged. With one engine 0 makes them wait and 1
-    lets all through; with replicas the rest of the runs stays with the live version."""
+    lets all through; with replicas, and of an adapter with one engine, the rest of the runs stays with the live one."""
     rejected: RejectedConfig = RejectedConfig()
 
 
@@ -390,6 +390,18 @@ class Config(Section, frozen=True, kw_only=True):
         """Return the adapters that lie on the model, in the order of the file."""
         adapters = [model.adapter for model in self.models.values() if model.adapter is not None]
         return tuple(adapter for adapter in adapters if adapter.of == name)
+
+    def judged_beside(self, name: str) -> bool:
+        """Whether candidates of the model are judged beside what is live: of an adapter on one engine, by a share."""
+        gate = self.trainer.publish.gate
+        if gate is None or not 0 < gate.share < 1:
+            return False
+        return self.held_by(name) != name and name in self.trained_models() and len(self.engines_of(name)) == 1
+
+    def adapter_slots(self, name: str) -> int:
+        """Return how many adapters an engine of the base holds: all, and the next (judged at once, else in turn)."""
+        adapters = [each for each in self.models if self.held_by(each) == name != each]
+        return len(adapters) + max(sum(map(self.judged_beside, adapters)), 1) if adapters else 0
 
     def engines_of(self, name: str) -> "tuple[ModelConfig, ...]":
         """Return `each_engine` of whoever serves the model: for an adapter the base with its engines."""

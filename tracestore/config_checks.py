@@ -130,7 +130,8 @@ def _check_gate(config: "Config", origin: str) -> None:
     where = f"{origin}: trainer.publish.gate"
     if gate.rule.minimum is None and gate.rule.max_drop is None:
         raise ConfigError(f"{where}.rule lets everything pass: give it a minimum, a max_drop, or both")
-    alone = [name for name in config.trained_models() if len(config.engines_of(name)) == 1]
+    alone = [name for name in config.trained_models() if not config.judged_beside(name)]
+    alone = [name for name in alone if len(config.engines_of(name)) == 1]
     if alone and gate.share not in (0.0, 1.0):
         raise ConfigError(
             f"{where}.share is {gate.share:g}, and one engine serves one version at a time: write 0 (others wait while "

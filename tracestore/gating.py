@@ -22,12 +22,14 @@ _OF_A_GATE = re.compile(r"gate(\d+)_")
 class GateTerms:
     """What a publish must pass, as proxies read it. `engines`: the URLs of those that get the candidate first.
 
-    `together` are the publishes that one evaluation decides on; the store fills it in.
+    `beside`: they serve it under a name of its own (`publishes.REHEARSED`), and what is live on as before. `together`
+    are the publishes that one evaluation decides on; the store fills it in.
     """
 
     share: float
     engines: tuple[str, ...]
     timeout_s: float
+    beside: bool = False
     together: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:

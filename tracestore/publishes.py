@@ -34,7 +34,8 @@ from tracegrad.tracestore.versions import abandon_newer, existing
 
 SILENT_FOR_EVER_S = 86_400.0
 REHEARSED = "~next"
-"""What the name of an adapter ends with on its engine while its next version is probed beside the one that serves."""
+"""What the name of an adapter ends with on its engine while its next version is probed, or judged, beside the one that
+serves."""
 UNFINISHED = UNFINISHED_STATES
 _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
     "requested": ("draining", "rejected", "failed"),

@@ -51,9 +51,14 @@ class AdapterClient(EngineClient):
     def prove_idle(self) -> None:
         """Nothing: calls to other models of the engine may run."""
 
-    def beside(self) -> "AdapterClient":
+    def beside(self) -> "AdapterClient | None":
         """Return a client for the next version of the adapter, under a name of its own."""
-        return AdapterClient(self.url, self.name + REHEARSED, self.base.name, timeout_s=self.timeout_s)
+        return _NextClient(self.url, self.name + REHEARSED, self.base.name, timeout_s=self.timeout_s)
+
+    def clear_beside(self) -> None:
+        """Unload the next version, where one is loaded."""
+        if (beside := self.beside()) is not None:
+            beside.disown("")
 
     def max_model_len(self) -> int | None:
         """Return how many tokens its base takes."""
@@ -70,6 +75,22 @@ class AdapterClient(EngineClient):
         except EngineRefused as error:
             return error.status != 404
         return True
+
+
+class _NextClient(AdapterClient):
+    """The next version of an adapter, beside the one that serves: it comes and goes, and nothing comes after it."""
+
+    @property
+    def is_beside(self) -> bool:
+        """Yes."""
+        return True
+
+    def beside(self) -> None:
+        """Nothing."""
+
+    def clear_beside(self) -> None:
+        """Unload it, where it is loaded."""
+        self.disown("")
 
 
 def engine_clients(config: Config, name: str) -> tuple[EngineClient, ...]:

@@ -107,9 +107,17 @@ class EngineClient:
     def unstage(self) -> None:
         """Forget what was prepared."""
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether it is of weights beside those that serve: they are taken away, and nothing is put back."""
+        return False
+
     def beside(self) -> "EngineClient | None":
         """Return a client for weights beside those that serve, under a name that nobody asks for; None: no room."""
         return None
+
+    def clear_beside(self) -> None:
+        """Take away what may be loaded beside what serves."""
 
     def reload(self, path: str, *, timeout_s: float = 120.0) -> Reload:
         """Load the checkpoint at `path` (a folder the engine can read) in place.

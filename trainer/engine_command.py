@@ -48,7 +48,8 @@ def engine(config_path: Path, model_name: str | None, only_check: bool) -> None:
             for name, model in models.items():
                 adapters = [other for other in config.models if config.held_by(other) == name != other]
                 for client in (each for trained in (adapters or [name]) for each in engine_clients(config, trained)):
-                    check(client, model, in_flight=config.publishes_in_flight and model.trained)
+                    in_flight = config.publishes_in_flight and model.trained
+                    check(client, model, in_flight=in_flight, slots=config.adapter_slots(config.held_by(name)))
                     click.echo(f"engine {name} at {client.url} is ready for training" + _of(client, name))
             return
         _serve(config, models)
@@ -96,7 +97,8 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
             engines = []
             for process in _processes(config, models, store):
                 engines.append(stack.enter_context(process))
-                check(process.client, process.model, in_flight=config.publishes_in_flight and process.model.trained)
+                in_flight = config.publishes_in_flight and process.model.trained
+                check(process.client, process.model, in_flight=in_flight, slots=config.adapter_slots(process.name))
                 _say(f"engine {process.label}: ready (log: {process.log_path})")
             watchers = [threading.Thread(target=_watch, args=(e, stop, failures), daemon=True) for e in engines]
             for watcher in watchers:
@@ -114,7 +116,7 @@ def _serve(config: Config, models: Mapping[str, ModelConfig]) -> None:
 def _processes(config: Config, models: Mapping[str, ModelConfig], store: Store) -> Iterator[EngineProcess]:
     """One process for each engine; replicas are told apart by their number. A base's engine has room for adapters."""
     for name, model in models.items():
-        flags = engine_launch.adapter_flags(config.adapters_on(name))
+        flags = engine_launch.adapter_flags(config.adapters_on(name), config.adapter_slots(name))
         for i, own in enumerate(model.each_engine()):
             engine = msgspec.structs.replace(own.engine, args=(*flags, *own.engine.args))
             each = msgspec.structs.replace(own, engine=engine)

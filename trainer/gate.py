@@ -49,8 +49,11 @@ class Gatekeeper:
     def triers(self, engines: Sequence[EngineClient]) -> tuple[EngineClient, ...]:
         """Return the engines that get a candidate first: as many as its share needs.
 
-        All of them where there is only one, or where the candidate is to serve everybody; else one at least is left.
+        All of them where there is only one, or where the candidate is to serve everybody; else one at least is left. An
+        only one that can serve it beside what is live does so where the gate divides runs between them.
         """
+        if len(engines) == 1 and 0 < self.settings.share < 1 and (beside := engines[0].beside()) is not None:
+            return (beside,)
         if len(engines) == 1 or self.settings.share == 1:
             return tuple(engines)
         count = min(max(math.ceil(self.settings.share * len(engines)), 1), len(engines) - 1)
@@ -59,7 +62,8 @@ class Gatekeeper:
     def terms(self, engines: Sequence[EngineClient]) -> GateTerms:
         """Return what proxies have to know; `engines` get the candidate first."""
         urls = tuple(engine.url for engine in engines)
-        return GateTerms(share=self.settings.share, engines=urls, timeout_s=self.settings.timeout_s)
+        beside, settings = any(engine.is_beside for engine in engines), self.settings
+        return GateTerms(share=settings.share, engines=urls, timeout_s=settings.timeout_s, beside=beside)
 
     def live(self) -> dict[str, int]:
         """Return model -> the version that is live of it."""

@@ -2,8 +2,10 @@
 
 One evaluation of the whole workflow judges them, so no call may reach one of them before all can be reached, and none
 stays where one has to go: they are drained and swapped model by model, and from `evaluating` on they move in one
-transaction of the store. Where one cannot be swapped or is not what was trained, none is judged. What a publisher that
-dies leaves behind is ended model by model by `Publisher.recover`: nothing was live before all were.
+transaction of the store. Where one cannot be swapped or is not what was trained, none is judged. A candidate beside
+what is live (an adapter, see `gate`) is loaded and probed before anybody waits; it takes the live one's place when it
+passed, and is unloaded however else it ends. What a publisher that dies leaves behind is ended model by model by
+`Publisher.recover`: nothing was live before all were.
 
 Refuses (PublishRejected) what the gate does not let pass, and (PublishFailed) what `publish` refuses. Called by
 `publish` and `publishing`.
@@ -68,6 +70,11 @@ class _Way:
         return self.attempt.publish.publish_id
 
     @property
+    def is_tried(self) -> bool:
+        """Whether it is loaded and probed before anybody waits: beside what serves nobody meets it yet."""
+        return self.attempt.first.is_beside and self.candidate.canary is None
+
+    @property
     def model(self) -> str:
         return self.attempt.version.model
 
@@ -117,7 +124,7 @@ class Passage:
                 self._stage(way)
             for way in self._ways:
                 way.publisher.drain(way.attempt, way.clock, staged=False)
-            for way in self._ways:
+            for way in (way for way in self._ways if not way.is_tried):
                 probe, canary = way.candidate.probe, way.candidate.canary
                 way.canary_seen, way.seen = way.publisher.try_out(way.attempt, probe, canary, way.clock)
         with self._timed("judge_s"):
@@ -159,10 +166,24 @@ class Passage:
         try:
             with way.clock.timed("stage_s"):
                 way.attempt.first.stage(way.attempt.version.checkpoint_path)
-        except EngineError as error:
-            self._store.advance_publish(way.publish_id, "failed", error=str(error))
+            if way.is_tried:
+                way.seen = self._load(way, way.attempt.first)
+        except (EngineError, PublishFailed) as error:
+            probe = getattr(error, "probe", None)
+            stored = None if probe is None else {"result": probe.as_json()}
+            self._store.advance_publish(way.publish_id, "failed", error=str(error), probe=stored)
             what = f"publish {way.publish_id} of version {way.attempt.version.version_id} failed, nothing was swapped"
-            raise PublishFailed(f"{what}: {error}") from error
+            raise PublishFailed(f"{what}: {error}", probe=probe) from error
+
+    def _load(self, way: _Way, engines: Fleet) -> ProbeResult | None:
+        """Load the candidate into these engines and return what the probe saw. Raises PublishFailed, EngineError."""
+        probe = way.candidate.probe
+        with way.clock.timed("swap_s"):
+            engines.serve(way.attempt.version)
+        with way.clock.timed("probe_s"):
+            seen = None if probe is None else engines.probe(probe, noise=way.publisher.noise)
+        refuse_bad(seen, way.attempt.version)
+        return seen
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -179,14 +200,17 @@ class Passage:
     def _fail_with(self, way: _Way, error: PublishFailed) -> EngineError | None:
         """Put back and fail what is still under way; return what made that impossible."""
         now = self._store.last_publish(way.attempt.version.model)
-        if now is None or now.publish_id != way.publish_id or now.state not in UNFINISHED:
-            return None
+        over = now is None or now.publish_id != way.publish_id or now.state not in UNFINISHED
+        beside = way.attempt.first.is_beside  # loaded before anybody waited: to be taken away whoever failed it
         try:
-            way.attempt.first.unstage()
-            if now.state == "swapping":
+            if not over:
+                way.attempt.first.unstage()
+            if beside or (not over and now is not None and now.state == "swapping"):
                 way.attempt.first.put_back(way.attempt.previous)
         except EngineError as second:
             return second
+        if over:
+            return None
         self._store.advance_publish(way.publish_id, "failed", error=f"it is published together with others: {error}")
         return None
 
@@ -234,7 +258,8 @@ class Passage:
             try:
                 way.attempt.first.put_back(previous)
                 proof = way.publisher.proof_of(previous)
-                found = None if proof is None else way.attempt.first.probe(proof, noise=way.publisher.noise)
+                serving = way.publisher.fleet if way.attempt.first.is_beside else way.attempt.first
+                found = None if proof is None else serving.probe(proof, noise=way.publisher.noise)
                 refuse_bad(found, previous)
             except (EngineError, PublishFailed) as error:
                 raise PublishFailed(
@@ -270,13 +295,8 @@ class Passage:
         self._settle(decision)
         try:
             for way in (way for way in self._ways if way.rest):
-                with way.clock.timed("swap_s"):
-                    way.rest.serve(way.attempt.version)
-                with way.clock.timed("probe_s"):
-                    probe = way.candidate.probe
-                    found = None if probe is None else way.rest.probe(probe, noise=way.publisher.noise)
-                refuse_bad(found, way.attempt.version)
-                way.seen = found or way.seen
+                way.seen = self._load(way, way.rest) or way.seen
+                way.publisher.fleet.clear_beside()
         except (EngineError, PublishFailed) as error:
             self._undo(error)
 

@@ -40,10 +40,11 @@ class Finding:
         return f"{self.code}: {self.what}; add {self.add}"
 
 
-def preflight(client: EngineClient, model: ModelConfig, *, in_flight: bool = False) -> list[Finding]:
+def preflight(client: EngineClient, model: ModelConfig, *, in_flight: bool = False, slots: int = 0) -> list[Finding]:
     """Return everything that the engine behind `client` lacks for training `model`; empty when it is ready.
 
     `model` is what the engine was started with: for an adapter its base. `in_flight`: calls go on through publishes.
+    `slots`: how many adapters it has to serve at once.
     """
     if not client.healthy(timeout_s=30):
         return [
@@ -58,16 +59,17 @@ def preflight(client: EngineClient, model: ModelConfig, *, in_flight: bool = Fal
     if any(f.code == "model" for f in findings):
         return findings
     findings += _control(asked, model) + _adapters(client) + _sampling(asked)
+    findings += _room(asked, slots) if slots and not findings else []
     return findings + _spans(asked) if in_flight and not findings else findings
 
 
-def check(client: EngineClient, model: ModelConfig, *, in_flight: bool = False) -> None:
+def check(client: EngineClient, model: ModelConfig, *, in_flight: bool = False, slots: int = 0) -> None:
     """Raise where `preflight` finds anything.
 
     Raises:
         EngineNotReady: with one line for each finding.
     """
-    findings = preflight(client, model, in_flight=in_flight)
+    findings = preflight(client, model, in_flight=in_flight, slots=slots)
     if findings:
         lines = "\n".join(f"  - {finding}" for finding in findings)
         raise EngineNotReady(f"the engine at {client.url} cannot be trained on yet:\n{lines}", findings)
@@ -124,6 +126,15 @@ def _transfer(extension: Mapping[str, Any] | None, model: ModelConfig) -> list[F
     what = f"is to be sent weights by {model.engine.transfer.backend}: {started_for(extension)}"
     add = f"--weight-transfer-config '{json.dumps({'backend': wanted})}' --worker-extension-cls {EXTENSION}"
     return [Finding(code="transfer", what=what, add=add)]
+
+
+def _room(client: EngineClient, slots: int) -> list[Finding]:
+    """Whether as many adapters are served at once as there are, with those that are judged beside them."""
+    room = (client.extension_info() or {}).get("max_loras")
+    if room is None or room >= slots:
+        return []
+    what = f"serves {room} adapters at once, and {slots} are to be: those that are live, and their next versions"
+    return [Finding(code="max_loras", what=what, add=f"--max-loras {slots} (engine.args, where it is set there)")]
 
 
 def _adapters(client: EngineClient) -> list[Finding]:

@@ -117,7 +117,8 @@ def wait_for_engines(
                     )
                 say(f"waiting for the engine at {client.url}")
                 time.sleep(1.0)
-            check(client, model, in_flight=config.publishes_in_flight)
+            slots = config.adapter_slots(config.held_by(name))
+            check(client, model, in_flight=config.publishes_in_flight, slots=slots)
 
 
 def first_publish(

@@ -52,18 +52,21 @@ class TracegradWorkerExtension:
         """Say what this worker serves: ``cpu``, and whether the head is ``tied`` to the embedding.
 
         How it takes weights besides from files: ``transfer`` names vLLM's backend ("" for none). Whether adapters are
-        computed by our ``products``, which matters on CPUs. ``process`` is another one after each restart.
+        computed by our ``products``, which matters on CPUs; ``max_loras`` is how many are served at once (None: no
+        adapters). ``process`` is another one after each restart.
         """
         import os
 
         from vllm.platforms import current_platform
 
         transfer = self.vllm_config.weight_transfer_config  # type: ignore[attr-defined]
+        lora = self.vllm_config.lora_config  # type: ignore[attr-defined]
         return {
             "cpu": bool(current_platform.is_cpu()),
             "tied": tracegrad_tied_head(self.get_model(), self.model_config) is not None,  # type: ignore[attr-defined]
             "transfer": "" if transfer is None else str(transfer.backend),
             "products": tracegrad_has_products(),
+            "max_loras": None if lora is None else int(lora.max_loras),
             "process": os.getpid(),
         }
 

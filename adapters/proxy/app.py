@@ -119,7 +119,7 @@ class ProxyApp:
             self._engines,
             outside=self._outside,
             timeout_s=proxy.upstream_timeout_s,
-            wanted=lambda model, engine: gates[model].version_on(frozenset((engine,))),
+            wanted=lambda model, engine, beside: gates[model].version_on(frozenset((engine,)), beside=beside),
             changed=self._engine_is_back,
             exchanging=lambda model: gates[model].exchanging,
             adapters=[name for name, model in self.config.models.items() if model.adapter is not None],
@@ -127,6 +127,8 @@ class ProxyApp:
         )
         for name, pool in self.upstream.pools.items():
             gates[name].ready = pool.is_up
+        for name, pool in self.upstream.beside.items():
+            gates[name].ready_beside = pool.is_up
         self.model_cards = model_cards.ModelCards(self.config, self.upstream)
         self.committer = WatchedCommitter(self.store, self.metrics)
         self.metrics.watch(self.hold.gates, self.upstream.pools, self.committer)

@@ -2,7 +2,8 @@
 
 Normally every engine of a model serves its live version. While a candidate is judged, the engines that have it take the
 runs of its evaluation and the share of other runs that the gate gives it (by a hash of the run's id, so that all calls
-of a run and all proxies agree), the rest of the engines goes on with the live version. Where there is no rest, others
+of a run and all proxies agree), the rest of the engines goes on with the live version. An adapter's engine may have
+both, each under a name of its own: then the candidate's stands beside the live one's. Where there is no rest, others
 wait, or all pass with a share of 1. Once its time is over, or where an engine is not known here, the candidate gets
 nothing. Candidates of several models that are judged together are reached by the same runs. Pure. Called by `hold`.
 """
@@ -39,10 +40,11 @@ def caller_of(number: int, run_id: str | None, purpose: Purpose) -> Caller:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """A version and the engines that serve it (None: any of the model's)."""
+    """A version and the engines that serve it (None: any of the model's). `beside`: under the name of what is next."""
 
     version: int | None
     engines: frozenset[str] | None = None
+    beside: bool = False
 
 
 def course_of(state: ModelState, urls: frozenset[str], caller: Caller, *, stays: bool = False) -> Course | None:
@@ -51,8 +53,8 @@ def course_of(state: ModelState, urls: frozenset[str], caller: Caller, *, stays:
         return None
     if state.state != "evaluating" or state.gate is None:
         return Course(state.live_version)
-    mine = frozenset(state.gate["engines"])
-    rest, candidate = urls - mine, Course(state.candidate, mine)
+    mine, beside = frozenset(state.gate["engines"]), is_beside(state)
+    rest, candidate = urls if beside else urls - mine, Course(state.candidate, mine, beside)
     if not mine <= urls:
         return None
     share = 0.0 if state.overdue else state.gate["share"]
@@ -64,9 +66,17 @@ def course_of(state: ModelState, urls: frozenset[str], caller: Caller, *, stays:
     return candidate if chosen else Course(state.live_version, rest)
 
 
-def version_on(state: ModelState, engines: frozenset[str] | None) -> int | None:
-    """Return the version that these engines serve."""
-    mine = state.gate["engines"] if state.state in _JUDGED and state.gate is not None else ()
+def is_beside(state: ModelState) -> bool:
+    """Whether the newest publish has its candidate served beside what is live, until it is decided on."""
+    return state.gate is not None and bool(state.gate.get("beside"))
+
+
+def version_on(state: ModelState, engines: frozenset[str] | None, *, beside: bool = False) -> int | None:
+    """Return the version that these engines serve; with `beside` under the name of what is next, None: nothing."""
+    judged = state.state in _JUDGED
+    if beside:
+        return state.candidate if judged and is_beside(state) else None
+    mine = state.gate["engines"] if judged and state.gate is not None and not is_beside(state) else ()
     return state.candidate if engines and engines <= frozenset(mine) else state.live_version
 
 

@@ -39,6 +39,7 @@ from tracegrad.adapters.proxy.version_spans import ASK, read_told, versions_in
 from tracegrad.adapters.proxy.wire import JSON_HEADERS, STREAM_HEADERS, ClientGone, Hangup, Headers, Reply, Request
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.group_commit import GroupCommitter
+from tracegrad.tracestore.publishes import REHEARSED
 from tracegrad.tracestore.records import CallStatus
 
 log = logging.getLogger("tracegrad.proxy")
@@ -86,7 +87,7 @@ class Exchange:
         kept = shared.kept.wanted(draft.model, draft.sampling, draft.purpose) if ours else 0
         injection = plan_injection(ask.body, ask.shape, kept=kept) if ours else NOTHING
         self._transcript = Transcript(asked=injection.kept > 0)
-        alias = ask.model if ask.model != _served(draft) or (draft.before and shared.hold.is_new(draft.model)) else None
+        alias = ask.model if ask.model != _served(draft) or draft.before else None
         who = draft.attribution
         self._stripper = Stripper(injection, alias=alias, mark=_mark_of(draft, ask.shape))
         self._body = _body_of(ask, draft, injection)
@@ -98,6 +99,7 @@ class Exchange:
         self._arrived = time.monotonic()
         self._caller = caller_of(shared.hold.number(), who.run_id, draft.purpose)
         self._engines: frozenset[str] | None = None
+        self._beside = False
         self._held: list[bytes] = []
         self._holding = self._done = False
 
@@ -115,7 +117,7 @@ class Exchange:
     async def _try(self, hangup: Hangup) -> bool:
         """Wait for admission and converse; False where no engine could be given the request after all."""
         ticket = await self._admit(hangup)
-        self._progress.version_dispatched, self._engines = ticket.version, ticket.engines
+        self._progress.version_dispatched, self._engines, self._beside = ticket.version, ticket.engines, ticket.beside
         try:
             await self._converse(hangup, ticket)
         except NotSent:
@@ -223,9 +225,9 @@ class Exchange:
     async def _post(self, body: bytes) -> EngineAnswer:
         headers, draft = without_ours(self._request.raw_headers), self._draft
         headers = [*headers, ASK] if self._asks else headers
-        body = renamed(body, draft.before if self._progress.version_dispatched is None else None)
-        run_id, post = draft.attribution.run_id, self._shared.upstream.post
-        return await post(draft.model, self._shape.path, body, headers, run_id=run_id, among=self._engines)
+        body = _as_named(body, draft, self._progress.version_dispatched, beside=self._beside)
+        run_id, among, beside, post = draft.attribution.run_id, self._engines, self._beside, self._shared.upstream.post
+        return await post(draft.model, self._shape.path, body, headers, run_id=run_id, among=among, beside=beside)
 
     async def _conclude(self, answer: EngineAnswer, body: bytes, ticket: Ticket) -> None:
         """The engine has said everything: commit, then let the client have the end."""
@@ -384,6 +386,11 @@ def _mark_of(draft: Draft, shape: Shape) -> str | None:
 
 def _served(draft: Draft) -> str:
     return draft.outside or draft.model
+
+
+def _as_named(body: bytes, draft: Draft, version: int | None, *, beside: bool) -> bytes:
+    """Return a request by the engine's name for who answers: an adapter, its base before it is live, what is next."""
+    return renamed(body, draft.model + REHEARSED if beside else draft.before if version is None else None)
 
 
 def _body_of(ask: Ask, draft: Draft, injection: Injection) -> bytes:

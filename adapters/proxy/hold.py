@@ -58,6 +58,8 @@ class Gate:
     """The versions that were seen live."""
     ready: Callable[[frozenset[str] | None], bool] = lambda _engines: True
     """Whether an engine of the model is up, one of these."""
+    ready_beside: Callable[[frozenset[str] | None], bool] | None = None
+    """Whether one of these has a candidate beside what is live; None: the model's have one version at a time."""
     line: "Line[Ticket]" = field(default_factory=Line)
     stayed: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
     """Runs that have been with a live version, where there are engines to choose from: they are not moved. All models
@@ -84,11 +86,15 @@ class Gate:
     def course(self, caller: Caller) -> Course | None:
         """Where a call may be dispatched to now; None: nowhere."""
         course = course_of(self.view, self.urls, caller, stays=caller.run_id in self.stayed)
-        if course is not None and course.version != self.live_version and not self.ready(course.engines):
+        if course is not None and course.version != self.live_version and not self._is_ready(course):
             if len(self.view.together) > 1:
                 return None  # elsewhere the run meets the other models' candidates: it waits, or would meet a mixture
             course = course_of(self.view, self.urls, caller, stays=True)  # its canary is down: the others serve it too
-        return course if course is not None and self.ready(course.engines) else None
+        return course if course is not None and self._is_ready(course) else None
+
+    def _is_ready(self, course: Course) -> bool:
+        ready = self.ready_beside if course.beside else self.ready
+        return ready is not None and ready(course.engines)
 
     @property
     def owes_acknowledgement(self) -> bool:
@@ -101,19 +107,20 @@ class Gate:
         """Whether a publish that calls go on through may yet go live, or fail."""
         return self.view.in_flight and self.view.state in _UNSETTLED
 
-    def version_on(self, engines: frozenset[str] | None) -> int | None:
-        """The version that these engines serve."""
-        return version_on(self.view, engines)
+    def version_on(self, engines: frozenset[str] | None, *, beside: bool = False) -> int | None:
+        """The version that these engines serve; with `beside` under the name of what is next."""
+        return version_on(self.view, engines, beside=beside)
 
     def admit(self, caller: Caller, course: Course) -> "Ticket":
         """Count a call in."""
-        if len(self.urls) > 1 and caller.run_id is not None and course.version == self.live_version:
+        chooses = len(self.urls) > 1 or self.ready_beside is not None
+        if chooses and caller.run_id is not None and course.version == self.live_version:
             self.stayed[caller.run_id] = None
             self.stayed.move_to_end(caller.run_id)
             if len(self.stayed) > RUNS_KEPT:
                 self.stayed.popitem(last=False)
         self.in_flight += 1
-        return Ticket(self, course.version, course.engines, self.surprises, self.exchanges)
+        return Ticket(self, course.version, course.engines, self.surprises, self.exchanges, course.beside)
 
     def see(self, view: ModelState, was_fresh: bool) -> None:
         """Take in a model's state. Weights that changed without waiting for us mark what is in flight."""
@@ -142,6 +149,7 @@ class Ticket:
     engines: frozenset[str] | None
     surprises: int
     exchanges: int
+    beside: bool = False
     left: bool = False
 
     @property
@@ -157,7 +165,7 @@ class Ticket:
     @property
     def version_now(self) -> int | None:
         """The version that its engines serve by now."""
-        return self.gate.version_on(self.engines)
+        return self.gate.version_on(self.engines, beside=self.beside)
 
 
 class Hold:
@@ -223,10 +231,6 @@ class Hold:
         """Return the next arrival's number: its place in every line."""
         self.arrivals += 1
         return self.arrivals
-
-    def is_new(self, model: str) -> bool:
-        """Whether no version of a model is live yet."""
-        return self.gates[model].live_version is None
 
     def pass_through(self, model: str, caller: Caller) -> Ticket | None:
         """Count a call in where it need not wait at all; None where it has to `enter`."""

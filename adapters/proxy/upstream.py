@@ -20,6 +20,7 @@ from tracegrad.adapters.proxy.engines import Engine, Pool, said_by
 from tracegrad.adapters.proxy.errors import EngineTimeout, EngineUnreachable
 from tracegrad.adapters.proxy.outside import OutsideApi, OutsidePool
 from tracegrad.adapters.proxy.version_spans import HEADER
+from tracegrad.tracestore.publishes import REHEARSED
 
 KEEPALIVE_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
@@ -104,7 +105,8 @@ class EngineAnswer:
 class Upstream:
     """The engines by model name. Make it inside the event loop that uses it.
 
-    `wanted` returns the version that an engine of a model is to serve; `changed` is told the model of one that is back.
+    `wanted` returns the version that an engine of a model is to serve, or (True) to have beside that, until it is
+    decided on; `changed` is told the model of one that is back.
     `exchanging` returns whether a publish of a model makes calls wait.
     `adapters` are the models that lie on another's engines; `folder_of` returns the folder of a version.
     """
@@ -115,7 +117,7 @@ class Upstream:
         *,
         outside: Mapping[str, OutsideApi] = MappingProxyType({}),
         timeout_s: float,
-        wanted: Callable[[str, str], int | None] = lambda model, engine: None,
+        wanted: Callable[[str, str, bool], int | None] = lambda model, engine, beside: None,
         changed: Callable[[str], None] = lambda model: None,
         exchanging: Callable[[str], bool] = lambda model: False,
         adapters: Collection[str] = (),
@@ -129,22 +131,24 @@ class Upstream:
             skip_auto_headers=("User-Agent", "Accept", "Content-Type", "Accept-Encoding"),
         )
         kinds = dict.fromkeys(adapters, partial(AdapterPool, folder_of=folder_of))
-        self.pools: dict[str, Pool] = {
-            model: kinds.get(model, Pool)(
-                model,
-                map(Engine, urls),
+
+        def made(model: str, *, beside: bool) -> Pool:
+            return kinds.get(model, Pool)(
+                model + REHEARSED if beside else model,
+                map(Engine, engines[model]),
                 self._session,
-                wanted=partial(wanted, model),
+                wanted=lambda engine: wanted(model, engine, beside),
                 changed=partial(changed, model),
                 exchanging=partial(exchanging, model),
             )
-            for model, urls in engines.items()
-        }
+
+        self.pools: dict[str, Pool] = {model: made(model, beside=False) for model in engines}
+        self.beside: dict[str, Pool] = {model: made(model, beside=True) for model in adapters if model in engines}
         self.pools.update({model: OutsidePool(model, api, self._session) for model, api in outside.items()})
 
     async def close(self) -> None:
         """Stop watching engines and close every connection."""
-        for pool in self.pools.values():
+        for pool in (*self.pools.values(), *self.beside.values()):
             await pool.close()
         await self._session.close()
 
@@ -157,15 +161,18 @@ class Upstream:
         *,
         run_id: str | None = None,
         among: frozenset[str] | None = None,
+        beside: bool = False,
     ) -> EngineAnswer:
         """Send a request to an engine of `model` (one of those named), to the same one for the same run.
+
+        With `beside` to what the engine serves beside it.
 
         Raises:
             NotSent: no engine is up, or the one chosen refused the connection or serves other weights.
             EngineUnreachable: the connection broke before the answer began.
             EngineTimeout: the engine sent nothing in time.
         """
-        pool = self.pools[model]
+        pool = (self.beside if beside else self.pools)[model]
         engine = pool.pick(run_id, among)
         if engine is None or not await pool.confirm(engine):
             raise NotSent(pool.complaint)

@@ -83,6 +83,7 @@ class FakeEngine(TransferWire):
         """Name -> folder; None of them can be loaded without `takes_adapters`."""
         self.takes_adapters = True
         self.products = True
+        self.max_loras: int | None = None
         self.adapter_weights: dict[str, float] = {}
         self.events: list[str] = []
         handler = type("Handler", (_Handler,), {"engine": self})
@@ -174,7 +175,7 @@ class FakeEngine(TransferWire):
             return 500, _error(f"'CPUWorker' object has no attribute '{method}'")
         if method == "tracegrad_info":
             info = {"cpu": True, "tied": True, "transfer": self.transfer_backend, "process": self.process}
-            info["products"] = self.products
+            info |= {"products": self.products, "max_loras": self.max_loras}
             return 200, {"results": [info]}
         if method == "tracegrad_break_off":
             self.update_active = False

@@ -13,8 +13,10 @@ JUDGE, USER = Caller(number=1, run_id="gate7_x", judging=7), Caller(number=2, ru
 LIVE, CANDIDATE = 3, 4
 
 
-def view(state: PublishState = "evaluating", *, share: float = 0.0, engines: tuple[str, ...] = (B,)) -> ModelState:
-    gate = {"share": share, "engines": list(engines), "timeout_s": 1.0}
+def view(
+    state: PublishState = "evaluating", *, share: float = 0.0, engines: tuple[str, ...] = (B,), beside: bool = False
+) -> ModelState:
+    gate = {"share": share, "engines": list(engines), "timeout_s": 1.0, **({"beside": True} if beside else {})}
     return ModelState(model="m", live_version=LIVE, publish_id=7, state=state, candidate=CANDIDATE, gate=gate)
 
 
@@ -56,3 +58,19 @@ def test_a_canary_that_is_down_leaves_its_share_to_the_others() -> None:
     gate.ready = lambda engines: engines is None or B not in engines
     assert gate.course(USER) == Course(LIVE, frozenset((A,)))
     assert gate.course(JUDGE) is None, "nobody else can be judged in its place"
+
+
+def test_a_candidate_beside_what_is_live_is_reached_by_its_own_name_alone() -> None:
+    """One engine has both: the same runs go to it as with replicas, and the others do not wait."""
+    own, one = view(share=0.5, beside=True), frozenset((B,))
+    callers = [JUDGE, *(Caller(number=i, run_id=f"run {i}") for i in range(50))]
+    beside = [course_of(own, one, caller) == Course(CANDIDATE, one, True) for caller in callers]
+    assert beside == [course_of(view(share=0.5), BOTH, caller) == Course(CANDIDATE, one) for caller in callers]
+    assert {course_of(own, one, c) for c in callers} == {Course(CANDIDATE, one, True), Course(LIVE, one)}
+    assert [version_on(own, one, beside=beside) for beside in (False, True)] == [LIVE, CANDIDATE]
+    assert version_on(view("swapping", beside=True), one, beside=True) is None, "nobody is to be there yet"
+    gate = Gate("m", one)
+    gate.view = own
+    assert gate.course(JUDGE) is None, "a proxy that knows of no adapter sends nobody"
+    gate.ready_beside = lambda _engines: True
+    assert gate.course(JUDGE) == Course(CANDIDATE, one, True)

@@ -142,6 +142,20 @@ def test_replicas_can_share() -> None:
     assert with_gate(share=0.5, model={"replicas": ["http://127.0.0.1:9"]}).trainer.publish.gate.share == 0.5
 
 
+def test_an_adapter_without_replicas_shares_its_engine_which_has_room_for_both() -> None:
+    """Candidates of adapters are judged together, each beside what is live; else one is rehearsed at a time."""
+    models = {"base": {"checkpoint": "w", "trained": False}, "other": {"checkpoint": "v", "trained": False}}
+    models |= {name: {"adapter": {"of": "base"}} for name in "pq"}
+    room = {}
+    for share in (0.0, 0.5, 1.0):
+        config = parse_config({"models": models, "trainer": {"publish": {"gate": {**GATE, "share": share}}}})
+        room[share] = [config.adapter_slots(name) for name in ("base", "other", "p")]
+    assert room == {0.0: [3, 0, 0], 0.5: [4, 0, 0], 1.0: [3, 0, 0]}
+    models["base"]["replicas"] = ["http://127.0.0.1:9"]
+    config = parse_config({"models": models, "trainer": {"publish": {"gate": {**GATE, "share": 0.5}}}})
+    assert (config.adapter_slots("base"), config.judged_beside("p")) == (3, False)
+
+
 def test_it_is_for_all_models_of_a_job_and_an_adapter_has_its_bases_replicas() -> None:
     """A share needs replicas of each of them."""
     base = {"checkpoint": "w", "trained": False, "replicas": ["http://127.0.0.1:9"]}

@@ -99,13 +99,13 @@ def test_a_launch_command_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_engine_of_a_base_has_room_for_its_adapters_and_knows_their_layers() -> None:
-    assert engine_launch.adapter_flags(()) == ()
+    assert engine_launch.adapter_flags((), 0) == ()
     flags = engine_launch.adapter_flags(
-        (AdapterConfig(of="b", rank=9, targets=("v_proj",)), AdapterConfig(of="b", rank=4, targets=("q_proj",)))
+        (AdapterConfig(of="b", rank=9, targets=("v_proj",)), AdapterConfig(of="b", rank=4, targets=("q_proj",))), 3
     )
     assert flags[:7] == ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "3", "--max-cpu-loras", "4")
     assert flags[7:] == ("--lora-target-modules", "q_proj", "v_proj")
-    assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),))
+    assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),), 2)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from fake_swaps import save_answers
 from versions import add_version, go_live
 from waits import wait_for
 
+from tracegrad.adapters.proxy import engines
 from tracegrad.tracestore.gating import GateTerms, run_prefix
+from tracegrad.tracestore.publishes import REHEARSED
 from tracegrad.tracestore.records import Publish
 from tracegrad.tracestore.store import Store
 
@@ -23,7 +25,8 @@ MODELS = ("planner", "writer")
 class House:
     """A proxy before two models, each with `n_engines` engines and a live version; publishing is done by hand.
 
-    With `adapters` both lie on the engines of one base, which say the number of an adapter's version to everything.
+    With `adapters` both lie on the engines of one base, which say the number of an adapter's version to everything: one
+    of them that has a candidate for a share of runs has it beside what is live.
     """
 
     def __init__(
@@ -73,8 +76,11 @@ class House:
         """Bring a candidate of each model to its last engine, and both to be judged."""
         last = {name: engines[-1:] for name, engines in self.engines.items()}
         candidates = {name: self.version(name) for name in MODELS}
+        self.beside = self.adapters and 0 < share < 1 and len(self.engines["planner"]) == 1
         terms = {
-            candidates[name]: GateTerms(share=share, engines=(last[name][0].url,), timeout_s=60.0).as_json()
+            candidates[name]: GateTerms(
+                share=share, engines=(last[name][0].url,), timeout_s=60.0, beside=self.beside
+            ).as_json()
             for name in MODELS
         }
         opened = self.store.request_together(terms)
@@ -82,7 +88,7 @@ class House:
             self.store.advance_publish(publish.publish_id, "draining")
             wait_for(lambda p=publish: not self.store.waiting_proxies(p.publish_id, 10), "it is acknowledged")
             self.store.advance_publish(publish.publish_id, "swapping")
-            self.serve(publish.model, publish.version_id, last[publish.model])
+            self.serve(publish.model + REHEARSED * self.beside, publish.version_id, last[publish.model])
         self.advance(opened, "evaluating")
         return opened
 
@@ -136,11 +142,11 @@ def test_with_one_engine_each_only_the_evaluation_meets_both_and_others_wait(
     assert set(house.answered("user")) == {publish.version_id for publish in opened}
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(("n_engines", "adapters"), [(2, False), (2, True), (1, True)])
 def test_a_share_of_the_runs_meets_the_candidates_of_both_and_no_run_a_mixture(
-    make_house: Callable[..., House], adapters: bool
+    make_house: Callable[..., House], n_engines: int, adapters: bool
 ) -> None:
-    house = make_house(2, adapters=adapters)
+    house = make_house(n_engines, adapters=adapters)
     runs = [f"run-{i}" for i in range(16)]
     early = [f"early-{i}" for i in range(6)]
     for run_id in early:
@@ -152,12 +158,64 @@ def test_a_share_of_the_runs_meets_the_candidates_of_both_and_no_run_a_mixture(
     for name in MODELS:
         asked = {run_id: house.ask(run_id, name) for run_id in runs}
         for run_id, future in asked.items():
-            answer = future.result(10).json()["choices"][0]["message"]["content"]
-            assert not adapters or answer == str(house.answered(run_id)[-1]), "the version that is written down spoke"
+            answer = future.result(10).json()
+            said = answer["choices"][0]["message"]["content"]
+            assert not adapters or said == str(house.answered(run_id)[-1]), "the version that is written down spoke"
+            assert answer["model"] == name, "whatever its name on the engine"
     met = [house.answered(run_id) for run_id in runs]
     assert all(each in (candidates, live) for each in met)
     assert 3 <= met.count(candidates) <= 13
     assert all(house.answered(run_id) == live for run_id in early), "who began with what is live meets no candidate"
+
+
+def test_one_engine_has_the_candidates_of_adapters_beside_what_is_live_and_nobody_waits(
+    make_house: Callable[..., House],
+) -> None:
+    """The evaluation is of the candidates, users have both; what the name of a candidate answers is never a user's."""
+    house = make_house(1, adapters=True)
+    opened = house.evaluating(share=0.01)
+    candidates, live = [publish.version_id for publish in opened], list(house.live.values())
+    judging = f"{run_prefix(opened[0].publish_id)}_x"
+    house.proxy.client.post("/tracegrad/v1/runs", json={"run_id": judging, "purpose": "eval"})
+    for run_id in ("user", judging):
+        for name in MODELS:
+            assert house.ask(run_id, name).result(10).status_code == 200
+    assert (house.answered("user"), house.answered(judging)) == (live, candidates)
+    report = house.proxy.client.get("/health").json()["models"]
+    assert [(report[name]["engine"], report[name]["candidate"]) for name in MODELS] == [("ok", v) for v in candidates]
+    house.advance(opened, "settling", {"passed": True, "judged": True, "why": "good"})
+    held = [house.ask("user", name) for name in MODELS]
+    wait_for(
+        lambda: all(len(house.proxy.app.hold.gates[name].line) == 1 for name in MODELS), "they wait for the switch"
+    )
+    for publish in opened:
+        wait_for(lambda p=publish: not house.store.waiting_proxies(p.publish_id, 10), "it is acknowledged")
+        (engine,) = house.engines[publish.model]
+        engine.app.adapters[publish.model] = engine.app.adapters.pop(publish.model + REHEARSED)
+    house.advance(opened, "live")
+    assert {future.result(10).status_code for future in held} == {200}
+    assert set(house.answered("user")) == {*live, *candidates}
+
+
+def test_an_engine_that_lost_a_candidate_beside_answers_with_what_is_live(
+    make_house: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of the candidates waits: with the other candidate it would meet a mixture. Nobody is told of a 404."""
+    monkeypatch.setattr(engines, "CONTACT_S", 0.0)
+    house = make_house(1, adapters=True)
+    opened = house.evaluating(share=0.99)
+    assert house.ask("run-1", "planner").result(10).status_code == 200
+    (engine,) = house.engines["writer"]
+    there = engine.app.adapters.pop("writer" + REHEARSED)
+    gate = house.proxy.app.hold.gates["writer"]
+    held = house.ask("run-1", "writer")
+    wait_for(lambda: len(gate.line) == 1 and not house.proxy.app.upstream.beside["writer"].is_up(), "it waits")
+    nobody = {"model": "writer", "messages": [{"role": "user", "content": "of no run"}]}
+    answer = house.proxy.client.post("/v1/chat/completions", json=nobody).json()
+    assert answer["choices"][0]["message"]["content"] == str(house.live["writer"])
+    engine.app.adapters["writer" + REHEARSED] = there
+    assert held.result(10).status_code == 200
+    assert house.answered("run-1") == [publish.version_id for publish in opened]
 
 
 def test_a_run_of_the_candidates_waits_where_one_of_them_is_down(make_house: Callable[..., House]) -> None:

@@ -1,6 +1,8 @@
 """Adapters on the engine of their base: exchanged one by one, probed by name, put back, and there after a restart."""
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,7 +171,8 @@ def test_an_engine_that_died_comes_back_with_the_live_adapters(
         live["p"] = add("p", 1.5)
         watcher = threading.Thread(target=process.watch, args=(until,))
         watcher.start()
-        process._guard.kill()  # type: ignore[union-attr]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
         while process.restarts == 0:
             until.wait(0.05)
         assert client.serves(live["p"].checkpoint_path, "1")

@@ -257,7 +257,7 @@ def test_two_replicas_serve_while_one_is_judged(whole: Whole) -> None:
 
 
 def test_a_judgement_that_does_not_come_in_time_fails_closed(whole: Whole) -> None:
-    whole.start(timeout_s=1.0)
+    whole.start(timeout_s=4.0)  # in which what is live must be evaluated, on a busy machine too
     let_go = threading.Event()
 
     def hangs(run_id: str) -> None:
@@ -265,7 +265,7 @@ def test_a_judgement_that_does_not_come_in_time_fails_closed(whole: Whole) -> No
             let_go.wait(20)
 
     with whole.evaluator(hangs), whole.users() as told:
-        with pytest.raises(PublishRejected, match="was not evaluated within 1 s") as caught:
+        with pytest.raises(PublishRejected, match="it was not evaluated within 4 s") as caught:
             whole.publish("good 1").result(30)
         assert whole.answer() == "good 0"
         let_go.set()
@@ -279,7 +279,7 @@ def test_a_killed_evaluator_rejects_what_it_had_in_hand_and_the_next_one_goes_on
     whole: Whole, tmp_path: Path, store_url: str
 ) -> None:
     """`tracegrad gate` as a process of its own, killed with -9 in the middle of an evaluation."""
-    whole.start(timeout_s=3.0)
+    whole.start(timeout_s=6.0)
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"id": t.task_id, "input": t.input}) + "\n" for t in TASKS))
     config = {
@@ -316,7 +316,7 @@ def test_a_killed_evaluator_rejects_what_it_had_in_hand_and_the_next_one_goes_on
     first.stdout.close()
     engine.gate.set()
     engine.gate = None
-    with pytest.raises(PublishRejected, match="was not evaluated within 3 s"):
+    with pytest.raises(PublishRejected, match="it was not evaluated within 6 s"):
         publishing.result(30)
     assert whole.answer() == "good 0"
     assert whole.store.open_gate_runs(), "what it was at is left open"

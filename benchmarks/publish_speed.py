@@ -56,7 +56,7 @@ def configuration(model: Path, folder: Path, *, adapter: bool, backend: str) -> 
 def engine_of(config: Config) -> EngineProcess:
     """The engine, with room for adapters where there are any."""
     base = config.models["base"]
-    args = engine_launch.adapter_flags(config.adapters_on("base"))
+    args = engine_launch.adapter_flags(config.adapters_on("base"), config.adapter_slots("base"))
     return EngineProcess("base", replace(base, engine=replace(base.engine, args=args)), say=print)
 
 

@@ -27,6 +27,7 @@ from tracegrad.tracestore.records import (
     CallTiming,
     Choice,
     LeaseRule,
+    ModelCalls,
     Reward,
     Run,
     RunTrace,
@@ -78,7 +79,7 @@ def _work(rank: int, size: int, recompute: bool, arguments: argparse.Namespace, 
     config = _config(arguments, recompute)
     learner = Learner(config, ranks=ranks)
     learner.start()
-    rule = LeaseRule(model="main", max_staleness=1, min_group=1)
+    rule = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=1)
     samples = build_batch(_traces(learner.policy.lm.config.vocab_size), rule)
     learner.step(BatchPlan(step=1, epoch=0, seed=1, run_ids=("r",)), samples, version_id=1)
     return_freed_memory()

@@ -37,7 +37,7 @@ LONG = settings(
 )
 long = (
     pytest.mark.long,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(7200),
     pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long"),
 )
 SHORTER = settings(SHORT, max_examples=4)

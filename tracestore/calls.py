@@ -130,8 +130,9 @@ def _check(call: Call) -> None:
                 f"{len(choice.logprobs)} logprobs: record logprobs None and quarantine the call"
             )
         kept = choice.kept_ids
-        if kept is not None and [token in ids for token, ids in zip(choice.token_ids, kept, strict=False)] != (
-            [True] * max(len(choice.token_ids), len(kept))
+        if kept is not None and (
+            len(kept) != len(choice.token_ids)
+            or any(token not in ids for token, ids in zip(choice.token_ids, kept, strict=True))
         ):
             raise InvalidRecord(
                 f"call {call.call_id!r} choice {choice.index} has {len(choice.token_ids)} token ids and {len(kept)} "

@@ -11,6 +11,7 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 
@@ -91,7 +92,7 @@ class Exchange:
         who = draft.attribution
         self._stripper = Stripper(injection, alias=alias, mark=_mark_of(draft, ask.shape))
         self._body = _body_of(ask, draft, injection)
-        self._unasked = _body_of(ask, draft, replace(injection, kept=0)) if injection.kept else b""
+        self._unasked = partial(_body_of, ask, draft, replace(injection, kept=0)) if injection.kept else None
         self._past = shared.continuing.past(draft, self._body)
         self._asks = shared.in_flight and ours and ask.shape is not EMBEDDINGS
         self._on_gone = None if attempt is None else attempt.client_left
@@ -196,11 +197,11 @@ class Exchange:
     async def _dispatch(self) -> EngineAnswer:
         """Send the request; where the engine refuses it, once more without asking for top logprobs."""
         answer = await self._dispatch_asking()
-        if not self._unasked or answer.status != 400:
+        if self._unasked is None or answer.status != 400:
             return answer
         answer.release()
         self._transcript.asked = False
-        answer = await self._post(self._unasked)
+        answer = await self._post(self._unasked())
         if answer.status == 200:
             self._shared.kept.refused(self._draft.model)
         return answer

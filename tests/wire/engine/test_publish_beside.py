@@ -1,21 +1,22 @@
 """Candidates of two adapters on one engine, judged beside what serves: all live or none, and nothing left loaded."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from deaths import Died, dies_at
 from fake_engine import FakeEngine, save_weight
 from versions import add_version
 from weight_probes import probe
 
 from tracegrad.tracestore.config import EngineConfig, GateConfig, GateRule, ModelConfig, PublishConfig
-from tracegrad.tracestore.evaluations import Evaluator, Measured
+from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.publishes import REHEARSED
 from tracegrad.tracestore.records import PolicyVersion, PublishState
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer import gate as gate_module
 from tracegrad.trainer.adapter_client import AdapterClient
 from tracegrad.trainer.engine_errors import EngineNotReady, PublishFailed, PublishRejected
@@ -25,10 +26,6 @@ from tracegrad.trainer.publish import Perturbed, Publisher
 
 MODELS = ("planner", "writer")
 OLD, NEW = 1.0, 1.2
-
-
-class Died(BaseException):
-    """The publisher's process is gone: no code of its own runs any more."""
 
 
 class House:
@@ -85,18 +82,8 @@ class House:
         Passage(gate, [each for each in found if each is not None]).run()
 
     def found(self, versions: Mapping[str, int], publish_id: int | None, mean: float) -> None:
-        measured = Measured(
-            version_id=versions["planner"],
-            versions=versions,
-            publish_id=publish_id,
-            name=str(time.monotonic_ns()),
-            tasks_hash="t",
-            score="f1",
-            started_at=1.0,
-            run_ids=("a",),
-            values={"one": mean},
-        )
-        self.store.add_evaluation(measured)
+        said = {"publish_id": publish_id, "run_ids": ("a",), "n_failed": 0, "values": {"one": mean}}
+        evaluation(self.store, versions["planner"], versions=versions, **said)
 
     def states(self) -> tuple[str, ...]:
         return tuple(str(view.state) for view in self.store.publish_view(MODELS).values())
@@ -221,15 +208,8 @@ DEATHS: list[tuple[float, PublishState, int]] = [
 def test_a_death_leaves_what_was_live_and_nothing_beside_it(
     house: House, at: PublishState, which: int, mean: float
 ) -> None:
-    entered: list[str] = []
-
-    def dies(state: str) -> None:
-        entered.append(state)
-        if state == at and entered.count(state) == which + 1:
-            raise Died
-
     with pytest.raises(Died):
-        house.publish(mean, dies)
+        house.publish(mean, dies_at(at, which))
     assert house.engine.adapters == house.served(house.live) | house.served(house.new, beside=True)
     for publisher in house.publishers().values():
         publisher.recover()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deaths import Died, dies_at
 from fake_engine import FakeEngine, save_weight
 from versions import add_version
 from weight_probes import probe
@@ -25,10 +26,6 @@ from tracegrad.trainer.engine_errors import PublishFailed, PublishRejected
 from tracegrad.trainer.gate import version_to_serve
 from tracegrad.trainer.publish import Publisher
 from tracegrad.trainer.versions_table import describe, table
-
-
-class Died(BaseException):
-    """The publisher's process is gone: no code of its own runs any more."""
 
 
 class House:
@@ -250,16 +247,15 @@ def test_a_death_at_each_state_leaves_the_last_good_version_after_the_next_start
 ) -> None:
     """No second publish before; a proxy that is alive is drained again where it was let through."""
     house = make_house(n_engines)
-    judges = house.judges(mean)
+    judges, dies = house.judges(mean), dies_at(at)
 
-    def dies(state: str) -> None:
+    def meets(state: str) -> None:
         judges(state)
-        if state == at:
-            raise Died
+        dies(state)
 
     new = house.version(1.2, 1)
     with pytest.raises(Died):
-        house.publisher(dies).publish(new.version_id, probe(1.2, 1.0))
+        house.publisher(meets).publish(new.version_id, probe(1.2, 1.0))
     assert house.last.state == at
     proxy = threading.Thread(target=acknowledge, args=(house,))
     house.store.register_proxy("p", "http://p")

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from deaths import Died, dies_at
 from fake_engine import FakeEngine, save_weight
 from versions import add_version
 from weight_probes import probe
@@ -23,10 +24,6 @@ from tracegrad.trainer.publish import Publisher
 
 MODELS = ("planner", "writer")
 OLD, NEW = 1.0, 1.2
-
-
-class Died(BaseException):
-    """The publisher's process is gone: no code of its own runs any more."""
 
 
 class House:
@@ -218,15 +215,8 @@ def test_a_death_leaves_the_last_good_versions_of_all_after_the_next_start(
 ) -> None:
     """The `which`-th of them entered the state. While it is recovered no proxy may reach a candidate and a live one."""
     house = make_house(n_engines)
-    entered: list[str] = []
-
-    def dies(state: str) -> None:
-        entered.append(state)
-        if state == at and entered.count(state) == which + 1:
-            raise Died
-
     with pytest.raises(Died):
-        house.publish(house.judges(mean, dies), share=0.5 if n_engines > 1 else 0.0)
+        house.publish(house.judges(mean, dies_at(at, which)), share=0.5 if n_engines > 1 else 0.0)
     mixtures: list[tuple[str, ...]] = []
     over = threading.Event()
 

@@ -11,8 +11,18 @@ from llama_engine import LlamaEngine
 
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.learner import Learner
 
 __all__ = ["configure", "learner", "llama", "tied_llama"]
+
+
+@pytest.fixture(scope="module")
+def score(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> recorded.Score:
+    """The model's logprobs."""
+    folder = tmp_path_factory.mktemp("scorer")
+    scorer = Learner(recorded.configuration(llama, folder))
+    scorer.create(str(folder))
+    return scorer.score
 
 
 @pytest.fixture

@@ -14,19 +14,10 @@ from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.gae import gae
-from tracegrad.trainer.learner import Learner
 
 Configure = Callable[..., Config]
 ByCall = dict[tuple[str, str], np.ndarray]
 LAMBDA = 0.6
-
-
-@pytest.fixture(scope="module")
-def score(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> recorded.Score:
-    folder = tmp_path_factory.mktemp("scorer")
-    scorer = Learner(recorded.configuration(llama, folder))
-    scorer.create(str(folder))
-    return scorer.score
 
 
 def job(configure: Configure, llama: Path, mode: str, bootstrap: str, name: str = "test") -> Config:

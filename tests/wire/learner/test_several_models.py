@@ -26,18 +26,9 @@ from tracegrad.trainer.controller import Controller, Surroundings
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.errors import EngineError, PublishError, StepRefused, TrainerError
 from tracegrad.trainer.job_folder import JobFolder
-from tracegrad.trainer.learner import Learner
 from tracegrad.trainer.metrics import Console
 
 Configure = Callable[..., Config]
-
-
-@pytest.fixture(scope="module")
-def score(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> recorded.Score:
-    folder = tmp_path_factory.mktemp("scorer")
-    scorer = Learner(recorded.configuration(llama, folder))
-    scorer.create(str(folder))
-    return scorer.score
 
 
 @pytest.fixture

@@ -145,9 +145,10 @@ class LimitsConfig(Section, frozen=True, kw_only=True):
     max_header_bytes: int = 64 * 1024
     max_messages: int = 10_000
     max_tools: int = 1_000
-    max_kept: Annotated[int, msgspec.Meta(ge=0)] = 20
-    """How many of the likeliest tokens the engine is asked for where top-p, top-k or min-p cut the others off, so that
-    what was left is on record and can be trained on. More than 20 needs `--max-logprobs` in `engine.args`; 0: none."""
+    max_kept: Annotated[int, msgspec.Meta(ge=0)] = 256
+    """How many of the likeliest tokens the engine is asked for at most where top-p, top-k or min-p cut the others off,
+    so that what was left is on record and can be trained on; 0: none. What `tracegrad engine` starts allows as many,
+    another vLLM 20 unless it has `--max-logprobs`."""
 
 
 class ProxyConfig(Section, frozen=True, kw_only=True):

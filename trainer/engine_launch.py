@@ -28,6 +28,8 @@ TRANSFER_BACKENDS: Mapping[str, str] = {"files": "", "memory": "tracegrad", "ipc
 _PLUGIN = "[vllm.general_plugins]\ntracegrad = tracegrad.trainer.worker_extension:tracegrad_register\n"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The bounds on ranks that vLLM takes."""
+_TOP_LOGPROBS = 20
+"""What `--max-logprobs` is unless it is said."""
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer below the head in Llama, Mistral and Qwen; `engine.args` may say otherwise."""
 ENVIRONMENT: Mapping[str, str] = {
@@ -96,6 +98,11 @@ def adapter_flags(adapters: Sequence[AdapterConfig], slots: int) -> tuple[str, .
     layers = sorted({layer for adapter in adapters for layer in adapter.targets or _LAYERS})
     room = ("--max-loras", str(slots), "--max-cpu-loras", str(max(slots, 2 * len(adapters))))
     return ("--enable-lora", "--max-lora-rank", str(rank), *room, "--lora-target-modules", *layers)
+
+
+def kept_flags(max_kept: int) -> tuple[str, ...]:
+    """Return what lets a proxy ask for so many top logprobs; 20 vLLM allows by itself."""
+    return ("--max-logprobs", str(max_kept)) if max_kept > _TOP_LOGPROBS else ()
 
 
 def lora_modules(folders: Mapping[str, str]) -> tuple[str, ...]:

@@ -85,8 +85,8 @@ class Exchange:
         self._progress = Progress()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
         ours = draft.outside is None
-        kept = shared.kept.wanted(draft.model, draft.sampling, draft.purpose) if ours else 0
-        injection = plan_injection(ask.body, ask.shape, kept=kept) if ours else NOTHING
+        self._kept = shared.kept.asked_of(draft.model, draft.sampling, draft.purpose)
+        injection = plan_injection(ask.body, ask.shape, kept=self._kept.count) if ours else NOTHING
         self._transcript = Transcript(asked=injection.kept > 0)
         alias = ask.model if ask.model != _served(draft) or draft.before else None
         who = draft.attribution
@@ -202,8 +202,7 @@ class Exchange:
         answer.release()
         self._transcript.asked = False
         answer = await self._post(self._unasked())
-        if answer.status == 200:
-            self._shared.kept.refused(self._draft.model)
+        self._kept.refused(answer.status)
         return answer
 
     async def _dispatch_asking(self) -> EngineAnswer:
@@ -349,6 +348,7 @@ class Exchange:
         self.submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
         self._shared.continuing.remember(call)
+        self._kept.heard(call, asked=self._transcript.asked)
         commit = self._shared.committer.submit(call)
         self._shared.dissents.follow(commit, self._draft.dissent, self._draft.project)
         return commit

@@ -2,28 +2,32 @@
 
 A token drawn from a truncated distribution can be trained on where its kept set is known. Nothing in an answer of vLLM
 tells it, but with processed logprobs what was cut off has none, and what was left sums to one. So the proxy asks for
-as many of the likeliest tokens as it may; where they hold all of the probability the set is known, else the choice
-stays flagged "truncated_sampling" and is context only. An engine that allows fewer top logprobs refuses the request:
-it is sent again without, and that model is not asked any more until its engine was away.
+the likeliest tokens; where they hold all of the probability the set is known, else the choice stays flagged
+"truncated_sampling" and is context only. Each of them is JSON that the engine writes and the proxy reads, and nobody
+knows before how many are left: how many an answer is asked for follows what earlier ones told (`Reach`). An engine
+that allows fewer refuses the request: it is sent again without, and fewer are asked for until that engine was away.
 Called by `exchange` and `recorder`. Source: vLLM 0.32, `chat_completion/serving.py`, `completion/serving.py`.
 """
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
-from tracegrad.adapters.proxy.sampling import Sampling
+from tracegrad.adapters.proxy.sampling import Sampling, flags_of
 from tracegrad.tracestore.config import Config
-from tracegrad.tracestore.records import Purpose
+from tracegrad.tracestore.records import Call, Purpose
 
 MISSING_LOGPROB = -9999.0
 """What vLLM writes where it has no logprob: of a sampled token it does not know, of a token that was cut off.
 Source: vLLM, `ChatCompletionLogProb.logprob`."""
 LOST = 1e-5
 """How much probability a known set may miss: what rounding takes from a sum of float32 logprobs."""
+FIRST = 20
+"""What any vLLM allows unless `--max-logprobs` says less."""
+STEADY, REST = 64, 1_000
 _TIES = 8
 """More than top-k may be left: what is as likely as the last of them. In bfloat16 that is nothing rare."""
 _PREFIX = "token_id:"
@@ -33,34 +37,100 @@ log = logging.getLogger("tracegrad.proxy")
 Set = tuple[int, ...]
 
 
+class Reach:
+    """How many of the likeliest tokens the answers of one model are asked for, `most` at most.
+
+    Twice as many after an answer whose sets were not all known; half as many after STEADY in a row that needed no more
+    than that. What even the most does not tell STEADY times in a row is not worth its cost: FIRST, for REST answers.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.now = min(FIRST, most)
+        self._few = self._short = self._resting = 0
+
+    def refused(self, asked: int) -> bool:
+        """The engine allows fewer than that. Returns whether this is news."""
+        allowed = min(self.most, FIRST if asked > FIRST else 0)
+        news, self.most = allowed < self.most, allowed
+        self._ask_for(self.now)
+        return news
+
+    def heard(self, asked: int, largest: int | None) -> None:
+        """The largest set of an answer that was asked for so many; None: they did not tell all sets."""
+        if asked != self.now:
+            return  # it left before the last change
+        if self._resting:
+            self._resting -= 1
+            return
+        self._few = self._few + 1 if largest is not None and 2 * largest <= self.now else 0
+        self._short = self._short + 1 if largest is None else 0
+        if self._short and self.now < self.most:
+            self._ask_for(2 * self.now)
+        elif self._short >= STEADY and self.now > FIRST:
+            self._ask_for(FIRST)
+            self._resting = REST
+        elif self._few >= STEADY and self.now > FIRST:
+            self._ask_for(self.now // 2)
+
+    def _ask_for(self, count: int) -> None:
+        self.now = min(max(count, FIRST), self.most)
+        self._few = self._short = 0
+
+
+class Asked:
+    """How many top logprobs one call is asked for; what became of them is told here. 0: it is not asked."""
+
+    def __init__(self, model: str, count: int, reach: Reach, most: int) -> None:
+        self._model = model
+        self.count = count
+        self._reach = reach
+        self._most = most
+
+    def refused(self, status: int) -> None:
+        """The engine refused the request; without them it answered with `status`."""
+        if status == 200 and self._reach.refused(self.count):
+            log.warning(
+                "the engine of model %r refuses %d top logprobs: answers where top-p, top-k or min-p left more than "
+                "%d tokens are context only; start it with `--max-logprobs %d`, or lower `proxy.limits.max_kept`",
+                *(self._model, self.count, self._reach.most, self._most),
+            )
+
+    def heard(self, call: Call, *, asked: bool) -> None:
+        """The call was answered; `asked`: with them."""
+        sampled = [choice for choice in call.choices if choice.token_ids]
+        if asked and sampled and call.status == "complete":
+            sets = [choice.kept_ids for choice in sampled]
+            known = [len(ids) for each in sets if each is not None for ids in each]
+            self._reach.heard(self.count, None if None in sets else max(known))
+
+
 class KeptSets:
     """Which calls are asked about. One per proxy process."""
 
     def __init__(self, config: Config) -> None:
         self._most = config.proxy.limits.max_kept
         self._trained = frozenset(config.trained_models())
-        self._refused: set[str] = set()
+        self._reaches: dict[str, Reach] = {}
 
-    def wanted(self, model: str, sampling: Sampling, purpose: Purpose) -> int:
-        """Return how many top logprobs to ask for; 0 where a known set would make nothing trainable."""
-        if sampling.flags != (_FLAG,) or purpose == "eval" or model not in self._trained or model in self._refused:
-            return 0
-        top_k = sampling.effective.get("top_k")
-        return min(self._most, top_k + _TIES) if isinstance(top_k, int) and top_k > 0 else self._most
-
-    def refused(self, model: str) -> None:
-        """The engine took the request only without them."""
-        if model not in self._refused:
-            self._refused.add(model)
-            log.warning(
-                "the engine of model %r refuses top logprobs: answers with top-p, top-k or min-p are context only; "
-                "start it with `--max-logprobs %d`, or lower `proxy.limits.max_kept`",
-                *(model, self._most),
-            )
+    def asked_of(self, model: str, sampling: Sampling, purpose: Purpose) -> Asked:
+        """Return how many top logprobs to ask for: none where a known set would make nothing trainable."""
+        reach = self._reaches.setdefault(model, Reach(self._most))
+        wanted = sampling.flags == (_FLAG,) and purpose != "eval" and model in self._trained
+        return Asked(model, _count(reach, sampling.effective) if wanted else 0, reach, self._most)
 
     def ask_again(self, model: str) -> None:
         """The engine was away, and may allow more now."""
-        self._refused.discard(model)
+        self._reaches.pop(model, None)
+
+
+def _count(reach: Reach, sampling: Mapping[str, Any]) -> int:
+    top_k = sampling.get("top_k")
+    if not isinstance(top_k, int) or top_k <= 0:
+        return reach.now
+    if _FLAG in flags_of({**sampling, "top_k": 0}, {}):
+        return min(reach.now, top_k + _TIES)
+    return min(reach.most, top_k + _TIES) if top_k <= reach.most else 0  # as many are left, whatever was heard
 
 
 def flags_with(flags: tuple[str, ...], kept: tuple[Set, ...] | None) -> tuple[str, ...]:

@@ -108,6 +108,11 @@ def test_the_engine_of_a_base_has_room_for_its_adapters_and_knows_their_layers()
     assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),), 2)
 
 
+def test_an_engine_of_ours_allows_as_many_top_logprobs_as_the_proxy_asks_for() -> None:
+    assert engine_launch.kept_flags(256) == ("--max-logprobs", "256")
+    assert engine_launch.kept_flags(20) == () == engine_launch.kept_flags(0)
+
+
 @pytest.mark.parametrize(
     ("url", "says"), [("http://0.0.0.0:8000", "not loopback"), ("http://127.0.0.1", "names no port")]
 )

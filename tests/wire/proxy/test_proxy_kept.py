@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tracegrad.adapters.proxy.kept import Set, sets_of_chat, sets_of_completion
+from tracegrad.adapters.proxy.kept import REST, STEADY, Reach, Set, sets_of_chat, sets_of_completion
 from tracegrad.tracestore.records import Choice, Run
 from tracegrad.tracestore.store import Store
 
@@ -44,7 +44,11 @@ def test_what_was_left_is_on_record(
     ("body", "top_logprobs"),
     [
         ({"top_k": 5}, 13),
-        ({"top_k": 40}, 20),
+        ({"top_k": 40}, 48),
+        ({"top_k": 40, "top_p": 0.9}, 20),
+        ({"top_k": 5, "min_p": 0.1}, 13),
+        ({"top_k": 250}, 256),
+        ({"top_k": 257}, None),
         ({"top_p": 0.9}, 20),
         ({}, None),
         ({"top_p": 0.9, "temperature": 0}, None),
@@ -56,6 +60,7 @@ def test_what_was_left_is_on_record(
 def test_only_what_can_make_it_trainable_is_asked_for(
     proxy: SimpleNamespace, engine_app: Any, body: dict[str, Any], top_logprobs: int | None
 ) -> None:
+    engine_app.max_logprobs = 256
     said = ask(proxy, **body).json()["choices"][0]
     (sent,) = engine_app.requests
     assert sent.get("top_logprobs") == top_logprobs
@@ -63,7 +68,7 @@ def test_only_what_can_make_it_trainable_is_asked_for(
     assert (said["logprobs"] is None) == ("logprobs" not in body)
 
 
-@pytest.mark.parametrize("body", [{"top_k": 40}, {"top_p": 0.9, "logprobs": True, "top_logprobs": 20}])
+@pytest.mark.parametrize("body", [{"top_k": 40, "top_p": 0.9}, {"top_p": 0.9, "logprobs": True, "top_logprobs": 20}])
 def test_what_is_not_known_whole_stays_flagged(proxy: SimpleNamespace, store: Store, body: dict[str, Any]) -> None:
     """Forty were left and twenty are told; a client's own top logprobs name texts, not ids."""
     ask(proxy, **body)
@@ -84,7 +89,27 @@ def test_an_evaluation_a_frozen_model_and_who_does_not_want_it_are_not_asked(
     assert [sent.get("top_logprobs") for sent in engine_app.requests] == [None] * 3
 
 
-def test_an_engine_that_allows_fewer_is_asked_once(
+def test_more_are_asked_for_where_they_did_not_suffice(proxy: SimpleNamespace, store: Store, engine_app: Any) -> None:
+    """Forty were left: the first answer does not tell them, the next does."""
+    engine_app.max_logprobs = 256
+    for run in ("first", "second", "third"):
+        ask(proxy, run, top_k=40, top_p=0.9)
+    assert [sent["top_logprobs"] for sent in engine_app.requests] == [20, 40, 40]
+    assert [only_choice(store, run).kept_ids is None for run in ("first", "second", "third")] == [True, False, False]
+
+
+def test_an_engine_that_allows_fewer_is_asked_for_as_many_as_any_allows(
+    proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for run in ("wide", "refused", "narrow", "narrower"):
+        assert ask(proxy, run, top_p=0.9, **({} if "narrow" in run else {"top_k": 40})).status_code == 200
+    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, 40, None, 20, 20]
+    assert [only_choice(store, run).kept_ids is None for run in ("wide", "refused", "narrow")] == [True, True, False]
+    (told,) = [r.getMessage() for r in caplog.records if "--max-logprobs" in r.getMessage()]
+    assert "refuses 40 top logprobs" in told and "more than 20 tokens" in told and "--max-logprobs 256" in told
+
+
+def test_an_engine_that_allows_hardly_any_is_asked_once(
     proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The app gets its answer either way; when the engine was away it may have been started with other flags."""
@@ -93,7 +118,7 @@ def test_an_engine_that_allows_fewer_is_asked_once(
         assert ask(proxy, run, top_p=0.9).status_code == 200
         assert only_choice(store, run).flags == ("truncated_sampling",)
     assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, None, None]
-    assert [r.getMessage() for r in caplog.records if "--max-logprobs 20" in r.getMessage()] != []
+    assert "more than 0 tokens" in caplog.text
     engine_app.max_logprobs = 20
     proxy.app._engine_is_back("main")
     ask(proxy, "third", top_p=0.9)
@@ -107,6 +132,33 @@ def test_a_request_that_is_wrong_for_another_reason_is_refused_as_before(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
     ask(proxy, top_p=0.9)
     assert engine_app.requests[-1]["top_logprobs"] == 20
+
+
+def told(reach: Reach, times: int, largest: int | None) -> int:
+    for _ in range(times):
+        reach.heard(reach.now, largest)
+    return reach.now
+
+
+def test_fewer_are_asked_for_once_that_would_long_have_sufficed() -> None:
+    reach = Reach(256)
+    assert [told(reach, 1, None) for _ in range(5)] == [40, 80, 160, 256, 256]
+    assert told(reach, STEADY - 1, 128) == 256 and told(reach, 1, 129) == 256 and told(reach, STEADY - 1, 1) == 256
+    assert told(reach, 1, 1) == 128 and [told(reach, STEADY, 1) for _ in range(4)] == [64, 32, 20, 20]
+    reach.heard(256, None)
+    assert reach.now == 20, "an answer from before the change says nothing of it"
+
+
+def test_what_the_most_does_not_tell_is_not_paid_for() -> None:
+    reach = Reach(40)
+    assert told(reach, STEADY, None) == 40 and told(reach, 1, 21) == 40 and told(reach, STEADY - 1, None) == 40
+    assert told(reach, 1, None) == 20
+    assert told(reach, REST, None) == 20 and told(reach, 1, None) == 40, "it is tried again"
+
+
+@pytest.mark.parametrize("most", [0, 7, 20])
+def test_no_more_than_the_configuration_says(most: int) -> None:
+    assert told(Reach(most), STEADY + 1, None) == most
 
 
 def likely(*shares: float) -> list[float]:

@@ -41,6 +41,7 @@ lint: $(STAMP) ## ruff, mypy --strict, import law
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=.dev:benchmarks:tests/support $(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## ruff format and its safe fixes

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.multiprocessing
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch writes no __all__
+from torch.multiprocessing.spawn import spawn
 from transformers.utils import logging
 
 from tracegrad.tracestore.config import Config, parse_config
@@ -59,7 +59,7 @@ def main() -> None:
 
 def _case(arguments: argparse.Namespace, size: int, recompute: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (size, recompute, arguments, folder), nprocs=size)
+        spawn(_work, (size, recompute, arguments, folder), nprocs=size)  # type: ignore[no-untyped-call]
         workers = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
     found = {
         "workers": size,
@@ -75,7 +75,7 @@ def _work(rank: int, size: int, recompute: bool, arguments: argparse.Namespace, 
     logging.disable_progress_bar()
     ranks = ALONE
     if size > 1:
-        ranks = join(rank, size, "cpu", torch.distributed.FileStore(f"{folder}/meeting", size))
+        ranks = join(rank, size, "cpu", FileStore(f"{folder}/meeting", size))
     config = _config(arguments, recompute)
     learner = Learner(config, ranks=ranks)
     learner.start()

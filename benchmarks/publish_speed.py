@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -130,7 +131,7 @@ def main() -> None:
         medians[name] = {part: round(statistics.median(row[part] for row in rows[name]), 3) for part in rows[name][0]}
     copy_s = round(copied(arguments.model, arguments.rounds), 3)
     total = {name: median["drained_to_answer_s"] for name, median in medians.items()}
-    made = {"publish_s": total.get("files"), "publish_memory_s": total.get("memory")}
+    made: dict[str, Any] = {"publish_s": total.get("files"), "publish_memory_s": total.get("memory")}
     made |= {"publish_adapter_s": total.get("adapter"), "copy_s": copy_s, "median": medians, "all": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(made, indent=2) + "\n")

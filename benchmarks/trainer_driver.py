@@ -106,7 +106,7 @@ def updates(system: str, asked: dict[str, Any], folder: Path) -> tuple[dict[str,
         nonlocal steps
         steps += 1
         plan = BatchPlan(step=steps, epoch=0, seed=steps, run_ids=tuple(samples.run_groups))
-        return learner.step(plan, samples, version_id=1).metrics
+        return dict(learner.step(plan, samples, version_id=1).metrics)
 
     def play(_: str) -> dict[str, float]:
         began = time.perf_counter()

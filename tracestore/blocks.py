@@ -33,7 +33,7 @@ _REMEMBERED = 20_000
 _ATTEMPTS = 8
 SWEEP_LOCK = 0x7377656570  # "sweep"
 _INSERT = HotInsert(blocks, "block_id", "parent_id", "first", "n_items", "coding", "hash", "project", "content")
-_SHARED = HotStatement(select(func.pg_advisory_xact_lock_shared(bindparam("key"))))
+_SHARED = HotStatement(select(func.pg_advisory_xact_lock_shared(bindparam("key"))), "key")
 
 
 class KnownBlocks:
@@ -127,7 +127,7 @@ def store_chains(
     if not chains:
         return [], {}
     if connection.dialect.name == "postgresql":
-        run_hot(connection, _SHARED, [{"key": SWEEP_LOCK}])
+        run_hot(connection, _SHARED, [(SWEEP_LOCK,)])
     paths = paths_of(connection, chains, known)
     plan = _Plan(forks_of(connection, paths))
     heads = []

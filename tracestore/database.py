@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,12 @@ class Database:
                 yield connection
             return
         connection, self._kept = self._kept or self._writer.connect(), None
-        with ExitStack() as back_to_the_pool:
-            back_to_the_pool.enter_context(connection)
+        try:
             yield connection
-            back_to_the_pool.pop_all()
             self._kept = connection
+        finally:
+            if self._kept is None:
+                connection.close()
         if self._checkpointer is not None:
             driver: Any = connection.connection.driver_connection
             self._checkpointer.wrote(driver.total_changes)

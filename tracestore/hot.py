@@ -1,82 +1,64 @@
-"""Statements of the hot path, compiled once and handed to the driver with encoded parameters.
+"""Statements of the hot path, compiled once and handed to the driver with parameters as it takes them.
 
 SQLAlchemy's execution of a Core statement costs about 0.1 ms each time (cache key, parameter processing, result
 set-up) even when its SQL is cached, and 0.05 ms where it is handed to `exec_driver_sql`; `append_calls` runs nine of
-them while a client waits. Here the SQL text and the column encoders are looked up once per dialect and column set, and
-the driver itself does the rest inside the same transaction, with the same errors. Rows go in as `HotInsert`, as the
-tuples that the driver takes (PostgreSQL: by COPY). Refuses expanding parameters: lists go in as `HotLookup`, filled up
-to one of a few lengths. Called by `calls`, `drafts`, `blocks`, `runs` and `spans`; `run_plain` by `database`.
+them while a client waits. Here the SQL text is made once per dialect and the driver itself does the rest inside the
+same transaction, with the same errors. Rows are tuples, encoded by the caller: `HotStatement` takes them in the order
+of its names, `HotInsert` writes many (PostgreSQL: by COPY). Refuses expanding parameters: lists go in as `HotLookup`,
+filled up to one of a few lengths. Called by `calls`, `drafts`, `blocks`, `paths`, `serials`, `runs` and `spans`;
+`run_plain` by `database`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Column, Connection, Executable, Select, Table, and_, bindparam, column, values
 from sqlalchemy.exc import DBAPIError
 
-_Encode = Callable[[Any], Any]
 _SIZES = (1, 4, 16, 64, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """SQL of one dialect, and how a row becomes its parameters: by position, or by name where `names` are given."""
-
-    sql: str
-    values_of: Callable[[dict[str, Any]], Sequence[Any]]
-    encoders: tuple[tuple[int, _Encode], ...]
-    names: tuple[str, ...] | None
-
-    def parameters(self, row: dict[str, Any]) -> Any:
-        """Return what the driver takes for `row`."""
-        values = list(self.values_of(row))
-        for place, encode in self.encoders:
-            values[place] = encode(values[place])
-        return values if self.names is None else dict(zip(self.names, values, strict=True))
+_Row = Sequence[Any]
 
 
 class HotStatement:
-    """One Core statement; `run_hot` executes it. Every row of one execution has the same keys."""
+    """One Core statement and the names of its parameters, in the order of a row; `run_hot` executes it."""
 
-    def __init__(self, statement: Executable) -> None:
-        self._statement = statement
-        self._prepared: dict[tuple[str, tuple[str, ...]], _Prepared] = {}
+    def __init__(self, statement: Executable, *names: str) -> None:
+        self._statement, self._names = statement, names
+        self._prepared: dict[str, tuple[str, Callable[[_Row], Any]]] = {}
 
-    def prepared(self, connection: Connection, names: tuple[str, ...]) -> _Prepared:
-        """Return the statement for the connection's dialect and rows with the keys `names`."""
-        key = (connection.dialect.name, names)
-        found = self._prepared.get(key)
+    def prepared(self, connection: Connection) -> tuple[str, Callable[[_Row], Any]]:
+        """Return the statement for the connection's dialect, and what makes of a row what its driver takes."""
+        found = self._prepared.get(connection.dialect.name)
         if found is None:
+            names = self._names
             compiled: Any = self._statement.compile(dialect=connection.dialect, column_keys=list(names))  # type: ignore[attr-defined]
-            order = tuple(compiled.positiontup if compiled.positional else compiled.bind_names.values())
-            encoders = compiled._bind_processors
-            found = self._prepared[key] = _Prepared(
-                sql=str(compiled),
-                values_of=itemgetter(*order) if len(order) > 1 else lambda row: [row[name] for name in order],
-                encoders=tuple((place, encoders[name]) for place, name in enumerate(order) if name in encoders),
-                names=None if compiled.positional else order,
-            )
+            taken: Callable[[_Row], Any]
+            if not compiled.positional:
+                taken = lambda row: dict(zip(names, row, strict=True))  # noqa: E731
+            elif tuple(compiled.positiontup or ()) == names:
+                taken = tuple
+            else:
+                taken = itemgetter(*map(names.index, compiled.positiontup))
+            found = self._prepared[connection.dialect.name] = str(compiled), taken
         return found
 
 
-def run_hot(connection: Connection, hot: HotStatement, rows: Sequence[dict[str, Any]]) -> list[Any]:
+def run_hot(connection: Connection, hot: HotStatement, rows: Sequence[_Row]) -> list[Any]:
     """Execute for each row, in one driver call; return the rows that it gives back as tuples.
 
     Raises what SQLAlchemy's own execution would: a `DBAPIError` of the kind that the driver's error is.
     """
-    prepared = hot.prepared(connection, tuple(rows[0]))
-    parameters = [prepared.parameters(row) for row in rows]
+    sql, taken = hot.prepared(connection)
     cursor = _driver(connection).cursor()
     try:
-        if len(parameters) > 1:
-            cursor.executemany(prepared.sql, parameters)
+        if len(rows) > 1:
+            cursor.executemany(sql, list(map(taken, rows)))
         else:
-            cursor.execute(prepared.sql, parameters[0])
+            cursor.execute(sql, taken(rows[0]))
         return list(cursor.fetchall()) if cursor.description else []
     except _errors(connection) as error:
-        raise _translated(connection, prepared.sql, error) from error
+        raise _translated(connection, sql, error) from error
     finally:
         cursor.close()
 
@@ -135,21 +117,24 @@ class HotLookup:
 
     def __init__(self, statement: Select[Any], *columns: Column[Any]) -> None:
         self.width = len(columns)
-        self._by_size = {size: HotStatement(_among(statement, columns, size)) for size in _SIZES}
+        self._by_size = {size: _among(statement, columns, size) for size in _SIZES}
 
     def of_size(self, size: int) -> HotStatement:
         """Return the statement whose list has so many places."""
         return self._by_size[size]
 
 
-def _among(statement: Select[Any], columns: Sequence[Column[Any]], size: int) -> Select[Any]:
+def _among(statement: Select[Any], columns: Sequence[Column[Any]], size: int) -> HotStatement:
+    places = [[f"p{n}_{at}" for at in range(len(columns))] for n in range(size)]
+    names = [name for place in places for name in place]
     if len(columns) == 1:
-        return statement.where(columns[0].in_([bindparam(f"p{n}") for n in range(size)]))
+        return HotStatement(statement.where(columns[0].in_([bindparam(name) for name in names])), *names)
     # A join with the list, since SQLite would look for (a, b) IN (VALUES ...) in the whole table.
-    places = [[bindparam(f"p{n}_{at}", type_=one.type) for at, one in enumerate(columns)] for n in range(size)]
-    wanted = values(*(column(one.name, one.type) for one in columns)).data([tuple(place) for place in places])
-    listed = wanted.cte("wanted")
-    return statement.join(listed, and_(*(one == listed.c[one.name] for one in columns)))
+    marks = [
+        tuple(bindparam(name, type_=one.type) for name, one in zip(place, columns, strict=True)) for place in places
+    ]
+    listed = values(*(column(one.name, one.type) for one in columns)).data(marks).cte("wanted")
+    return HotStatement(statement.join(listed, and_(*(one == listed.c[one.name] for one in columns))), *names)
 
 
 def look_up(connection: Connection, hot: HotLookup, wanted: Sequence[Any]) -> list[Any]:
@@ -159,11 +144,8 @@ def look_up(connection: Connection, hot: HotLookup, wanted: Sequence[Any]) -> li
         some = list(wanted[start : start + _SIZES[-1]])
         size = next(size for size in _SIZES if size >= len(some))
         some += some[-1:] * (size - len(some))
-        if hot.width == 1:
-            parameters = {f"p{n}": value for n, value in enumerate(some)}
-        else:
-            parameters = {f"p{n}_{at}": part for n, parts in enumerate(some) for at, part in enumerate(parts)}
-        rows += run_hot(connection, hot.of_size(size), [parameters])
+        row = some if hot.width == 1 else [part for parts in some for part in parts]
+        rows += run_hot(connection, hot.of_size(size), [row])
     return rows
 
 

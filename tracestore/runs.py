@@ -150,7 +150,7 @@ def open_or_touch(connection: Connection, projects: Mapping[str, str], now: floa
 
     What was marked less than ACTIVE_WITHIN_S ago stays as it is: a run of many calls is not written with each.
     """
-    rows = [_row(Run(run_id=run_id, project=project), now) for run_id, project in sorted(projects.items())]
+    rows = [(run_id, project, "live", "open", now, now) for run_id, project in sorted(projects.items())]
     run_hot(connection, _open_or_touch_for(connection.dialect.name), rows)
 
 
@@ -163,7 +163,8 @@ def _open_or_touch_for(dialect: str) -> HotStatement:
             index_elements=["run_id"],
             set_={"active_at": newer},
             where=runs.c.active_at < newer - literal_column(str(ACTIVE_WITHIN_S)),
-        )
+        ),
+        *("run_id", "project", "purpose", "status", "opened_at", "active_at"),
     )
 
 

@@ -22,7 +22,8 @@ _LAST = HotStatement(
 )
 """As AUTOINCREMENT counts: on from the highest id that was ever given, or is there."""
 _NEXT = HotStatement(
-    text("SELECT nextval(CAST(pg_get_serial_sequence(:name, :key) AS regclass)) FROM generate_series(1, :count)")
+    text("SELECT nextval(CAST(pg_get_serial_sequence(:name, :key) AS regclass)) FROM generate_series(1, :count)"),
+    *("name", "key", "count"),
 )
 
 
@@ -36,10 +37,9 @@ class Serials:
     def take(self, table: str, count: int) -> Sequence[int]:
         """Return so many new numbers, in order."""
         if self._connection.dialect.name != "sqlite":
-            asked = {"name": table, "key": _KEYS[table], "count": count}
-            return [row[0] for row in run_hot(self._connection, _NEXT, [asked])]
+            return [row[0] for row in run_hot(self._connection, _NEXT, [(table, _KEYS[table], count)])]
         if self._last is None:
-            self._last = dict(zip(_KEYS, run_hot(self._connection, _LAST, [{}])[0], strict=True))
+            self._last = dict(zip(_KEYS, run_hot(self._connection, _LAST, [()])[0], strict=True))
         begin = self._last[table] + 1
         self._last[table] += count
         return range(begin, begin + count)

@@ -8,10 +8,12 @@ through `Store`; the graph they form is derived in `edges`.
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, Text, case, func, literal_column, select, type_coerce
+from sqlalchemy import Connection, Text, case, func, literal_column, or_, select, type_coerce
 
+from tracegrad.tracestore.codec import JsonText, encode_json
 from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
@@ -21,6 +23,8 @@ from tracegrad.tracestore.schema import calls, spans
 
 _FIELDS = tuple(field.name for field in fields(Span))
 _KEY = ("run_id", "span_id")
+_VALUES = attrgetter(*_FIELDS)
+_JSON = [place for place, name in enumerate(_FIELDS) if isinstance(spans.c[name].type, JsonText)]
 
 
 class Spans(Noun):
@@ -75,8 +79,14 @@ def upsert_spans(connection: Connection, parts: Sequence[Span]) -> None:
     """Write parts of spans whose runs exist and are locked, in the order given; what is said twice running, once."""
     if parts:
         told = [part for before, part in zip([None, *parts], parts, strict=False) if part != before]
-        rows = [{name: getattr(part, name) for name in _FIELDS} for part in told]
-        run_hot(connection, _upsert_for(connection.dialect.name), rows)
+        run_hot(connection, _upsert_for(connection.dialect.name), [_row(part) for part in told])
+
+
+def _row(part: Span) -> list[Any]:
+    row = list(_VALUES(part))
+    for place in _JSON:
+        row[place] = None if row[place] is None else encode_json(row[place])
+    return row
 
 
 def spans_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[Span]]:
@@ -104,7 +114,10 @@ def _span(row: Any) -> Span:
 
 @cache
 def _upsert_for(dialect: str) -> HotStatement:
-    """The newer name and kind; of the rest the newer, where it says anything, but for `source`: the first that told."""
+    """The newer name and kind; of the rest the newer, where it says anything, but for `source`: the first that told.
+
+    A row that would stay as it is is not written: the calls of a span tell it again and again.
+    """
     statement = insert_for(dialect, spans)
     given, known = statement.excluded, spans.c
     changed: dict[str, Any] = {name: given[name] for name in ("name", "kind")}
@@ -114,4 +127,5 @@ def _upsert_for(dialect: str) -> HotStatement:
     for name in _FIELDS:
         if name not in (*_KEY, *changed):
             changed[name] = func.coalesce(given[name], known[name])
-    return HotStatement(statement.on_conflict_do_update(index_elements=list(_KEY), set_=changed))
+    news = or_(*(value.is_distinct_from(known[name]) for name, value in changed.items()))
+    return HotStatement(statement.on_conflict_do_update(index_elements=list(_KEY), set_=changed, where=news), *_FIELDS)

@@ -52,6 +52,16 @@ class SpanContract:
         assert store.list_spans("none") == []
         store.put_spans([])
 
+    def test_what_is_told_again_is_not_written(self, store: Store) -> None:
+        """Each call of a span tells it whole, while a client waits for the commit."""
+        span = Span(span_id="s", run_id="r", name="tools", triggers=("t",), input={"q": 1})
+        store.put_spans([span])
+        before = _written(store)
+        store.put_spans([span, Span(span_id="s", run_id="r", name="tools")])
+        assert _written(store) == before
+        store.put_spans([replace(span, superstep=3)])
+        assert _written(store) != before
+
     def test_a_call_completes_its_span(self, store: Store) -> None:
         """The place that a call's header told is kept beside what the hook told before."""
         told = Span(span_id="span-answerer", run_id="r", name="answerer", input="q", started_at=1.0, triggers=("t",))
@@ -274,3 +284,12 @@ class AttemptContract:
         store.append_calls([call])
         assert store.get_run("r").project == "p"
         assert store.trace("r").calls == (replace(call, choices=store.trace("r").calls[0].choices),)
+
+
+def _written(store: Store) -> str:
+    """What is another once the only row of spans was written."""
+    with store._db.write() as connection:
+        if store._db.is_sqlite:
+            driver: Any = connection.connection.driver_connection
+            return str(driver.total_changes)
+        return str(connection.exec_driver_sql("SELECT xmin FROM spans").scalar_one())

@@ -252,19 +252,39 @@ class PpoStep:
                 "the engine's logprobs and the trainer's are too far apart, or the bounds too narrow "
                 "(`logprob_abs_diff` in metrics.jsonl tells); the weights are unchanged"
             )
-        norm = self._clip_grads()
+        norm = self._grad_norm()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise StepRefused(f"step {step}: loss {total}, gradient norm {norm}: not finite; the weights are unchanged")
         history.check_norm(step, norm, max_grad_norm=self._config.optimizer.max_grad_norm, config=algorithm.refuse)
         lr = self._set_learning_rates(step)
-        self._optimizer.step()
+        self._step_clipped(norm)
         self._policy.zero_grads()
         self._policy.refresh()
         return {"loss": total, "grad_norm": norm, "lr": lr}
 
-    def _clip_grads(self) -> float:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.optimizer.max_grad_norm)))
+    @property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _grad_norm(self) -> float:
+        return float(whole(torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])))
+
+    def _step_clipped(self, norm: float) -> None:
+        """Step with the gradients scaled down to `max_grad_norm` where they are longer.
+
+        The fused AdamW scales them as it reads them, if it is told as torch's `GradScaler` tells it: one pass over all
+        gradients less. (It cannot where they are divided over ranks.) Source: `torch.nn.utils.clip_grads_with_norm_`.
+        """
+        limit = self._config.optimizer.max_grad_norm
+        scale = (norm + 1e-6) / limit
+        if scale > 1.0 and self._policy.ranks.size > 1:
+            torch.nn.utils.clip_grads_with_norm_(self._trained, limit, torch.tensor(norm, device=self._policy.device))
+        elif scale > 1.0:
+            vars(self._optimizer)["grad_scale"] = torch.tensor(scale, device=self._policy.device)
+        try:
+            self._optimizer.step()
+        finally:
+            vars(self._optimizer).pop("grad_scale", None)
 
     def _set_learning_rates(self, step: int) -> float:
         """Linear warm-up over the first steps: a function of the step alone, so that nothing has to be resumed."""

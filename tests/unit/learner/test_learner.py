@@ -125,6 +125,17 @@ def test_rows_of_any_size_give_the_same_update(learner: MakeLearner) -> None:
     assert results[2] == pytest.approx(results[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-3, True), (1e9, False)])
+def test_gradients_are_no_longer_than_the_configuration_says(learner: MakeLearner, limit: float, clipped: bool) -> None:
+    """AdamW's first moment after one step is (1 - beta1) times what it was given."""
+    made = learner(optimizer={"betas": [0.9, 0.95], "max_grad_norm": limit}, **GROUP)
+    plan, samples = samples_of(made)
+    norm = apply(made, plan, samples).metrics["grad_norm"]
+    moments = [state["exp_avg"] for state in made._optimizer_or_raise().state.values()]
+    given = float(torch.cat([moment.flatten() for moment in moments]).norm()) / (1 - 0.9)
+    assert norm > 1e-3 and given == pytest.approx(limit if clipped else norm, rel=1e-3)
+
+
 def test_the_loss_is_a_mean_over_all_trained_tokens(learner: MakeLearner) -> None:
     """At ratio 1 and weight 1 without a critic: loss = -sum(advantages) / tokens = -mean advantage."""
     made = learner(optimizer={"lr": 0.0}, **GROUP)

@@ -65,6 +65,8 @@ class FakeEngine(TransferWire):
         self.processed = True
         self.default_top_k: int | None = None
         self.default_temperature = 1.0
+        self.rounding = 0.0
+        """Nats by which a reported logprob is off, as where a CPU has no instructions for bfloat16 (0.07 there)."""
         self.stale_head = False
         self.ignore_reload = False
         self.fail_reloads = 0
@@ -217,6 +219,9 @@ class FakeEngine(TransferWire):
             sampled = _mask(self._logprobs(body, ids[-1], temperature), top_k)
             token = rng.choices(range(VOCABULARY), [math.exp(x) for x in sampled])[0]
             reported = sampled if self.processed else self._logprobs(body, ids[-1], 1.0)
+            if self.rounding:
+                noise = random.Random(f"{body.get('seed', 0)} {len(ids)}")
+                reported = [x + noise.gauss(0.0, self.rounding) for x in reported]
             values.append(reported[token])
             best = sorted(range(VOCABULARY), key=lambda t: -reported[t])[: body.get("logprobs", 0)]
             tops.append({f"token_id:{t}": max(reported[t], -9999.0) for t in {*best, token}})

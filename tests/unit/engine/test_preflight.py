@@ -9,7 +9,7 @@ from fake_engine import FakeEngine, save_weight
 from tracegrad.tracestore.config import EngineConfig, ModelConfig, TransferConfig
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused, EngineUnreachable
-from tracegrad.trainer.preflight import check, preflight, tied_head
+from tracegrad.trainer.preflight import _defaults, check, preflight, tied_head
 
 
 @pytest.fixture
@@ -52,6 +52,17 @@ def test_each_fault_is_named_with_what_to_add(fake: FakeEngine, fault: str, valu
     found = findings(fake)
     assert add in found.pop(code)
     assert set(found) <= {"tied_head"}
+
+
+def test_rounding_is_not_taken_for_other_sampling(fake: FakeEngine) -> None:
+    """And other sampling is seen through it."""
+    client = EngineClient(fake.url, "main")
+    fake.rounding = 0.09
+    assert [_defaults(client, {"seed": seed}) for seed in range(20)] == [[]] * 20
+    fake.default_temperature = 0.9
+    assert [len(_defaults(client, {"seed": seed})) for seed in range(5)] == [1] * 5
+    fake.default_temperature, fake.default_top_k = 1.0, 5
+    assert [len(_defaults(client, {"seed": seed})) for seed in range(5)] == [1] * 5
 
 
 def test_an_engine_that_was_not_started_to_be_sent_weights_is_named(fake: FakeEngine) -> None:

@@ -112,9 +112,9 @@ REASONS: Mapping[str, Words] = {
     ),
     TRUNCATED: Words(
         "sampled with top-p, top-k or min-p, where what these left is not known whole",
-        "start the engine with `--max-logprobs` as large as `proxy.limits.max_kept`, or set `top_k: 12` under "
-        "`proxy.sampling` (for purpose `train`), or `top_p: 1.0` and `top_k: 0`; only the last helps where the app "
-        "asks for logprobs itself",
+        "if it stays so, the engine tells too few (then the proxy's log says so: start it with `--max-logprobs`, as "
+        "large as `proxy.limits.max_kept`); or set `top_k: 12` under `proxy.sampling` (for purpose `train`), or "
+        "`top_p: 1.0` and `top_k: 0`; only the last helps where the app asks for logprobs itself",
     ),
     NO_REWARD: Words(
         "that no counted reward reaches",

@@ -40,8 +40,9 @@ Set = tuple[int, ...]
 class Reach:
     """How many of the likeliest tokens the answers of one model are asked for, `most` at most.
 
-    Twice as many after an answer whose sets were not all known; half as many after STEADY in a row that needed no more
-    than that. What even the most does not tell STEADY times in a row is not worth its cost: FIRST, for REST answers.
+    Four times as many after an answer whose sets were not all known; half as many after STEADY in a row that needed no
+    more than that. What even the most does not tell STEADY times in a row is not worth its cost: FIRST, for REST
+    answers.
     """
 
     def __init__(self, most: int) -> None:
@@ -66,7 +67,7 @@ class Reach:
         self._few = self._few + 1 if largest is not None and 2 * largest <= self.now else 0
         self._short = self._short + 1 if largest is None else 0
         if self._short and self.now < self.most:
-            self._ask_for(2 * self.now)
+            self._ask_for(4 * self.now)
         elif self._short >= STEADY and self.now > FIRST:
             self._ask_for(FIRST)
             self._resting = REST

@@ -228,7 +228,7 @@ def test_a_healthy_store_gets_no_word() -> None:
         (
             "problem",
             "truncated sampling",
-            "truncated sampling: 5 of 5 answers would not train; start the engine with",
+            "truncated sampling: 5 of 5 answers would not train; if it stays so",
             {"choices": [flagged("truncated_sampling", 5), flagged("greedy", 50, evaluated=True)], "jobs": [job()]},
         ),
         (

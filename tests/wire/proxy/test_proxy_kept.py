@@ -94,7 +94,7 @@ def test_more_are_asked_for_where_they_did_not_suffice(proxy: SimpleNamespace, s
     engine_app.max_logprobs = 256
     for run in ("first", "second", "third"):
         ask(proxy, run, top_k=40, top_p=0.9)
-    assert [sent["top_logprobs"] for sent in engine_app.requests] == [20, 40, 40]
+    assert [sent["top_logprobs"] for sent in engine_app.requests] == [20, 48, 48]
     assert [only_choice(store, run).kept_ids is None for run in ("first", "second", "third")] == [True, False, False]
 
 
@@ -103,10 +103,10 @@ def test_an_engine_that_allows_fewer_is_asked_for_as_many_as_any_allows(
 ) -> None:
     for run in ("wide", "refused", "narrow", "narrower"):
         assert ask(proxy, run, top_p=0.9, **({} if "narrow" in run else {"top_k": 40})).status_code == 200
-    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, 40, None, 20, 20]
+    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, 48, None, 20, 20]
     assert [only_choice(store, run).kept_ids is None for run in ("wide", "refused", "narrow")] == [True, True, False]
     (told,) = [r.getMessage() for r in caplog.records if "--max-logprobs" in r.getMessage()]
-    assert "refuses 40 top logprobs" in told and "more than 20 tokens" in told and "--max-logprobs 256" in told
+    assert "refuses 48 top logprobs" in told and "more than 20 tokens" in told and "--max-logprobs 256" in told
 
 
 def test_an_engine_that_allows_hardly_any_is_asked_once(
@@ -142,7 +142,7 @@ def told(reach: Reach, times: int, largest: int | None) -> int:
 
 def test_fewer_are_asked_for_once_that_would_long_have_sufficed() -> None:
     reach = Reach(256)
-    assert [told(reach, 1, None) for _ in range(5)] == [40, 80, 160, 256, 256]
+    assert [told(reach, 1, None) for _ in range(3)] == [80, 256, 256]
     assert told(reach, STEADY - 1, 128) == 256 and told(reach, 1, 129) == 256 and told(reach, STEADY - 1, 1) == 256
     assert told(reach, 1, 1) == 128 and [told(reach, STEADY, 1) for _ in range(4)] == [64, 32, 20, 20]
     reach.heard(256, None)

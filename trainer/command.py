@@ -109,6 +109,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
 
     from tracegrad.tracestore.store import open_store
     from tracegrad.trainer.adapter_client import engine_clients
+    from tracegrad.trainer.cpu_flags import slow_bfloat16
     from tracegrad.trainer.crash_points import CrashPoints
     from tracegrad.trainer.errors import TrainerError
     from tracegrad.trainer.heartbeat import Heartbeat
@@ -119,6 +120,11 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
 
     stop, job = Event(), config.trainer.job
     console = Console(click.echo, steps=config.trainer.steps, as_json=as_json)
+    if config.trainer.workers.device == "cpu" and config.trainer.precision == "bf16" and slow_bfloat16():
+        console.say(
+            "this CPU has no instructions for bfloat16: `trainer.precision: fp32` and, of the models, "
+            "`engine: {dtype: float32}` are several times faster here"
+        )
     try:
         crash_points = CrashPoints.from_environment(os.environ)
         store = open_store(config.store)

@@ -194,11 +194,19 @@ class ProxyClient:
             raise ProxyFailed(message, status=status, code=None) from error
         if status < 400:
             return answer if isinstance(answer, dict) else {"value": answer}
-        said = answer.get("error") if isinstance(answer, dict) else None
+        said = (answer.get("error") or _unwell(answer)) if isinstance(answer, dict) else None
         fields_said = said if isinstance(said, dict) else {"message": str(said or answer)}
         kind = ProxyRefused if status < 500 else ProxyFailed
         message = f"{method} {path}: HTTP {status}: {fields_said.get('message')}"
         raise kind(message, status=status, code=fields_said.get("code"))
+
+
+def _unwell(health: Json) -> str | None:
+    """What is wrong by a report of `/health`, in words; None: it is none, or it is well."""
+    if health.get("status") != "unwell":
+        return None
+    wrong = [f"model {name}: {told['engine']}" for name, told in health["models"].items() if told["engine"] != "ok"]
+    return "; ".join([*([] if health["store"] == "ok" else ["the store cannot be reached"]), *wrong])
 
 
 def _segment(value: str) -> str:

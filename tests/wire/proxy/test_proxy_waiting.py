@@ -15,6 +15,8 @@ import pytest
 from versions import go_live, next_version
 from waits import wait_for
 
+from tracegrad.adapters.client import ProxyClient
+from tracegrad.adapters.errors import ProxyFailed
 from tracegrad.adapters.proxy import deadlines, engines, exchange, hold
 from tracegrad.adapters.proxy.courses import Caller
 from tracegrad.tracestore.store import Store
@@ -219,6 +221,8 @@ def test_an_engine_that_stays_down_is_a_503_that_says_so(
         assert "http://127.0.0.1:9 cannot be reached" in answer.json()["error"]["message"]
         assert answer.headers["retry-after"] == "1"
     assert store.list_runs() == [], "nothing was sent, nothing is recorded"
+    with pytest.raises(ProxyFailed, match=r"HTTP 503: model main: http://127\.0\.0\.1:9 cannot be reached"):
+        ProxyClient(proxy.url).health()
 
 
 def test_an_engine_that_came_back_with_other_weights_gets_no_calls(

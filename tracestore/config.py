@@ -178,7 +178,7 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     critic_lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     warmup_steps: int = 0
     epochs: int = 1
     minibatches: int = 1

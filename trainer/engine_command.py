@@ -117,7 +117,7 @@ def _processes(config: Config, models: Mapping[str, ModelConfig], store: Store) 
     """One process for each engine; replicas are told apart by their number. A base's engine has room for adapters."""
     for name, model in models.items():
         flags = engine_launch.adapter_flags(config.adapters_on(name), config.adapter_slots(name))
-        flags += engine_launch.kept_flags(config.proxy.limits.max_kept)
+        flags += engine_launch.kept_flags(config.proxy.limits.max_kept, model.checkpoint)
         for i, own in enumerate(model.each_engine()):
             engine = msgspec.structs.replace(own.engine, args=(*flags, *own.engine.args))
             each = msgspec.structs.replace(own, engine=engine)

@@ -100,9 +100,16 @@ def adapter_flags(adapters: Sequence[AdapterConfig], slots: int) -> tuple[str, .
     return ("--enable-lora", "--max-lora-rank", str(rank), *room, "--lora-target-modules", *layers)
 
 
-def kept_flags(max_kept: int) -> tuple[str, ...]:
-    """Return what lets a proxy ask for so many top logprobs; 20 vLLM allows by itself."""
-    return ("--max-logprobs", str(max_kept)) if max_kept > _TOP_LOGPROBS else ()
+def kept_flags(max_kept: int, checkpoint: str) -> tuple[str, ...]:
+    """Return what lets a proxy ask for so many top logprobs; 20 vLLM allows by itself.
+
+    No more than there are tokens: vLLM 0.32 does not refuse who asks for more, it dies.
+    """
+    path = Path(checkpoint) / "config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    most = max(max_kept, _TOP_LOGPROBS)
+    most = min(most, said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or most)
+    return ("--max-logprobs", str(most)) if most != _TOP_LOGPROBS else ()
 
 
 def lora_modules(folders: Mapping[str, str]) -> tuple[str, ...]:

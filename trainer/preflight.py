@@ -59,7 +59,7 @@ def preflight(client: EngineClient, model: ModelConfig, *, in_flight: bool = Fal
     findings = _served(asked, model)
     if any(f.code == "model" for f in findings):
         return findings
-    findings += _control(asked, model) + _adapters(client) + _sampling(asked)
+    findings += _control(asked, model) + _adapters(client) + _sampling(asked, model.engine.max_model_len)
     findings += _room(asked, slots) if slots and not findings else []
     return findings + _spans(asked) if in_flight and not findings else findings
 
@@ -167,7 +167,7 @@ def _no_extension(why: str) -> list[Finding]:
     return [Finding(code="tied_head", what=f"the output head is tied to the embedding; {why}", add=add)]
 
 
-def _sampling(client: EngineClient) -> list[Finding]:
+def _sampling(client: EngineClient, max_model_len: int) -> list[Finding]:
     """Token ids, scores, and what the reported logprobs are logprobs of."""
     ignore = {"ignore_eos": True, "seed": 0}
     neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **ignore}
@@ -187,22 +187,25 @@ def _sampling(client: EngineClient) -> list[Finding]:
     if not 0.9 / _HOT < slope < 1.1 / _HOT:
         what = f"reports logprobs that do not know the temperature (slope {slope:.2f} at T = {_HOT}, not {1 / _HOT})"
         return [Finding(code="logprobs_mode", what=what, add="--logprobs-mode processed_logprobs")]
-    return _defaults(client, ignore)
+    return _defaults(client, ignore, max_model_len)
 
 
-def _defaults(client: EngineClient, fields: Mapping[str, object]) -> list[Finding]:
+def _defaults(client: EngineClient, fields: Mapping[str, object], max_model_len: int) -> list[Finding]:
     """Sample with nothing said about sampling: the logprobs must be those of the model itself at T = 1.
 
     In bfloat16 either is rounded, on a CPU without instructions for it by 0.07 nats a token: a mean within `_SIGMAS`
-    standard errors of 0 says nothing. A temperature shows in the slope, a mask in what it removed or in the mean, a
-    penalty in slope and mean. (SmolLM2, so rounded: slopes of 0.992 to 1.001; 1.11 at T = 0.9, 0.96 with a presence
-    penalty of 0.5, 0.94 with a repetition penalty of 1.05.)
+    standard errors of 0 says nothing. Rounding goes both ways, and a mask takes no sampled token below what it was: so
+    how much is rounded is read from those below. A temperature shows in the slope, a mask in what it removed or in the
+    mean, a penalty in slope and mean. (SmolLM2, so rounded: slopes of 0.992 to 1.001; 1.11 at T = 0.9, 0.96 with a
+    presence penalty of 0.5, 0.94 with a repetition penalty of 1.05.)
     """
-    sampled = client.sample(_PROMPT, max_tokens=_MANY_TOKENS, top=20, **fields)
+    most = min(_MANY_TOKENS, max_model_len - len(_PROMPT) - 1)
+    sampled = client.sample(_PROMPT, max_tokens=most, top=20, **fields)
     own = client.score_top((*_PROMPT, *sampled.token_ids), len(_PROMPT), 20)
     away = [s - at[token] for s, at, token in zip(sampled.logprobs, own, sampled.token_ids, strict=True)]
     mean = math.fsum(away) / len(away)
-    error = math.sqrt(math.fsum((a - mean) ** 2 for a in away)) / len(away)
+    below = [a for a in away if a < 0.0]
+    error = math.sqrt(math.fsum(a * a for a in below) / max(len(below), 1) / len(away))
     slope = _slope(sampled.top, own)
     tilted = slope is not None and abs(slope - 1.0) > _TILT
     if _masked(sampled) or tilted or abs(mean) > max(0.02, _SIGMAS * error):

@@ -11,7 +11,7 @@ Called by `exchange` and `recorder`. Source: vLLM 0.32, `chat_completion/serving
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -46,7 +46,7 @@ class Reach:
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.most = self.wished = most
         self.now = min(FIRST, most)
         self._few = self._short = self._resting = 0
 
@@ -80,13 +80,17 @@ class Reach:
 
 
 class Asked:
-    """How many top logprobs one call is asked for; what became of them is told here. 0: it is not asked."""
+    """How many top logprobs one call is asked for (0: none); what became of them is told here.
 
-    def __init__(self, model: str, count: int, reach: Reach, most: int) -> None:
+    `bound`: no more are left, so that a list as long tells all. None: nobody knows how many are.
+    """
+
+    def __init__(self, model: str, reach: Reach, *, count: int, bound: int | None) -> None:
         self._model = model
-        self.count = count
         self._reach = reach
-        self._most = most
+        self._before = reach.now
+        self._bound = bound
+        self.count = count
 
     def refused(self, status: int) -> None:
         """The engine refused the request; without them it answered with `status`."""
@@ -94,16 +98,19 @@ class Asked:
             log.warning(
                 "the engine of model %r refuses %d top logprobs: answers where top-p, top-k or min-p left more than "
                 "%d tokens are context only; start it with `--max-logprobs %d`, or lower `proxy.limits.max_kept`",
-                *(self._model, self.count, self._reach.most, self._most),
+                *(self._model, self.count, self._reach.most, self._reach.wished),
             )
 
     def heard(self, call: Call, *, asked: bool) -> None:
-        """The call was answered; `asked`: with them."""
+        """The call was answered; `asked`: with them. An answer that is not exact says nothing of how many were left."""
         sampled = [choice for choice in call.choices if choice.token_ids]
-        if asked and sampled and call.status == "complete":
+        exact = call.status == "complete" and call.quarantine is None and all(one.logprobs for one in sampled)
+        if asked and sampled and exact:
             sets = [choice.kept_ids for choice in sampled]
-            known = [len(ids) for each in sets if each is not None for ids in each]
-            self._reach.heard(self.count, None if None in sets else max(known))
+            if None not in sets:
+                self._reach.heard(self._before, max(len(ids) for each in sets for ids in each or ()))
+            elif self._bound is None or self._bound > self._before:
+                self._reach.heard(self._before, None)
 
 
 class KeptSets:
@@ -112,26 +119,27 @@ class KeptSets:
     def __init__(self, config: Config) -> None:
         self._most = config.proxy.limits.max_kept
         self._trained = frozenset(config.trained_models())
-        self._reaches: dict[str, Reach] = {}
+        self._reaches: dict[tuple[str, bool], Reach] = {}
 
     def asked_of(self, model: str, sampling: Sampling, purpose: Purpose) -> Asked:
         """Return how many top logprobs to ask for: none where a known set would make nothing trainable."""
-        reach = self._reaches.setdefault(model, Reach(self._most))
-        wanted = sampling.flags == (_FLAG,) and purpose != "eval" and model in self._trained
-        return Asked(model, _count(reach, sampling.effective) if wanted else 0, reach, self._most)
+        top_k = sampling.effective.get("top_k")
+        bound = top_k + _TIES if isinstance(top_k, int) and top_k > 0 else None
+        # Of top-k alone as many are left as it says: nothing is to be learnt of it, nor from it of other calls.
+        alone = bound is not None and _FLAG not in flags_of({**sampling.effective, "top_k": 0}, {})
+        reach = self._reaches.setdefault((model, alone), Reach(self._most))
+        if sampling.flags != (_FLAG,) or purpose == "eval" or model not in self._trained:
+            count = 0
+        elif bound is not None and alone:
+            count = min(reach.most, bound) if bound - _TIES <= reach.most else 0
+        else:
+            count = reach.now if bound is None else min(reach.now, bound)
+        return Asked(model, reach, count=count, bound=bound)
 
     def ask_again(self, model: str) -> None:
         """The engine was away, and may allow more now."""
-        self._reaches.pop(model, None)
-
-
-def _count(reach: Reach, sampling: Mapping[str, Any]) -> int:
-    top_k = sampling.get("top_k")
-    if not isinstance(top_k, int) or top_k <= 0:
-        return reach.now
-    if _FLAG in flags_of({**sampling, "top_k": 0}, {}):
-        return min(reach.now, top_k + _TIES)
-    return min(reach.most, top_k + _TIES) if top_k <= reach.most else 0  # as many are left, whatever was heard
+        for alone in (True, False):
+            self._reaches.pop((model, alone), None)
 
 
 def flags_with(flags: tuple[str, ...], kept: tuple[Set, ...] | None) -> tuple[str, ...]:

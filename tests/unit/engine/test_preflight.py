@@ -1,13 +1,16 @@
 """The preflight against an engine with one fault at a time: each is named with what to add."""
 
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, save_weight
 
 from tracegrad.tracestore.config import EngineConfig, ModelConfig, TransferConfig
-from tracegrad.trainer.engine_client import EngineClient
+from tracegrad.trainer.engine_client import EngineClient, Sampled
 from tracegrad.trainer.engine_errors import EngineNotReady, EngineRefused, EngineUnreachable
 from tracegrad.trainer.preflight import _defaults, check, preflight, tied_head
 
@@ -58,11 +61,50 @@ def test_rounding_is_not_taken_for_other_sampling(fake: FakeEngine) -> None:
     """And other sampling is seen through it."""
     client = EngineClient(fake.url, "main")
     fake.rounding = 0.09
-    assert [_defaults(client, {"seed": seed}) for seed in range(20)] == [[]] * 20
+    assert [_defaults(client, {"seed": seed}, 64) for seed in range(20)] == [[]] * 20
     fake.default_temperature = 0.9
-    assert [len(_defaults(client, {"seed": seed})) for seed in range(5)] == [1] * 5
+    assert [len(_defaults(client, {"seed": seed}, 64)) for seed in range(5)] == [1] * 5
     fake.default_temperature, fake.default_top_k = 1.0, 5
-    assert [len(_defaults(client, {"seed": seed})) for seed in range(5)] == [1] * 5
+    assert [len(_defaults(client, {"seed": seed}, 64)) for seed in range(5)] == [1] * 5
+
+
+class Simulated:
+    """An engine of 400 tokens, flat here and peaked there, that leaves `top_k` of them and rounds."""
+
+    def __init__(self, top_k: int, rounding: float, seed: int) -> None:
+        self._top_k, self._rounding, self._rng = top_k, rounding, random.Random(seed)
+        self._own: list[dict[int, float]] = []
+
+    def sample(self, ids: Sequence[int], *, max_tokens: int, top: int, **_: Any) -> Sampled:
+        tokens, logprobs, tops = [], [], []
+        for _place in range(max_tokens):
+            spread = self._rng.uniform(0.5, 5.0)
+            row = normalised([self._rng.gauss(0.0, spread) for _token in range(400)])
+            likeliest = sorted(range(400), key=lambda token, row=row: -row[token])
+            left = likeliest[: self._top_k]
+            masked = dict(zip(left, normalised([row[token] for token in left]), strict=True))
+            (token,) = self._rng.choices(left, [math.exp(masked[each]) for each in left])
+            told = {each: masked[each] + self._rng.gauss(0.0, self._rounding) for each in {*left[:top], token}}
+            tokens.append(token)
+            logprobs.append(told[token])
+            tops.append(told)
+            self._own.append({each: row[each] for each in {*likeliest[:top], token}})
+        return Sampled(token_ids=tuple(tokens), logprobs=tuple(logprobs), top=tuple(tops))
+
+    def score_top(self, ids: Sequence[int], n_prompt: int, top: int) -> Sequence[Mapping[int, float]]:
+        return self._own
+
+
+def normalised(row: Sequence[float]) -> list[float]:
+    total = math.log(math.fsum(map(math.exp, row)))
+    return [value - total for value in row]
+
+
+@pytest.mark.parametrize("rounding", [0.0, 0.03, 0.08])
+@pytest.mark.parametrize(("top_k", "found"), [(400, 0), (20, 1), (50, 1)])
+def test_a_mask_that_removes_none_of_the_likeliest_is_found(top_k: int, found: int, rounding: float) -> None:
+    engines: list[Any] = [Simulated(top_k, rounding, seed) for seed in range(8)]
+    assert [len(_defaults(each, {}, 2048)) for each in engines] == [found] * 8
 
 
 def test_an_engine_that_was_not_started_to_be_sent_weights_is_named(fake: FakeEngine) -> None:

@@ -108,9 +108,14 @@ def test_the_engine_of_a_base_has_room_for_its_adapters_and_knows_their_layers()
     assert "down_proj" in engine_launch.adapter_flags((AdapterConfig(of="b"),), 2)
 
 
-def test_an_engine_of_ours_allows_as_many_top_logprobs_as_the_proxy_asks_for() -> None:
-    assert engine_launch.kept_flags(256) == ("--max-logprobs", "256")
-    assert engine_launch.kept_flags(20) == () == engine_launch.kept_flags(0)
+def test_an_engine_of_ours_allows_as_many_top_logprobs_as_the_proxy_asks_for(tmp_path: Path) -> None:
+    """And no more than there are tokens."""
+    assert engine_launch.kept_flags(256, "org/name") == ("--max-logprobs", "256")
+    assert engine_launch.kept_flags(20, "org/name") == () == engine_launch.kept_flags(0, "org/name")
+    for config in ({"vocab_size": 100}, {"text_config": {"vocab_size": 100}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert engine_launch.kept_flags(256, str(tmp_path)) == ("--max-logprobs", "100")
+        assert engine_launch.kept_flags(0, str(tmp_path)) == ()
 
 
 @pytest.mark.parametrize(

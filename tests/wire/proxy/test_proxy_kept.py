@@ -2,15 +2,28 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
-from tracegrad.adapters.proxy.kept import REST, STEADY, Reach, Set, sets_of_chat, sets_of_completion
-from tracegrad.tracestore.records import Choice, Run
+from tracegrad.adapters.proxy.kept import (
+    REST,
+    STEADY,
+    Asked,
+    KeptSets,
+    Reach,
+    Set,
+    sets_of_chat,
+    sets_of_completion,
+)
+from tracegrad.adapters.proxy.sampling import plan_sampling
+from tracegrad.tracestore.config import parse_config
+from tracegrad.tracestore.records import Call, Choice, Run
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.testing.rows import make_call
 
 CHAT, COMPLETIONS = "chat/completions", "completions"
 ASKED = {CHAT: {"messages": [{"role": "user", "content": "hello"}]}, COMPLETIONS: {"prompt": "hello"}}
@@ -154,6 +167,46 @@ def test_what_the_most_does_not_tell_is_not_paid_for() -> None:
     assert told(reach, STEADY, None) == 40 and told(reach, 1, 21) == 40 and told(reach, STEADY - 1, None) == 40
     assert told(reach, 1, None) == 20
     assert told(reach, REST, None) == 20 and told(reach, 1, None) == 40, "it is tried again"
+
+
+def asked_of(kept: KeptSets, **body: Any) -> Asked:
+    return kept.asked_of("main", plan_sampling(body, purpose="live", override=None), "live")
+
+
+def answered(largest: int | None, **changed: Any) -> Call:
+    """A call with one token, of whose set so many are known."""
+    (choice,) = make_call("c", "r", tokens=((4,),)).choices
+    kept = None if largest is None else (tuple(range(4, 4 + largest)),)
+    return make_call("c", "r", choices=(replace(choice, kept_ids=kept, **changed),))
+
+
+@pytest.fixture
+def kept() -> KeptSets:
+    model = {"checkpoint": "none", "engine": {"url": "http://127.0.0.1:9"}}
+    return KeptSets(parse_config({"store": "sqlite:///none.db", "models": {"main": model}, "roles": {"*": "main"}}))
+
+
+def test_calls_that_top_k_bounds_as_well_ask_for_fewer_again(kept: KeptSets) -> None:
+    """The first asks for what its top-k leaves at most: that it was not whole then says nothing of more."""
+    mixed = {"top_k": 50, "top_p": 0.9}
+    asked_of(kept, **mixed).heard(answered(None), asked=True)
+    assert asked_of(kept, **mixed).count == 58
+    asked_of(kept, **mixed).heard(answered(None), asked=True)
+    assert asked_of(kept, top_p=0.9).count == 80
+    for _ in range(2 * STEADY):
+        asked_of(kept, **mixed).heard(answered(5), asked=True)
+    assert asked_of(kept, **mixed).count == 20
+
+
+def test_what_says_nothing_of_how_many_were_left_changes_nothing(kept: KeptSets) -> None:
+    asked_of(kept, top_k=12).heard(answered(None), asked=True)
+    for inexact in (answered(None, logprobs=None), replace(answered(None), quarantine="usage mismatch")):
+        asked_of(kept, top_p=0.9).heard(inexact, asked=True)
+    asked_of(kept, top_p=0.9).heard(answered(None), asked=False)
+    asked_of(kept, top_p=0.9).heard(replace(answered(None), status="aborted"), asked=True)
+    assert asked_of(kept, top_p=0.9).count == 20
+    asked_of(kept, top_p=0.9).heard(answered(None), asked=True)
+    assert asked_of(kept, top_p=0.9).count == 80 and asked_of(kept, top_k=12).count == 20
 
 
 @pytest.mark.parametrize("most", [0, 7, 20])

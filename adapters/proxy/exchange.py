@@ -85,7 +85,7 @@ class Exchange:
         self._progress = Progress()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
         ours = draft.outside is None
-        self._kept = shared.kept.asked_of(draft.model, draft.sampling, draft.purpose)
+        self._kept = shared.kept.asked_of(draft.model, draft.sampling, draft.purpose, stream=draft.stream)
         injection = plan_injection(ask.body, ask.shape, kept=self._kept.count) if ours else NOTHING
         self._transcript = Transcript(asked=injection.kept > 0)
         alias = ask.model if ask.model != _served(draft) or draft.before else None

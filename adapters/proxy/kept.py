@@ -48,6 +48,8 @@ class Reach:
     def __init__(self, most: int) -> None:
         self.most = self.wished = most
         self.now = min(FIRST, most)
+        self.proved = FIRST
+        """How many the engine is known to allow."""
         self._few = self._short = self._resting = 0
 
     def refused(self, asked: int) -> bool:
@@ -80,16 +82,12 @@ class Reach:
 
 
 class Asked:
-    """How many top logprobs one call is asked for (0: none); what became of them is told here.
+    """How many top logprobs one call is asked for (0: none); what became of them is told here."""
 
-    `bound`: no more are left, so that a list as long tells all. None: nobody knows how many are.
-    """
-
-    def __init__(self, model: str, reach: Reach, *, count: int, bound: int | None) -> None:
+    def __init__(self, model: str, reach: Reach, count: int) -> None:
         self._model = model
         self._reach = reach
         self._before = reach.now
-        self._bound = bound
         self.count = count
 
     def refused(self, status: int) -> None:
@@ -106,10 +104,11 @@ class Asked:
         sampled = [choice for choice in call.choices if choice.token_ids]
         exact = call.status == "complete" and call.quarantine is None and all(one.logprobs for one in sampled)
         if asked and sampled and exact:
+            self._reach.proved = max(self._reach.proved, self.count)
             sets = [choice.kept_ids for choice in sampled]
             if None not in sets:
                 self._reach.heard(self._before, max(len(ids) for each in sets for ids in each or ()))
-            elif self._bound is None or self._bound > self._before:
+            elif self.count == self._before:  # else it was asked for fewer than there may be
                 self._reach.heard(self._before, None)
 
 
@@ -121,8 +120,12 @@ class KeptSets:
         self._trained = frozenset(config.trained_models())
         self._reaches: dict[tuple[str, bool], Reach] = {}
 
-    def asked_of(self, model: str, sampling: Sampling, purpose: Purpose) -> Asked:
-        """Return how many top logprobs to ask for: none where a known set would make nothing trainable."""
+    def asked_of(self, model: str, sampling: Sampling, purpose: Purpose, *, stream: bool = False) -> Asked:
+        """Return how many top logprobs to ask for: none where a known set would make nothing trainable.
+
+        Of streams vLLM refuses too many inside of a 200, where nothing can be sent again: they are asked for no more
+        than the engine gave an answer that was no stream.
+        """
         top_k = sampling.effective.get("top_k")
         bound = top_k + _TIES if isinstance(top_k, int) and top_k > 0 else None
         # Of top-k alone as many are left as it says: nothing is to be learnt of it, nor from it of other calls.
@@ -134,7 +137,8 @@ class KeptSets:
             count = min(reach.most, bound) if bound - _TIES <= reach.most else 0
         else:
             count = reach.now if bound is None else min(reach.now, bound)
-        return Asked(model, reach, count=count, bound=bound)
+        most = reach.proved if stream else count
+        return Asked(model, reach, 0 if alone and bound is not None and most < bound - _TIES else min(count, most))
 
     def ask_again(self, model: str) -> None:
         """The engine was away, and may allow more now."""

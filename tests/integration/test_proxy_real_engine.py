@@ -131,6 +131,7 @@ def in_front(
             "models": {name: {"checkpoint": "none", "engine": {"url": url}}},
             "roles": {"*": name},
             "trainer": {"model": name},
+            "proxy": {"limits": {"max_kept": 20}},  # what this engine allows
             **settings,
         }
     )

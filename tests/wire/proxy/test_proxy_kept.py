@@ -111,6 +111,19 @@ def test_more_are_asked_for_where_they_did_not_suffice(proxy: SimpleNamespace, s
     assert [only_choice(store, run).kept_ids is None for run in ("first", "second", "third")] == [True, False, False]
 
 
+def test_streams_are_asked_for_no_more_than_an_engine_is_known_to_allow(
+    proxy: SimpleNamespace, engine_app: Any
+) -> None:
+    """vLLM refuses theirs inside of a 200: the client would see an error that is ours."""
+    engine_app.max_logprobs = 256
+    wide = {"top_k": 40, "top_p": 0.9}
+    for stream in (True, True, False, True):
+        ask(proxy, stream=stream, **wide)
+    ask(proxy, stream=True, top_k=40)
+    asked = [sent.get("top_logprobs") for sent in engine_app.requests]
+    assert asked == [20, 20, 48, 48, None]
+
+
 def test_an_engine_that_allows_fewer_is_asked_for_as_many_as_any_allows(
     proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,14 +131,14 @@ class KeptSets:
         # Of top-k alone as many are left as it says: nothing is to be learnt of it, nor from it of other calls.
         alone = bound is not None and _FLAG not in flags_of({**sampling.effective, "top_k": 0}, {})
         reach = self._reaches.setdefault((model, alone), Reach(self._most))
+        allowed = min(reach.most, reach.proved) if stream else reach.most
         if sampling.flags != (_FLAG,) or purpose == "eval" or model not in self._trained:
             count = 0
         elif bound is not None and alone:
-            count = min(reach.most, bound) if bound - _TIES <= reach.most else 0
+            count = min(allowed, bound) if bound - _TIES <= allowed else 0
         else:
-            count = reach.now if bound is None else min(reach.now, bound)
-        most = reach.proved if stream else count
-        return Asked(model, reach, 0 if alone and bound is not None and most < bound - _TIES else min(count, most))
+            count = min(reach.now, allowed, allowed if bound is None else bound)
+        return Asked(model, reach, count)
 
     def ask_again(self, model: str) -> None:
         """The engine was away, and may allow more now."""

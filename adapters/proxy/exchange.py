@@ -11,7 +11,6 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 
 import msgspec
 
@@ -79,20 +78,19 @@ class Exchange:
     ) -> None:
         self._shared = shared
         self._draft = draft
-        self._shape = ask.shape
+        self._ask, self._shape = ask, ask.shape
         self._request = request
         self._reply = reply
         self._progress = Progress()
         self._own_headers = ((b"x-tracegrad-call", draft.call_id.encode()),)
         ours = draft.outside is None
-        self._kept = shared.kept.asked_of(draft.model, draft.sampling, draft.purpose, stream=draft.stream)
-        injection = plan_injection(ask.body, ask.shape, kept=self._kept.count) if ours else NOTHING
+        self._kept = shared.kept.asked_of(draft.model, draft.sampling, draft.purpose)
+        self._injection = injection = plan_injection(ask.body, ask.shape, kept=self._kept.count) if ours else NOTHING
         self._transcript = Transcript(asked=injection.kept > 0)
         alias = ask.model if ask.model != _served(draft) or draft.before else None
         who = draft.attribution
         self._stripper = Stripper(injection, alias=alias, mark=_mark_of(draft, ask.shape))
         self._body = _body_of(ask, draft, injection)
-        self._unasked = partial(_body_of, ask, draft, replace(injection, kept=0)) if injection.kept else None
         self._past = shared.continuing.past(draft, self._body)
         self._asks = shared.in_flight and ours and ask.shape is not EMBEDDINGS
         self._on_gone = None if attempt is None else attempt.client_left
@@ -195,14 +193,15 @@ class Exchange:
                 answer.release()
 
     async def _dispatch(self) -> EngineAnswer:
-        """Send the request; where the engine refuses it, once more without asking for top logprobs."""
+        """Send the request; where the engine refuses it, again asking for fewer top logprobs, at last for none."""
         answer = await self._dispatch_asking()
-        if self._unasked is None or answer.status != 400:
-            return answer
-        answer.release()
-        self._transcript.asked = False
-        answer = await self._post(self._unasked())
-        self._kept.refused(answer.status)
+        while self._kept.count and self._transcript.asked and await answer.refused(inside=self._kept.unproved):
+            answer.release()
+            if self._past is not None:
+                self._past.refused()
+            self._progress.continues = None
+            fewer = replace(self._injection, kept=self._kept.fewer())
+            answer = await self._post(_body_of(self._ask, self._draft, fewer))
         return answer
 
     async def _dispatch_asking(self) -> EngineAnswer:

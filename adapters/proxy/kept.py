@@ -5,7 +5,8 @@ tells it, but with processed logprobs what was cut off has none, and what was le
 the likeliest tokens; where they hold all of the probability the set is known, else the choice stays flagged
 "truncated_sampling" and is context only. Each of them is JSON that the engine writes and the proxy reads, and nobody
 knows before how many are left: how many an answer is asked for follows what earlier ones told (`Reach`). An engine
-that allows fewer refuses the request: it is sent again without, and fewer are asked for until that engine was away.
+that allows fewer refuses the request, a stream's inside of its 200: it is sent again asking for fewer, and no more are
+asked for until that engine was away.
 Called by `exchange` and `recorder`. Source: vLLM 0.32, `chat_completion/serving.py`, `completion/serving.py`.
 """
 
@@ -48,14 +49,13 @@ class Reach:
     def __init__(self, most: int) -> None:
         self.most = self.wished = most
         self.now = min(FIRST, most)
-        self.proved = FIRST
+        self.proved = 0
         """How many the engine is known to allow."""
         self._few = self._short = self._resting = 0
 
-    def refused(self, asked: int) -> bool:
-        """The engine allows fewer than that. Returns whether this is news."""
-        allowed = min(self.most, FIRST if asked > FIRST else 0)
-        news, self.most = allowed < self.most, allowed
+    def refused(self, allowed: int) -> bool:
+        """The engine allows so many and not many more. Returns whether this is news."""
+        news, self.most = allowed < self.most, min(allowed, self.most)
         self._ask_for(self.now)
         return news
 
@@ -88,28 +88,40 @@ class Asked:
         self._model = model
         self._reach = reach
         self._before = reach.now
-        self.count = count
+        self._first = self.count = count
 
-    def refused(self, status: int) -> None:
-        """The engine refused the request; without them it answered with `status`."""
-        if status == 200 and self._reach.refused(self.count):
-            log.warning(
-                "the engine of model %r refuses %d top logprobs: answers where top-p, top-k or min-p left more than "
-                "%d tokens are context only; start it with `--max-logprobs %d`, or lower `proxy.limits.max_kept`",
-                *(self._model, self.count, self._reach.most, self._reach.wished),
-            )
+    @property
+    def unproved(self) -> bool:
+        """Whether the engine may refuse so many."""
+        return self.count > self._reach.proved
+
+    def fewer(self) -> int:
+        """The engine refused the request, perhaps for these. Returns how many to ask for instead."""
+        self.count = FIRST if self.count > FIRST else 0
+        return self.count
 
     def heard(self, call: Call, *, asked: bool) -> None:
         """The call was answered; `asked`: with them. An answer that is not exact says nothing of how many were left."""
+        if not asked or call.status != "complete":
+            return
+        self._allowed()
         sampled = [choice for choice in call.choices if choice.token_ids]
-        exact = call.status == "complete" and call.quarantine is None and all(one.logprobs for one in sampled)
-        if asked and sampled and exact:
-            self._reach.proved = max(self._reach.proved, self.count)
+        if self.count and sampled and call.quarantine is None and all(one.logprobs for one in sampled):
             sets = [choice.kept_ids for choice in sampled]
             if None not in sets:
                 self._reach.heard(self._before, max(len(ids) for each in sets for ids in each or ()))
             elif self.count == self._before:  # else it was asked for fewer than there may be
                 self._reach.heard(self._before, None)
+
+    def _allowed(self) -> None:
+        """The engine took the request as it was asked at last."""
+        self._reach.proved = max(self._reach.proved, self.count)
+        if self.count < self._first and self._reach.refused(self.count):
+            log.warning(
+                "the engine of model %r refuses %d top logprobs: answers where top-p, top-k or min-p left more than "
+                "%d tokens are context only; start it with `--max-logprobs %d`, or lower `proxy.limits.max_kept`",
+                *(self._model, self._first, self._reach.most, self._reach.wished),
+            )
 
 
 class KeptSets:
@@ -120,24 +132,19 @@ class KeptSets:
         self._trained = frozenset(config.trained_models())
         self._reaches: dict[tuple[str, bool], Reach] = {}
 
-    def asked_of(self, model: str, sampling: Sampling, purpose: Purpose, *, stream: bool = False) -> Asked:
-        """Return how many top logprobs to ask for: none where a known set would make nothing trainable.
-
-        Of streams vLLM refuses too many inside of a 200, where nothing can be sent again: they are asked for no more
-        than the engine gave an answer that was no stream.
-        """
+    def asked_of(self, model: str, sampling: Sampling, purpose: Purpose) -> Asked:
+        """Return how many top logprobs to ask for: none where a known set would make nothing trainable."""
         top_k = sampling.effective.get("top_k")
         bound = top_k + _TIES if isinstance(top_k, int) and top_k > 0 else None
         # Of top-k alone as many are left as it says: nothing is to be learnt of it, nor from it of other calls.
         alone = bound is not None and _FLAG not in flags_of({**sampling.effective, "top_k": 0}, {})
         reach = self._reaches.setdefault((model, alone), Reach(self._most))
-        allowed = min(reach.most, reach.proved) if stream else reach.most
         if sampling.flags != (_FLAG,) or purpose == "eval" or model not in self._trained:
             count = 0
         elif bound is not None and alone:
-            count = min(allowed, bound) if bound - _TIES <= allowed else 0
+            count = min(reach.most, bound) if bound - _TIES <= reach.most else 0
         else:
-            count = min(reach.now, allowed, allowed if bound is None else bound)
+            count = reach.now if bound is None else min(reach.now, bound)
         return Asked(model, reach, count)
 
     def ask_again(self, model: str) -> None:

@@ -219,6 +219,24 @@ def test_errors_have_the_real_status_and_shape(real: httpx.Client, fake: SimpleN
         assert ours.json() == truth.json()
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("what", ["too many top logprobs", "greedy with n > 1", "unknown model"])
+def test_streams_are_refused_where_the_real_one_refuses_them(
+    real: httpx.Client, fake: SimpleNamespace, name: str, what: str, path: str
+) -> None:
+    """Before the stream, or in an event of it: what only the engine itself finds comes after its 200."""
+    wrong = {"logprobs": 21} if path == COMPLETIONS and "logprobs" in what else ERRORS[what]
+    body = {**(ASK if path == CHAT else COMPLETION), "model": name, "stream": True, **wrong}
+    truth, ours = ask_both(real, fake, body, path)
+    inside = "top logprobs" in what
+    assert truth.status_code == ours.status_code and (truth.status_code == 200) == inside
+    assert ours.headers["content-type"] == truth.headers["content-type"]
+    if inside:
+        assert ours.text == truth.text
+    else:
+        assert shape(ours.json()) == shape(truth.json())
+
+
 def test_models_and_health_have_the_real_shape(real: httpx.Client, fake: SimpleNamespace) -> None:
     assert shape(fake.client.get("/v1/models").json()) == shape(real.get("/v1/models").json())
     truth, ours = real.get("/health"), fake.client.get("/health")

@@ -131,7 +131,6 @@ def in_front(
             "models": {name: {"checkpoint": "none", "engine": {"url": url}}},
             "roles": {"*": name},
             "trainer": {"model": name},
-            "proxy": {"limits": {"max_kept": 20}},  # what this engine allows
             **settings,
         }
     )
@@ -323,6 +322,26 @@ def test_what_was_left_when_a_tail_was_cut_off_is_recorded(
     assert [sum(math.exp(value) for value in top.values()) for top in tops] == pytest.approx(
         [1.0] * len(tops), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stream_that_the_engine_refuses_for_our_sake_is_asked_again(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+) -> None:
+    """More than twenty are left: the proxy asks for more and is refused inside of a 200; the client sees nothing."""
+    prompt: dict[str, Any] = {"prompt": "3 5"} if path == COMPLETIONS else {"messages": SAID}
+    with in_front(request, tmp_path_factory) as both:
+        body = {"model": both.name, **prompt, "max_tokens": 4, "temperature": 2.0, "ignore_eos": True, "stream": True}
+        for number in range(3):
+            answer = both.proxy.post(f"/run/{number}/role/a{path}", json={**body, "min_p": 1e-6})
+            assert answer.status_code == 200 and "error" not in answer.text
+            (call,) = both.store.trace(str(number)).calls
+            assert (call.status, call.quarantine) == ("complete", None)
+            assert call.choices[0].flags == ("truncated_sampling",)
+    assert "refuses 80 top logprobs" in caplog.text
 
 
 def test_a_prompt_goes_on_from_what_was_sampled(token_in: SimpleNamespace) -> None:

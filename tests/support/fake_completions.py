@@ -60,8 +60,7 @@ class CompletionsWire:
         await reply(send, 200, dumps(answer), lie_about_length=self.fault == "drop")
 
     async def _stream_completion(self, body: dict[str, Any], send: Any) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await start_stream(send)
         options = body.get("stream_options") or {}
         with_usage = bool(options.get("include_usage"))
         continuous = with_usage and bool(options.get("continuous_usage_stats"))
@@ -187,6 +186,11 @@ def _prompt_logprobs(prompt: list[int]) -> list[Any]:
 
 def dumps(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+async def start_stream(send: Any) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 async def lifespan(receive: Any, send: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 import uvicorn.server
-from fake_completions import CompletionsWire, body_of, dumps, lifespan, reply
+from fake_completions import CompletionsWire, body_of, dumps, lifespan, reply, start_stream
 from fake_rendering import RenderingWire
 from fake_sampling import (
     EOS,
@@ -138,7 +138,12 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
             return
         if (refusal := self._refusal(body, prefix)) is not None:
             status, text, name, param = refusal
-            await reply(send, status, dumps({"error": {"message": text, "type": name, "param": param, "code": status}}))
+            error = {"error": {"message": text, "type": name, "param": param, "code": status}}
+            if body.get("stream") and param == "logprobs":  # the engine itself finds it, after its server's 200
+                await start_stream(send)
+                await self._end(send, f"data: {json.dumps(error)}\n\n".encode())
+            else:
+                await reply(send, status, dumps(error))
             return
         self.in_flight += 1
         body["_heard"] = {}
@@ -282,9 +287,8 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
             await asyncio.to_thread(self.gate.wait, 30)
 
     async def _stream(self, body: dict[str, Any], send: Any) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await self._wait_at("headers")
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await start_stream(send)
         await self._wait_at("body")
         prompt, n = self._prompt_ids(body), body.get("n") or 1
         options = body.get("stream_options") or {}
@@ -352,7 +356,7 @@ class FakeEngine(CompletionsWire, RenderingWire, SwapWire):
         if position == 3 and self.fault == "drop":
             raise ConnectionError("the engine died")
         if position == 3 and self.fault == "error_event":
-            await self._end(send, b"data: " + dumps({"error": self.event_error}) + b"\n\n")
+            await self._end(send, f"data: {json.dumps({'error': self.event_error})}\n\n".encode())
             return False
         return True
 

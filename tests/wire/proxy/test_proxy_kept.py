@@ -1,13 +1,16 @@
 """What top-p, top-k or min-p left is recorded, where the engine tells it and nobody sees the difference."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
+from waits import wait_for
 
 from tracegrad.adapters.proxy.kept import (
     REST,
@@ -111,44 +114,78 @@ def test_more_are_asked_for_where_they_did_not_suffice(proxy: SimpleNamespace, s
     assert [only_choice(store, run).kept_ids is None for run in ("first", "second", "third")] == [True, False, False]
 
 
-def test_streams_are_asked_for_no_more_than_an_engine_is_known_to_allow(
-    proxy: SimpleNamespace, engine_app: Any
-) -> None:
-    """vLLM refuses theirs inside of a 200: the client would see an error that is ours."""
-    engine_app.max_logprobs = 256
-    wide = {"top_k": 40, "top_p": 0.9}
-    for stream in (True, True, False, True):
-        ask(proxy, stream=stream, **wide)
-    ask(proxy, stream=True, top_k=40)
-    asked = [sent.get("top_logprobs") for sent in engine_app.requests]
-    assert asked == [20, 20, 48, 48, None]
-
-
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, False), (CHAT, True), (COMPLETIONS, False), (COMPLETIONS, True)])
 def test_an_engine_that_allows_fewer_is_asked_for_as_many_as_any_allows(
-    proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
+    proxy: SimpleNamespace, store: Store, engine_app: Any, path: str, stream: bool
 ) -> None:
-    for run in ("wide", "refused", "narrow", "narrower"):
-        assert ask(proxy, run, top_p=0.9, **({} if "narrow" in run else {"top_k": 40})).status_code == 200
-    assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, 48, None, 20, 20]
-    assert [only_choice(store, run).kept_ids is None for run in ("wide", "refused", "narrow")] == [True, True, False]
+    """A stream is refused inside of a 200; the client sees nothing of it, and the refused call itself has its sets."""
+    for run in ("wide", "narrow", "narrower"):
+        wide = {"top_k": 40} if run == "wide" else {}
+        assert ask(proxy, run, path, stream=stream, top_p=0.9, **wide).status_code == 200
+    refused = ask(proxy, "refused", path, stream=stream, top_p=0.9)
+    assert refused.status_code == 200 and "error" not in refused.text
+    asked = [sent.get("logprobs" if path == COMPLETIONS else "top_logprobs") for sent in engine_app.requests]
+    assert asked == [20, 80, 20, 20, 20]
+    known = {run: only_choice(store, run).kept_ids is not None for run in ("wide", "narrow", "narrower", "refused")}
+    assert known == {"wide": False, "narrow": True, "narrower": True, "refused": True}
+
+
+def test_that_an_engine_allows_fewer_is_told_once(proxy: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(4):
+        ask(proxy, top_p=0.9, top_k=40)
     (told,) = [r.getMessage() for r in caplog.records if "--max-logprobs" in r.getMessage()]
     assert "refuses 48 top logprobs" in told and "more than 20 tokens" in told and "--max-logprobs 256" in told
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_allows_hardly_any_is_asked_once(
-    proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture
+    proxy: SimpleNamespace, store: Store, engine_app: Any, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     """The app gets its answer either way; when the engine was away it may have been started with other flags."""
     engine_app.max_logprobs = 5
     for run in ("first", "second"):
-        assert ask(proxy, run, top_p=0.9).status_code == 200
+        answer = ask(proxy, run, top_p=0.9, stream=stream)
+        assert answer.status_code == 200 and "error" not in answer.text
         assert only_choice(store, run).flags == ("truncated_sampling",)
     assert [sent.get("top_logprobs") for sent in engine_app.requests] == [20, None, None]
     assert "more than 0 tokens" in caplog.text
     engine_app.max_logprobs = 20
     proxy.app._engine_is_back("main")
-    ask(proxy, "third", top_p=0.9)
+    ask(proxy, "third", top_p=0.9, stream=stream)
     assert only_choice(store, "third").kept_ids is not None
+
+
+def test_a_stream_is_passed_on_at_once_when_its_engine_is_known_to_allow_as_many(
+    proxy: SimpleNamespace, engine_app: Any
+) -> None:
+    """Only the first waits for its first event before its headers leave."""
+    asked = {"model": "main", **ASKED[CHAT], "stream": True, "top_p": 0.9}
+    headers_came = []
+    for number in range(2):
+        engine_app.gate, engine_app.gate_at = threading.Event(), "body"
+        if not number:
+            threading.Timer(0.3, engine_app.gate.set).start()
+        with proxy.client.stream("POST", f"/run/{number}/v1/{CHAT}", json=asked):
+            headers_came.append("after" if engine_app.gate.is_set() else "before")
+            engine_app.gate.set()
+    assert headers_came == ["after", "before"]
+
+
+def test_a_client_that_leaves_before_the_first_event_stops_the_engine(
+    proxy: SimpleNamespace, store: Store, engine_app: Any
+) -> None:
+    engine_app.gate, engine_app.gate_at = threading.Event(), "body"
+    body = {"model": "main", **ASKED[CHAT], "stream": True, "top_p": 0.9}
+    with pytest.raises(httpx.ReadTimeout):
+        proxy.client.post(f"/run/r/v1/{CHAT}", json=body, timeout=0.3)
+    wait_for(lambda: engine_app.cancelled, "the engine noticed")
+    wait_for(store.list_runs, "the call was stored")
+    assert [call.status for call in store.trace("r").calls] == ["aborted"]
+    (engine,) = proxy.app.upstream.pools["main"].engines
+    assert (engine.in_flight, proxy.app.hold.gates["main"].in_flight) == (0, 0)
+    engine_app.gate.set()
+    engine_app.gate = None
+    assert ask(proxy, "after", stream=True, top_p=0.9).status_code == 200
 
 
 def test_a_request_that_is_wrong_for_another_reason_is_refused_as_before(

@@ -161,7 +161,7 @@ def test_an_error_inside_a_stream_is_passed_on_and_stored_as_failed(
     answer = post(proxy, stream=True)
     assert answer.text.endswith('"code":"engine_error","param":null}}\n\ndata: [DONE]\n\n')
     (call,) = calls_of(store)
-    raw = '{"message":"CUDA out of memory","type":"InternalServerError","param":null,"code":500}'
+    raw = '{"message": "CUDA out of memory", "type": "InternalServerError", "param": null, "code": 500}'
     assert (call.status, call.error) == ("failed", raw), "the engine's own words"
     assert len(call.choices[0].token_ids) == 3
 

@@ -165,9 +165,10 @@ def test_a_stream_is_passed_on_at_once_when_its_engine_is_known_to_allow_as_many
         engine_app.gate, engine_app.gate_at = threading.Event(), "body"
         if not number:
             threading.Timer(0.3, engine_app.gate.set).start()
-        with proxy.client.stream("POST", f"/run/{number}/v1/{CHAT}", json=asked):
+        with proxy.client.stream("POST", f"/run/{number}/v1/{CHAT}", json=asked) as answer:
             headers_came.append("after" if engine_app.gate.is_set() else "before")
             engine_app.gate.set()
+            answer.read()
     assert headers_came == ["after", "before"]
 
 

@@ -88,7 +88,6 @@ class Exchange:
         self._injection = injection = plan_injection(ask.body, ask.shape, kept=self._kept.count) if ours else NOTHING
         self._transcript = Transcript(asked=injection.kept > 0)
         alias = ask.model if ask.model != _served(draft) or draft.before else None
-        who = draft.attribution
         self._stripper = Stripper(injection, alias=alias, mark=_mark_of(draft, ask.shape))
         self._body = _body_of(ask, draft, injection)
         self._past = shared.continuing.past(draft, self._body)
@@ -96,7 +95,7 @@ class Exchange:
         self._on_gone = None if attempt is None else attempt.client_left
         self.answered = self.submitted = False
         self._arrived = time.monotonic()
-        self._caller = caller_of(shared.hold.number(), who.run_id, draft.purpose)
+        self._caller = caller_of(shared.hold.number(), draft.attribution.run_id, draft.purpose)
         self._engines: frozenset[str] | None = None
         self._beside = False
         self._held: list[bytes] = []
@@ -194,8 +193,9 @@ class Exchange:
 
     async def _dispatch(self) -> EngineAnswer:
         """Send the request; where the engine refuses it, again asking for fewer top logprobs, at last for none."""
+        self._kept.begin(self._injection.kept)
         answer = await self._dispatch_asking()
-        while self._kept.count and self._transcript.asked and await answer.refused(inside=self._kept.unproved):
+        while self._kept.count and await answer.refused(inside=self._kept.unproved):
             answer.release()
             if self._past is not None:
                 self._past.refused()
@@ -347,7 +347,7 @@ class Exchange:
         self.submitted = True
         call = compose(self._draft, self._progress, self._transcript, status=status, error=error)
         self._shared.continuing.remember(call)
-        self._kept.heard(call, asked=self._transcript.asked)
+        self._kept.heard(call)
         commit = self._shared.committer.submit(call)
         self._shared.dissents.follow(commit, self._draft.dissent, self._draft.project)
         return commit

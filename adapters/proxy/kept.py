@@ -88,6 +88,10 @@ class Asked:
         self._model = model
         self._reach = reach
         self._before = reach.now
+        self.begin(count)
+
+    def begin(self, count: int) -> None:
+        """The request leaves, asking for so many."""
         self._first = self.count = count
 
     @property
@@ -100,9 +104,9 @@ class Asked:
         self.count = FIRST if self.count > FIRST else 0
         return self.count
 
-    def heard(self, call: Call, *, asked: bool) -> None:
-        """The call was answered; `asked`: with them. An answer that is not exact says nothing of how many were left."""
-        if not asked or call.status != "complete":
+    def heard(self, call: Call) -> None:
+        """The call was answered. An answer that is not exact says nothing of how many were left."""
+        if not self._first or call.status != "complete":
             return
         self._allowed()
         sampled = [choice for choice in call.choices if choice.token_ids]

@@ -240,23 +240,25 @@ def kept() -> KeptSets:
 def test_calls_that_top_k_bounds_as_well_ask_for_fewer_again(kept: KeptSets) -> None:
     """The first asks for what its top-k leaves at most: that it was not whole then says nothing of more."""
     mixed = {"top_k": 50, "top_p": 0.9}
-    asked_of(kept, **mixed).heard(answered(None), asked=True)
+    asked_of(kept, **mixed).heard(answered(None))
     assert asked_of(kept, **mixed).count == 58
-    asked_of(kept, **mixed).heard(answered(None), asked=True)
+    asked_of(kept, **mixed).heard(answered(None))
     assert asked_of(kept, top_p=0.9).count == 80
     for _ in range(2 * STEADY):
-        asked_of(kept, **mixed).heard(answered(5), asked=True)
+        asked_of(kept, **mixed).heard(answered(5))
     assert asked_of(kept, **mixed).count == 20
 
 
 def test_what_says_nothing_of_how_many_were_left_changes_nothing(kept: KeptSets) -> None:
-    asked_of(kept, top_k=12).heard(answered(None), asked=True)
+    asked_of(kept, top_k=12).heard(answered(None))
     for inexact in (answered(None, logprobs=None), replace(answered(None), quarantine="usage mismatch")):
-        asked_of(kept, top_p=0.9).heard(inexact, asked=True)
-    asked_of(kept, top_p=0.9).heard(answered(None), asked=False)
-    asked_of(kept, top_p=0.9).heard(replace(answered(None), status="aborted"), asked=True)
+        asked_of(kept, top_p=0.9).heard(inexact)
+    unasked = asked_of(kept, top_p=0.9)
+    unasked.begin(0)
+    unasked.heard(answered(None))
+    asked_of(kept, top_p=0.9).heard(replace(answered(None), status="aborted"))
     assert asked_of(kept, top_p=0.9).count == 20
-    asked_of(kept, top_p=0.9).heard(answered(None), asked=True)
+    asked_of(kept, top_p=0.9).heard(answered(None))
     assert asked_of(kept, top_p=0.9).count == 80 and asked_of(kept, top_k=12).count == 20
 
 

@@ -22,13 +22,14 @@ from typing import BinaryIO, Literal
 from tracegrad.adapters.keeper import keeper_command
 
 _LONGEST_LAST_WORDS = 400
-ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "stopped"]
+ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "given up", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildSpec:
     """A command to keep running. With `may_finish`, one of `final_codes` is its normal end, not a crash.
 
+    With `spares_others` it stays down alone when it keeps crashing: the others can do without it.
     It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`; of `unix:PATH`, when
     somebody listens there; and `ready_when` says so of the Unix time at which it was started.
     """
@@ -41,6 +42,7 @@ class ChildSpec:
     ready_timeout_s: float = 60.0
     may_finish: bool = False
     final_codes: tuple[int, ...] = (0,)
+    spares_others: bool = False
     env: Mapping[str, str] | None = None
 
 
@@ -102,8 +104,8 @@ class Child:
 
     @property
     def up(self) -> bool:
-        """Whether it is ready, or has done its work."""
-        return self.state in ("ready", "done")
+        """Whether it is ready, or nothing more is to come of it."""
+        return self.state in ("ready", "done", "given up")
 
     def start(self) -> None:
         """Start the command under a keeper, in a session of its own (a terminal's Ctrl-C does not reach it)."""
@@ -128,7 +130,7 @@ class Child:
         """Look once: pass on new log lines, notice readiness and death, restart when the pause is over.
 
         Raises:
-            ChildGaveUp: it crashed more than `max_restarts` times in a row.
+            ChildGaveUp: it crashed more than `max_restarts` times in a row, and the others cannot do without it.
         """
         if self.state == "waiting":
             return  # what its log holds is of an earlier life
@@ -191,12 +193,16 @@ class Child:
     def _crashed(self, how: str, code: int | None) -> None:
         self._crashes += 1
         if self._crashes > self._policy.max_restarts:
-            self._enter("stopped")
+            self._enter("given up")
             where = "its messages are above" if self.log_path is None else f"see {self.log_path}"
             detail = f"{self.spec.name} {how}, {self._crashes} times in a row; {where}"
             if self._last_words:
                 detail += f"; it last said: {self._last_words}"
+            if self.spec.spares_others:
+                detail += "; the others run on without it"
             self._emit(Event(kind="gave up", child=self.spec.name, detail=detail, exit_code=code))
+            if self.spec.spares_others:
+                return
             raise ChildGaveUp(detail)
         detail = f"{how}; starting it again in {self._policy.wait_s(self._crashes):g} s"
         self._enter("backing off")
@@ -312,17 +318,17 @@ class Supervisor:
 
 
 def supervise(supervisor: Supervisor, *, exit_with: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
-    """Run the children until a signal, until `exit_with` has finished, or until one gives up.
+    """Run the children until a signal, until `exit_with` has ended, or until one gives up that the others need.
 
-    Calls `ready` once all are. Returns 0 when nothing failed, 1 when a child gave up. Installs handlers of SIGINT and
-    SIGTERM.
+    Calls `ready` once all are. Returns 1 when a child gave up, else the exit code of `exit_with` where it has finished,
+    else 0. Installs handlers of SIGINT and SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.request_stop())
     leaders = [child for child in supervisor.children if child.spec.name == exit_with]
 
     def finished() -> bool:
-        return any(child.state == "done" for child in leaders)
+        return any(child.state in ("done", "given up") for child in leaders)
 
     try:
         if supervisor.start():
@@ -331,8 +337,10 @@ def supervise(supervisor: Supervisor, *, exit_with: str | None = None, ready: Ca
     except ChildGaveUp:
         return 1
     finally:
+        gave_up = any(child.state == "given up" for child in supervisor.children)
+        codes = [child.exit_code or 0 for child in leaders if child.state == "done"]
         supervisor.stop()
-    return 0
+    return 1 if gave_up else max(codes, default=0)
 
 
 def answers(url: str, *, any_status: bool = False, timeout_s: float = 1.0) -> bool:

@@ -2,8 +2,8 @@
 
 It only spawns: engine, proxy, gate and trainer are the commands a person could type. It brings the store's schema up to
 date first, starts each child once the one before it answers, restarts what crashes, and gives up with a plain message
-when something keeps crashing. The trainer is ready once it can take runs: it says so in the store. No child outlives
-it, even if it is killed.
+when something keeps crashing; without a trainer the rest serves on. The trainer is ready once it can take runs: it says
+so in the store. No child outlives it, even if it is killed.
 """
 
 import errno
@@ -27,8 +27,9 @@ from tracegrad.tracestore.errors import ConfigError, TraceStoreError
 from tracegrad.tracestore.trainers import NOT_YET
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
-_ENDS = (0, 3)
-"""Of the trainer: all steps are done, or its publish gate ended it. Either way the live version serves on."""
+_ENDS = (0, 3, 4)
+"""Of the trainer: all steps are done, its publish gate ended it, or it refused a step and would again. In each case the
+live version serves on."""
 _TRACEGRAD = (sys.executable, "-m", "tracegrad.adapters.cli")
 
 
@@ -69,6 +70,7 @@ def child_specs(
                 ready_timeout_s=float("inf"),  # it waits for engines of its own accord, and gives up of its own
                 may_finish=True,
                 final_codes=_ENDS,
+                spares_others=True,
             )
         )
     return tuple(specs)
@@ -166,7 +168,7 @@ def _print_line(event: Event) -> None:
     "--config", "path", default=DEFAULT_FILE, show_default=True, type=click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--no-train", is_flag=True, help="Serve and record only.")
-@click.option("--exit-with-train", is_flag=True, help="Stop everything when the trainer has done all its steps.")
+@click.option("--exit-with-train", is_flag=True, help="Stop everything when the trainer has ended, with its exit code.")
 @click.option("--max-restarts", default=5, show_default=True, help="Crashes of one child in a row before giving up.")
 @click.option(
     "--stop-timeout", default=30.0, show_default=True, help="Seconds a child gets to stop before it is killed."
@@ -188,7 +190,8 @@ def up(
     """Run store, engine, proxy and trainer together, supervised, until Ctrl-C.
 
     Logs go to <trainer.output>/logs/. A crashed child is restarted; exit code 1 says that one kept crashing (its last
-    line says why: mend that and start `tracegrad up` again). `tracegrad status` says how things stand.
+    line says why: mend that and start `tracegrad up` again). Where it is the trainer, or where it refuses a step, the
+    live version is served on until Ctrl-C. `tracegrad status` says how things stand.
     """
     from tracegrad.tracestore.store import open_store
 

@@ -3,7 +3,7 @@
 Reads configuration, environment and command line once. The first Ctrl-C finishes the step at hand (or leaves at once
 where it only waits) and ends with 130; the second drops the step: nothing is lost, the next start trains it again.
 Exit codes: 0 done, 1 an error that it says in one paragraph, 2 a wrong command line, 3 the publish gate rejected too
-many versions in a row, 130 interrupted.
+many versions in a row, 4 a step was refused (so it would be again), 130 interrupted.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import click
 if TYPE_CHECKING:
     from tracegrad.tracestore.config import Config
 
-EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
+EXIT_ERROR, EXIT_GATE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 4, 130, 143
 
 
 @click.command(name="train")
@@ -111,7 +111,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     from tracegrad.trainer.adapter_client import engine_clients
     from tracegrad.trainer.cpu_flags import slow_bfloat16
     from tracegrad.trainer.crash_points import CrashPoints
-    from tracegrad.trainer.errors import TrainerError
+    from tracegrad.trainer.errors import StepRefused, TrainerError
     from tracegrad.trainer.heartbeat import Heartbeat
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
@@ -151,7 +151,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                 step = controller.run()
     except TrainerError as error:
         click.echo(f"tracegrad train: {error}", err=True)
-        return EXIT_ERROR
+        return EXIT_REFUSED if isinstance(error, StepRefused) else EXIT_ERROR
     except KeyboardInterrupt:
         console.say("interrupted: the step at hand was dropped, the next start trains it")
         return EXIT_INTERRUPTED

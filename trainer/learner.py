@@ -396,7 +396,8 @@ def _as_choice(sequence: Scored, index: int, temperature: float) -> ChoiceSample
 def _noisy(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """Noise relative to the tensor's own spread; absolute where it is all zeros, as B of a new adapter is."""
     spread = tensor.std(correction=0) if tensor.any() else _SPREAD_OF_ZEROS
-    return tensor + scale * spread * torch.randn(tensor.shape, generator=generator)
+    noise = torch.randn(tensor.shape, generator=generator, device=generator.device)
+    return tensor + scale * spread * noise.to(tensor.device)  # the generator is the CPU's: the same noise everywhere
 
 
 def _mean_abs(new: Sequence[Scored], previous: Sequence[Scored]) -> float:

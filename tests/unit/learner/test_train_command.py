@@ -15,7 +15,14 @@ from tracegrad.tracestore.errors import ConfigError
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.trainer.command import train
 from tracegrad.trainer.crash_points import CrashPoints
-from tracegrad.trainer.errors import WorkerFailed
+from tracegrad.trainer.errors import (
+    EngineError,
+    NothingToTrain,
+    PublishError,
+    StepRefused,
+    TrainerError,
+    WorkerFailed,
+)
 from tracegrad.trainer.ray_cluster import ray_running
 
 FILE = "models: {main: {checkpoint: base}}\nroles: {'*': main}\ntrainer: {steps: 7}\n"
@@ -65,6 +72,24 @@ def test_unknown_keys_and_missing_files_are_said_plainly(tmp_path: Path) -> None
 
 def test_no_models_is_a_usage_error(tmp_path: Path) -> None:
     assert CliRunner().invoke(train, ["--config", write(tmp_path, "project: x\n")]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(StepRefused, 4), (NothingToTrain, 4), (PublishError, 1), (EngineError, 1)]
+)
+def test_a_refused_step_has_an_exit_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[TrainerError], code: int
+) -> None:
+    """What is refused would be refused again: `tracegrad up` does not start it anew."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error("step 3: why")
+
+    monkeypatch.setattr("tracegrad.trainer.ray_groups.ray_groups", refuse)
+    (tmp_path / "base").mkdir()
+    path = write(tmp_path, FILE + f"store: sqlite:///{tmp_path}/store.db\n")
+    result = CliRunner().invoke(train, ["--config", path, "--offline"])
+    assert (result.exit_code, "tracegrad train: step 3: why" in result.output) == (code, True)
 
 
 def test_crash_points_refuse_what_they_do_not_know() -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,55 @@ def test_a_child_that_ignores_the_request_is_killed_with_everything_it_started(t
     assert gone(grandchild), "a process in a session of its own was left behind"
 
 
-def test_a_normal_end_of_the_trainer_is_not_a_crash_and_may_end_everything(tmp_path: Path) -> None:
+@pytest.fixture
+def handlers_kept() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.parametrize("code", [0, 3, 4])
+def test_a_normal_end_of_the_trainer_is_not_a_crash_and_may_end_everything(tmp_path: Path, code: int) -> None:
     events: list[Event] = []
     specs = [
         ChildSpec(name="proxy", command=shell("exec sleep 60")),
-        ChildSpec(name="train", command=shell("exit 0"), may_finish=True),
+        ChildSpec(name="train", command=shell(f"exit {code}"), may_finish=True, final_codes=(0, 3, 4)),
     ]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert supervise(make(specs, tmp_path, events), exit_with="train") == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert supervise(make(specs, tmp_path, events), exit_with="train") == code
     assert kinds(events, "train")[-1] == "finished"
+    assert kinds(events, "proxy") == ["started", "ready", "stopped"]
+
+
+@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.parametrize("exit_with", [None, "train"])
+def test_without_a_trainer_that_keeps_crashing_the_others_run_on(tmp_path: Path, exit_with: str | None) -> None:
+    """Until they are told to stop; that one gave up stays in the exit code."""
+    events: list[Event] = []
+    specs = [
+        ChildSpec(name="proxy", command=shell("exec sleep 60")),
+        ChildSpec(
+            name="train",
+            command=shell("echo no such folder; exit 1"),
+            ready_when=lambda _: False,
+            may_finish=True,
+            spares_others=True,
+        ),
+    ]
+    supervisor = make(specs, tmp_path, events)
+    ran_on: list[bool] = []
+
+    def stop_later() -> None:
+        ran_on.append(supervisor.children[0].running)
+        threading.Timer(0.5, lambda: (ran_on.append(supervisor.children[0].running), supervisor.request_stop())).start()
+
+    code = supervise(supervisor, exit_with=exit_with, ready=stop_later)
+    assert code == 1
+    assert kinds(events, "train") == ["started", "crashed", "started", "crashed", "started", "gave up"]
+    (gave_up,) = [event for event in events if event.kind == "gave up"]
+    assert gave_up.detail.endswith("last said: no such folder; the others run on without it")
+    assert ran_on[: 1 if exit_with else 2] == [True] * (1 if exit_with else 2)
     assert kinds(events, "proxy") == ["started", "ready", "stopped"]
 
 
@@ -235,7 +272,8 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     raw["trainer"] = {"publish": {"gate": gate}}
     gated = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in gated] == ["proxy", "gate", "train"]
-    assert gated[-1].final_codes == (0, 3), "a trainer that its gate ended is not started again"
+    assert gated[-1].final_codes == (0, 3, 4), "a trainer that its gate ended, or that refused a step, stays down"
+    assert [spec.name for spec in gated if spec.spares_others] == ["train"]
 
 
 def test_the_trainer_is_ready_once_it_can_take_runs(tmp_path: Path) -> None:

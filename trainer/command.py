@@ -153,7 +153,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
         click.echo(f"tracegrad train: {error}", err=True)
         return EXIT_REFUSED if isinstance(error, StepRefused) else EXIT_ERROR
     except KeyboardInterrupt:
-        console.say("interrupted: the step at hand was dropped, the next start trains it")
+        console.say("interrupted: a step that was not committed yet was dropped, the next start trains it")
         return EXIT_INTERRUPTED
     if stop.is_set():
         console.say(f"interrupted after step {step}")

@@ -24,7 +24,7 @@ from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 
-STOPPED = "the trainer was told to stop"
+STOPPED = "its publisher was told to stop"
 POLL_S = 0.1
 
 

@@ -14,7 +14,7 @@ Refuses (PublishRejected) what the gate does not let pass, and (PublishFailed) w
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tracegrad.tracestore.gating import Decision, unjudged
 from tracegrad.tracestore.publishes import UNFINISHED
@@ -187,18 +187,25 @@ class Passage:
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """Where one fails by itself, the others are put back and fail with it."""
+        """Where one fails by itself, the others are put back and fail with it; where who publishes leaves, all."""
         try:
             yield
         except PublishFailed as error:
-            stuck = [str(second) for way in self._ways if (second := self._fail_with(way, error)) is not None]
-            if stuck:
-                said = f"{error}. {'; '.join(stuck)}. {UNFINISHED_STAYS}"
-                raise PublishFailed(said, probe=error.probe) from error
+            self._fail_rest(f"it is published together with others: {error}", error)
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            self._fail_rest(STOPPED, PublishFailed(STOPPED))
             raise
 
-    def _fail_with(self, way: _Way, error: PublishFailed) -> EngineError | None:
-        """Put back and fail what is still under way; return what made that impossible."""
+    def _fail_rest(self, why: str, error: PublishFailed) -> None:
+        """Put back and fail what is still under way. Raises PublishFailed where that is impossible."""
+        stuck = [str(second) for way in self._ways if (second := self._fail_with(way, why)) is not None]
+        if stuck:
+            said = f"{error}. {'; '.join(stuck)}. {UNFINISHED_STAYS}"
+            raise PublishFailed(said, probe=error.probe) from error
+
+    def _fail_with(self, way: _Way, why: str) -> EngineError | None:
+        """Put back and fail one that is still under way; return what made that impossible."""
         now = self._store.last_publish(way.attempt.version.model)
         over = now is None or now.publish_id != way.publish_id or now.state not in UNFINISHED
         beside = way.attempt.first.is_beside  # loaded before anybody waited: to be taken away whoever failed it
@@ -211,7 +218,7 @@ class Passage:
             return second
         if over:
             return None
-        self._store.advance_publish(way.publish_id, "failed", error=f"it is published together with others: {error}")
+        self._store.advance_publish(way.publish_id, "failed", error=why)
         return None
 
     # -- the judgement
@@ -292,32 +299,47 @@ class Passage:
         """Bring what passed to the engines that do not have it yet."""
         if not any(way.rest for way in self._ways):
             return
-        self._settle(decision)
+        try:
+            self._settle(decision)
+            self._load_rest()
+        except (KeyboardInterrupt, SystemExit):
+            self._leave()
+            raise
+
+    def _load_rest(self) -> None:
         try:
             for way in (way for way in self._ways if way.rest):
                 way.seen = self._load(way, way.rest) or way.seen
                 way.publisher.fleet.clear_beside()
         except (EngineError, PublishFailed) as error:
-            self._undo(error)
+            what, back = self._undo(error)
+            raise PublishFailed(f"{what}. Version {back} is back", probe=getattr(error, "probe", None)) from error
 
-    def _undo(self, error: Exception) -> NoReturn:
-        """Put the previous weights of all back, write `failed`, raise PublishFailed; else leave them unfinished."""
+    def _leave(self) -> None:
+        """End what is settling before going. Raises PublishFailed, EngineError where it stays unfinished."""
+        for way in self._ways:
+            way.publisher.stand_still(way.attempt.publish)
+        self._undo(PublishFailed(STOPPED))
+
+    def _undo(self, error: EngineError | PublishFailed) -> tuple[str, str]:
+        """Put the previous weights of all back and write `failed`; return what failed, and what is back.
+
+        Raises PublishFailed where that is impossible: they stay unfinished.
+        """
         ids = ", ".join(str(way.attempt.version.version_id) for way in self._ways)
         what = f"the publish of version {ids} failed: {error}"
-        probe = getattr(error, "probe", None)
         try:
             for way in self._ways:
                 way.publisher.fleet.put_back(way.candidate.previous)
         except EngineError as second:
             raise PublishFailed(
                 f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",
-                probe=probe,
+                probe=getattr(error, "probe", None),
             ) from error
         for way in self._ways:
             self._store.advance_publish(way.publish_id, "failed", error=str(error))
         self._tell("failed")
-        back = ", ".join(str(way.candidate.previous.version_id) for way in self._ways)
-        raise PublishFailed(f"{what}. Version {back} is back", probe=probe) from error
+        return what, ", ".join(str(way.candidate.previous.version_id) for way in self._ways)
 
     def _go_live(self, decision: Decision) -> dict[str, PublishReport]:
         reports = {way.publish_id: way.report(decision) for way in self._ways}

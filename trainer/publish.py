@@ -4,7 +4,8 @@
 lets finish what is in flight, and acknowledges. Swapping: each engine loads the checkpoint, forgets its prefix cache,
 is told the version, and is probed; only then is the publish `live` and the proxies go on. Anything else puts the
 previous live weights back *before* it says `failed`, because proxies go on then as well. Where even that is impossible
-the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached.
+the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached. Who is told
+to leave meanwhile (Ctrl-C, SIGTERM) ends it in the same way first; what a killed publisher left, `recover` ends.
 
 With `mode: in_flight` proxies acknowledge with calls in flight. Each engine stands still for the swap (`/pause` keeps
 what runs and throws its cache away), then goes on with the new weights and is probed; tokens are told apart by the
@@ -35,7 +36,7 @@ from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import UNFINISHED_STAYS, PublishFailed
 from tracegrad.trainer.errors import EngineError
 from tracegrad.trainer.fleet import Fleet, Rehearsal, refuse_bad, told
-from tracegrad.trainer.gate import Gatekeeper, needs_gate
+from tracegrad.trainer.gate import STOPPED, Gatekeeper, needs_gate
 from tracegrad.trainer.gated import Attempt, Candidate, Passage
 from tracegrad.trainer.pauses import Pauses
 from tracegrad.trainer.probe import ProbeResult, ProbeSet
@@ -115,9 +116,13 @@ class Publisher:
         publish = self.store.request_publish(version_id, in_flight=in_flight)
         attempt = Attempt(publish, version, previous, self.fleet)
         clock, self.fleet.pauses = Stopwatch(), Pauses()
-        rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
-        self.drain(attempt, clock, staged=canary is None)
-        canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
+        try:
+            rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
+            self.drain(attempt, clock, staged=canary is None)
+            canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
+        except (KeyboardInterrupt, SystemExit):
+            self._leave(attempt)
+            raise
         seen = rehearsal.seen if rehearsal else seen
         report = PublishReport(
             publish_id=attempt.publish.publish_id,
@@ -290,6 +295,21 @@ class Publisher:
         self._write_failed(publish, error, probe)
         back = f"version {previous.version_id} is back" if previous else "there was no live version to put back"
         raise PublishFailed(f"{what}. {back}", probe=probe) from error
+
+    def _leave(self, attempt: Attempt) -> None:
+        """End what is unfinished before going: proxies would hold calls for a publisher that is gone.
+
+        Raises:
+            EngineError: the previous weights could not be put back; the publish stays unfinished.
+        """
+        publish = self.store.last_publish(self.model)
+        if publish is None or publish.publish_id != attempt.publish.publish_id or publish.state not in UNFINISHED:
+            return
+        if publish.state == "swapping":
+            self.fleet.put_back(attempt.previous, in_flight=publish.in_flight)
+        else:
+            attempt.first.unstage()
+        self._write_failed(publish, PublishFailed(STOPPED), None)
 
     def _write_failed(self, publish: Publish, error: Exception, probe: ProbeResult | None) -> None:
         kept: dict[str, Any] = {} if probe is None else {"result": probe.as_json()}

@@ -17,6 +17,7 @@ from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishFailed
+from tracegrad.trainer.errors import EngineError
 from tracegrad.trainer.publish import Perturbed, Publisher, canary
 
 SETTINGS = PublishConfig(probe_tokens=100, drain_timeout_s=0.4, swap_timeout_s=0.6)
@@ -75,6 +76,58 @@ def test_a_version_goes_live_through_every_state(house: House) -> None:
     swap = [e for e in house.engine.events if e in ("collective_rpc", "reset_prefix_cache", "update_weight_version")]
     # the first reset proves that nothing runs any more, the second forgets what the old weights computed
     assert swap == ["reset_prefix_cache", "collective_rpc", "reset_prefix_cache", "update_weight_version"] * 2
+
+
+LEAVES = pytest.mark.parametrize("how", [SystemExit, KeyboardInterrupt])
+
+
+@LEAVES
+@pytest.mark.parametrize("at", ["draining", "swapping", "probed"])
+def test_who_is_told_to_leave_lets_the_proxies_go_on_first(
+    house: House, monkeypatch: pytest.MonkeyPatch, at: str, how: type[BaseException]
+) -> None:
+    """Whatever was swapped by then: they would hold calls for a publisher that is gone."""
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id, probe(1.0, None))
+
+    def leaves(*_: object, **__: object) -> None:
+        raise how
+
+    def told(state: str) -> None:
+        house.states.append(state)
+        if state == at:
+            leaves()
+
+    publisher.on_state = told
+    if at == "probed":
+        monkeypatch.setattr(publisher.fleet, "probe", leaves)
+    with pytest.raises(how):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("failed", first.version_id)
+    last = house.store.last_publish("main")
+    assert last is not None and last.error == "its publisher was told to stop"
+    assert (house.engine.weight, house.engine.version) == (1.0, str(first.version_id))
+    monkeypatch.undo()
+    house.publisher().publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("live", second.version_id)
+
+
+def test_who_leaves_an_engine_that_cannot_be_put_back_says_so_and_leaves_it_unfinished(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher()
+    publisher.publish(first.version_id, probe(1.0, None))
+
+    def leaves(*_: object, **__: object) -> None:
+        house.engine.fail_reloads = 99
+        raise SystemExit
+
+    monkeypatch.setattr(publisher.fleet, "probe", leaves)
+    with pytest.raises(EngineError):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("swapping", first.version_id), "the next start ends it"
 
 
 def test_it_waits_for_every_living_proxy_and_for_no_dead_one(house: House) -> None:

@@ -323,6 +323,28 @@ def test_a_trainer_that_is_told_to_leave_puts_the_live_weights_back_first(
     assert house.serving() == [(1.0, str(house.live.version_id))]
 
 
+@pytest.mark.parametrize("how", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["draining", "swapping", "settling"])
+def test_who_leaves_on_the_way_through_the_gate_puts_the_live_weights_back(
+    make_house: Callable[[int], House], at: str, how: type[BaseException]
+) -> None:
+    """Also while what passed goes on to the other engines."""
+    house = make_house(2)
+    judges = house.judges(0.9)
+
+    def leaves(state: str) -> None:
+        judges(state)
+        if state == at:
+            raise how
+
+    house.store.beat_evaluator(house.evaluator)
+    new = house.version(1.2, 1)
+    with pytest.raises(how):
+        house.publisher(leaves).publish(new.version_id, probe(1.2, 1.0))
+    assert (house.last.state, house.last.error) == ("failed", "its publisher was told to stop")
+    assert house.serving() == [(1.0, str(house.live.version_id))] * 2
+
+
 def test_who_leaves_before_a_judge_came_leaves_nothing_unfinished(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

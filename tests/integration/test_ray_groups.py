@@ -125,6 +125,25 @@ def test_two_workers_of_one_model_go_on_where_one_was_killed(tmp_path: Path) -> 
         assert hashes[1] == hashes[2]
 
 
+def test_a_job_joins_a_cluster_trains_there_and_leaves_it_running(tmp_path: Path, cluster: str) -> None:
+    """A worker for each base model, on nodes that were there before: the bits that one process makes."""
+    config = configured(tmp_path, per_group=1)
+    shares = shares_of(config, tmp_path)
+    here = WorkerGroups({name: ModelGroup(config, name) for name in config.worker_groups()}, config)
+    here.create(str(tmp_path / "here"))
+    step(here, shares)
+    with ray_groups(config, address=cluster) as (workers, groups):
+        assert os.getpid() not in {pid for group in groups.values() for pid in group.processes()}
+        workers.create(str(tmp_path / "there"))
+        step(workers, shares)
+        made = workers.save(str(tmp_path / "there"), 1).checkpoint
+    assert made.hash == here.save(str(tmp_path / "here"), 1).checkpoint.hash
+    with ray_running(cluster, 1):
+        import ray
+
+        assert ray.cluster_resources()["CPU"] == 4, "the cluster went with the job that had joined it"
+
+
 @pytest.mark.long
 @pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long")
 def test_groups_of_two_workers_train_what_one_process_trains(tmp_path: Path, cluster: str) -> None:

@@ -53,7 +53,7 @@ bench: $(STAMP) ## speed and memory; writes out/bench/*.json (run it with nothin
 	$(MAKE) bench-trainer
 	$(BIN)/python benchmarks/group_memory.py
 
-bench-trainer: $(STAMP) ## speed of the trainer beside TRL and the matmul bound, and of a publish; writes out/bench/trainer.json, half an hour
+bench-trainer: $(STAMP) ## speed of the trainer beside TRL and the matmul bound, of a publish, and of the last `make demo` the share of time that serving stood still; writes out/bench/trainer.json, half an hour
 	$(BIN)/python benchmarks/publish_speed.py
 	$(BIN)/python benchmarks/trainer_speed.py
 

@@ -45,6 +45,8 @@ GOALS = "goals: ratio >= 0.85 ideal; >= 4x TRL on group_of_8, >= 1x on nothing_s
 BOUNDED_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 """As the trainer's workers have them."""
 
+DEMO = Path("out/demo")
+
 Figures = dict[str, Any]
 
 
@@ -54,7 +56,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=os.environ.get("TRACEGRAD_MODEL") or _cached_model())
     parser.add_argument("--out", type=Path, default=Path("out/bench/trainer.json"))
     parser.add_argument("--publish", type=Path, default=Path("out/bench/publish.json"), help="of publish_speed")
-    parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a loop with an engine: the shares of time")
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        default=_metrics_of_the_demo(),
+        help="metrics.jsonl of a loop with an engine: the shares of time; default: of the last `make demo`",
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
@@ -160,7 +167,7 @@ def published(path: Path, loop: Path | None) -> Figures:
         made |= shares_of(json.loads(line) for line in loop.read_text().splitlines())
     how = dict.fromkeys(("publish_s", "publish_adapter_s", "copy_s"), "run benchmarks/publish_speed.py first")
     how |= dict.fromkeys(
-        ("engine_paused_share", "fresh_wait_share"), "--metrics: metrics.jsonl of a loop with an engine"
+        ("engine_paused_share", "fresh_wait_share"), "run `make demo` first, or --metrics: metrics.jsonl of a loop"
     )
     measured = {name: made[name] for name in how if made.get(name) is not None}
     missing = {name: why for name, why in how.items() if name not in measured}
@@ -174,6 +181,11 @@ def _rounded(figures: Figures) -> Figures:
 def _cached_model() -> Path:
     cache = os.environ.get("TRACEGRAD_CACHE")
     return (Path(cache) if cache else Path.home() / ".cache" / "tracegrad") / "smollm2-135m-instruct"
+
+
+def _metrics_of_the_demo() -> Path | None:
+    found = sorted(DEMO.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
 
 
 def _print(report: Figures) -> None:

@@ -76,7 +76,7 @@ def discounted(
         raise SampleError("a step feeds itself: a run graph has no cycles")
     values = [steps[node.call_id] for node in graph.nodes]
     atoms = [Atom(value, 1 << place) for place, value in enumerate(values) if value is not None]
-    carried = call_returns(ScopedGraph(graph, "graph"), atoms, turn_gamma=gamma)
+    carried = call_returns(ScopedGraph(graph, "graph", atoms), atoms, turn_gamma=gamma)
     pairs = zip(graph.nodes, carried, strict=True)
     return {node.call_id: value for node, value in pairs if value is not None}
 

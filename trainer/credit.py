@@ -129,7 +129,7 @@ def choice_returns(samples: Samples, config: CreditConfig, scope: Scope) -> Floa
     for run_id in {choice.run_id for choice in samples.choices}:
         graph = samples.graphs[run_id]
         atoms = atoms_of(graph, samples.rewards[run_id], config.reward_weights)
-        returns = call_returns(ScopedGraph(graph, scope), atoms, turn_gamma=config.turn_gamma)
+        returns = call_returns(ScopedGraph(graph, scope, atoms), atoms, turn_gamma=config.turn_gamma)
         found |= {(run_id, node.call_id): value for node, value in zip(graph.nodes, returns, strict=True)}
     of_choices = [found[choice.run_id, choice.call_id] for choice in samples.choices]
     return np.array([np.nan if value is None else value for value in of_choices], dtype=np.float64)
@@ -178,9 +178,10 @@ def gae_advantages(
     for run_id in dict.fromkeys(choice.run_id for choice in samples.choices):
         graph = samples.graphs[run_id]
         place = graph.index()
+        atoms = atoms_of(graph, samples.rewards[run_id], config.reward_weights)
         run = RunTokens(
-            view=ScopedGraph(graph, config.scope),
-            atoms=atoms_of(graph, samples.rewards[run_id], config.reward_weights),
+            view=ScopedGraph(graph, config.scope, atoms),
+            atoms=atoms,
             calls={place[call_id]: chosen for call_id, chosen in numbers[run_id].items()},
         )
         found = graph_gae(

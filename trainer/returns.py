@@ -8,6 +8,9 @@ reaches a call that is not an ancestor of what was rewarded, and each reward cou
 In scope `role` and `graph` a reward is paid where the last of its target ends: one on the run after its last calls, one
 on a role after that role's last. Between a call and that place lies a discount for each call on the longest way (so an
 edge that others imply changes nothing). A call that nothing reaches has no return: None, not 0 (law 6).
+
+A mute call (failed, or sent again) is nothing that follows: a request that the network lost and the SDK repeated moves
+nobody's credit. It stays only for a reward all of whose targets are mute, such as one on the failed call itself.
 Called by `samples`, `gae` and `credit`.
 """
 
@@ -30,16 +33,21 @@ class Atom:
 
 
 class ScopedGraph:
-    """A run graph as a scope sees it: what follows each call, and what follows it directly. Bits as in `RunGraph`."""
+    """A run graph as a scope sees it: what follows each call, and what follows it directly. Bits as in `RunGraph`.
 
-    def __init__(self, graph: RunGraph, scope: Scope) -> None:
+    `atoms`: the rewards that are going to be carried. A mute call that none of them needs follows nothing.
+    """
+
+    def __init__(self, graph: RunGraph, scope: Scope, atoms: Sequence[Atom] = ()) -> None:
         self.graph = graph
+        unheard = _unheard(graph, atoms)
+        descendants = tuple(mask & ~unheard for mask in graph.descendants)
         of_role: dict[str | None, int] = {}
         for number, node in enumerate(graph.nodes):
             of_role[node.role] = of_role.get(node.role, 0) | 1 << number
-        self.following = graph.descendants
+        self.following = descendants
         if scope == "role":
-            pairs = zip(graph.nodes, graph.descendants, strict=True)
+            pairs = zip(graph.nodes, descendants, strict=True)
             self.following = tuple(mask & of_role[node.role] for node, mask in pairs)
         elif scope == "call":
             self.following = (0,) * len(graph.nodes)
@@ -122,7 +130,8 @@ def reached_calls(
     graph: RunGraph, rewards: Iterable[Reward], scope: Scope, weights: Mapping[str, float] | None = None
 ) -> frozenset[str]:
     """Return the ids of the calls that a counted reward reaches."""
-    returns = call_returns(ScopedGraph(graph, scope), atoms_of(graph, rewards, weights))
+    atoms = atoms_of(graph, rewards, weights)
+    returns = call_returns(ScopedGraph(graph, scope, atoms), atoms)
     pairs = zip(graph.nodes, returns, strict=True)
     return frozenset(node.call_id for node, value in pairs if value is not None)
 
@@ -132,3 +141,13 @@ def stands_on(reward: Reward, node: CallNode) -> bool:
     if reward.call_id is not None:
         return reward.call_id == node.call_id
     return reward.role is None or reward.role == node.role
+
+
+def _unheard(graph: RunGraph, atoms: Iterable[Atom]) -> int:
+    """The mute calls, less the targets of rewards that stand on mute calls only."""
+    mute = sum(1 << number for number, node in enumerate(graph.nodes) if node.mute)
+    unheard = mute
+    for atom in atoms:
+        if not atom.targets & ~mute:
+            unheard &= ~atom.targets
+    return unheard

@@ -8,7 +8,8 @@ link them with one another, never time.
 
 A call without a span is linked by `Call.continues` alone (an earlier call's messages and answer stand in its prompt).
 A run of which nothing else is known has no edges: graph credit is call-local there, and such calls are counted. A call
-that failed, or whose answer the client never got, fed nothing. What contradicts itself (a cycle) links nothing.
+that failed, or whose answer the client never got, is mute: it fed nothing. What contradicts itself (a cycle) links
+nothing.
 Called by `samples`, for credit.
 """
 
@@ -25,11 +26,12 @@ Link = tuple[Hashable, Hashable]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallNode:
-    """A call as credit sees it."""
+    """A call as credit sees it. `mute`: it failed, or was sent again; nothing follows it, and it is never trained."""
 
     call_id: str
     role: str | None
     model: str
+    mute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,9 @@ def run_graph(trace: RunTrace) -> RunGraph:
             spans.setdefault(own.span_id, own)
     retried = {call.retry_of for call in trace.calls}
     mute = {call.call_id for call in trace.calls if call.status == "failed" or call.call_id in retried}
-    nodes = [CallNode(call_id=c.call_id, role=c.attribution.role, model=c.model) for c in trace.calls]
+    nodes = [
+        CallNode(call_id=c.call_id, role=c.attribution.role, model=c.model, mute=c.call_id in mute) for c in trace.calls
+    ]
     links = [*_between_spans(spans), *_inside_spans(spans, trace.calls, mute), *_continued(trace.calls)]
     return linked(nodes, [link for link in links if link[0] not in mute])
 

@@ -116,13 +116,17 @@ def chain(make_choice, lengths, roles=None):
     gamma=st.sampled_from([1.0, 0.9]),
     lam=st.sampled_from([0.0, 0.5, 1.0]),
     scope=st.sampled_from(["role", "graph"]),
+    failed_after=st.lists(st.integers(0, 4), max_size=3),
     seed=st.integers(0, 999),
 )
 def test_on_a_chain_it_is_gae_over_the_concatenated_tokens(
-    make_choice, make_samples, *, lengths, gamma, lam, scope, seed
+    make_choice, make_samples, *, lengths, gamma, lam, scope, failed_after, seed
 ):
+    """`failed_after`: calls of the chain after which an attempt failed, the last call included."""
     rng = np.random.default_rng(seed)
     choices, links = chain(make_choice, lengths)
+    failed = [CallNode(call_id=f"f{n}", role="planner", model="main", mute=True) for n, _ in enumerate(failed_after)]
+    links += [(f"c{before}", f"f{n}") for n, after in enumerate(failed_after) for before in range(after + 1)]
     per_call = rng.normal(size=len(lengths))
     rewards = [reward(value, call_id=f"c{n}") for n, value in enumerate(per_call)] + [reward(0.5, "run")]
     values = rng.normal(size=sum(lengths))
@@ -131,7 +135,7 @@ def test_on_a_chain_it_is_gae_over_the_concatenated_tokens(
     order = [choices.index(choice) for choice in mixed]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     blocks = [values[starts[n] : starts[n + 1]] for n in order]
-    result = advantages(make_samples(mixed, rewards, links=links), config, np.concatenate(blocks))
+    result = advantages(make_samples(mixed, rewards, links=links, context=failed), config, np.concatenate(blocks))
     paid = np.zeros(sum(lengths))
     paid[starts[1:] - 1] = per_call
     paid[-1] += 0.5
@@ -163,6 +167,29 @@ def test_with_lambda_one_it_is_the_return_less_the_value(
     values = rng.normal(size=sum(len(choice.token_ids) for choice in choices))
     expected = np.repeat(choice_returns(samples, config, scope), [len(c.token_ids) for c in choices]) - values
     np.testing.assert_allclose(advantages(samples, config, values), expected, atol=1e-12)
+
+
+def test_an_attempt_that_failed_moves_nobodys_credit(make_choice, make_samples):
+    # a -> b, one token each, V = (0.2, 0.6), reward 1 on the run, gamma 1, lambda 0.5 everywhere.
+    # b: 1 - 0.6 = 0.4; a: 0.6 - 0.2 + 0.5 * 0.4 = 0.6. The same with an attempt f beside b that failed, and with one
+    # after b (it would be a fork, 1 - 0.2 = 0.8, or take the run's reward away from b).
+    # A reward of -1 on f itself is what came of a: a fork, so the sum of the rewards behind it: 1 - 1 - 0.2 = -0.2.
+    # Returns with turn_gamma 0.5: 0.5 * 1 and 1; with the reward on f 0.5 * (1 - 1) and 1.
+    choices = [make_choice(call_id=call, tokens=(1,)) for call in "ab"]
+    failed = [CallNode(call_id="f", role="planner", model="main", mute=True)]
+    config, values = settings_of(turn_lambda=0.5, gae_lambda=0.5), np.array([0.2, 0.6])
+
+    def found(*links, paid=(0.0, {"role": "planner"})):
+        rewards = [reward(1.0), reward(paid[0], "style", **paid[1])]
+        samples = make_samples(choices, rewards, links=[("a", "b"), *links], context=failed)
+        returns = choice_returns(samples, settings_of(turn_gamma=0.5), "graph")
+        return [*advantages(samples, config, values).tolist(), *returns.tolist()]
+
+    clean = pytest.approx([0.6, 0.4, 0.5, 1.0])
+    assert found() == clean
+    assert found(("a", "f")) == clean
+    assert found(("a", "f"), ("b", "f")) == clean
+    assert found(("a", "f"), paid=(-1.0, {"call_id": "f"})) == pytest.approx([-0.2, 0.4, 0.0, 1.0])
 
 
 def test_a_fork_sums_what_follows_and_bootstraps_nothing(make_choice, make_samples):

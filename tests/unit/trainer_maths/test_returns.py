@@ -22,7 +22,8 @@ def graph_of(roles, *edges):
 
 
 def returns(graph, rewards, scope, turn_gamma=1.0, weights=None):
-    found = call_returns(ScopedGraph(graph, scope), atoms_of(graph, rewards, weights), turn_gamma=turn_gamma)
+    atoms = atoms_of(graph, rewards, weights)
+    found = call_returns(ScopedGraph(graph, scope, atoms), atoms, turn_gamma=turn_gamma)
     return {node.call_id: value for node, value in zip(graph.nodes, found, strict=True)}
 
 
@@ -79,6 +80,22 @@ def test_of_two_ways_the_longer_one_discounts(long, short):
     )
     # Three calls lie on the long way from a to the end of e, two on the short one: 8 * 0.5^3 and not 8 * 0.5^2.
     assert returns(ways, [reward(8, call_id="e")], "graph", 0.5)["a"] == 1
+
+
+def test_a_mute_call_stays_only_for_a_reward_that_nothing_else_has():
+    """A planner, a writer whose first attempt failed (m), and a checker that failed for good (n)."""
+    roles = {"p": "planner", "m": "writer", "w": "writer", "n": "checker"}
+    nodes = [CallNode(call_id=call, role=role, model="m", mute=call in "mn") for call, role in roles.items()]
+    graph = linked(nodes, [("p", "m"), ("p", "w"), ("p", "n"), ("w", "n")])
+
+    def follow(*rewards):
+        view = ScopedGraph(graph, "graph", atoms_of(graph, rewards))
+        return {n.call_id: "".join(graph.nodes[i].call_id for i in view.next[k]) for k, n in enumerate(graph.nodes)}
+
+    assert follow(reward(1), reward(1, role="writer")) == {"p": "w", "w": "", "m": "", "n": ""}
+    assert follow(reward(1), reward(1, role="checker")) == {"p": "w", "w": "n", "m": "", "n": ""}
+    assert follow(reward(1, call_id="m")) == {"p": "mw", "w": "", "m": "", "n": ""}
+    assert returns(graph, [reward(4)], "graph", 0.5) == {"p": 2, "w": 4, "m": 4, "n": 4}, "as in a run without them"
 
 
 def test_weights_choose_and_scale_rewards():

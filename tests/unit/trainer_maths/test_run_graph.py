@@ -125,6 +125,9 @@ def test_what_failed_or_was_sent_again_fed_nothing(call):
         call("z", after),
     ]
     assert ancestry(calls, [one, after]) == "a>again a>broken a>lost a>z again>broken again>z"
+    trace = RunTrace(run=Run(run_id="r", purpose="train"), calls=tuple(calls), rewards=(), spans=(one, after))
+    graph = run_graph(trace)
+    assert {node.call_id for node in graph.nodes if node.mute} == {"lost", "broken"}, "credit leaves these out"
 
 
 def test_a_contradiction_links_nothing(call):

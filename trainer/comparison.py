@@ -10,7 +10,10 @@ there, whatever their number. Four published rules, x a choice's return, m_r the
     reinforce++             x, whitened afterwards over the batch: no cells
 
 A cell of one run has nothing to compare: the run's own rewards stand against those of the group's other runs, so that
-no other role's reward leaks in; that is counted. A run with nobody to compare with gets 0. Called by `credit`.
+no other role's reward leaks in; that is counted. A run with nobody to compare with gets 0. To either is added the
+choice's own penalty as it is: a cell takes it from the returns that it compares, here there are none of its kind to
+compare it with, and divided by how much the rewards differ it would grow without bound where they hardly do.
+Called by `credit`.
 """
 
 import math
@@ -102,17 +105,20 @@ def compare(
     *,
     rule: Rule = "grpo",
     cell: Cell = "turn",
+    penalties_B: Floats | None = None,
 ) -> Comparison:
     """Return the advantages of all choices under `rule`.
 
     `run_level`: run -> its own rewards, of every run of the groups that has some, also of those without a trainable
-    choice; `run_groups`: run -> group.
+    choice; `run_groups`: run -> group. `penalties_B`: what of each return is the choice's own (for leaving the
+    reference policy), and no reward of the app's; None: nothing.
 
     Raises:
-        BatchError: the returns are not one for each choice.
+        BatchError: the returns, or the penalties, are not one for each choice.
     """
-    if len(choices) != len(returns_B):
-        raise BatchError(f"{len(choices)} choices and {len(returns_B)} returns do not fit")
+    for name, array_B in (("returns", returns_B), ("penalties", penalties_B)):
+        if array_B is not None and len(array_B) != len(choices):
+            raise BatchError(f"{len(choices)} choices and {len(array_B)} {name} do not fit")
     if rule == "reinforce++":
         return Comparison(advantages_B=returns_B.copy(), counts=Counts(), roles={})
     cells = [_cell(choice, cell) for choice in choices]
@@ -131,11 +137,12 @@ def compare(
     for index, (choice, key) in enumerate(zip(choices, cells, strict=True)):
         statistics, value, own = measured[key], float(returns_B[index]), means[key][choice.run_id]
         if single := statistics.count < 2:
+            advantages_B[index] = 0.0 if penalties_B is None else penalties_B[index]
             if choice.run_id not in run_level or groups[choice.group_key].count < 2:
                 compared.append(_Compared(key, True, None))
                 continue
             statistics, value, own = groups[choice.group_key], run_level[choice.run_id], run_level[choice.run_id]
-        advantages_B[index] = _advantage(rule, statistics, value, own)
+        advantages_B[index] += _advantage(rule, statistics, value, own)
         compared.append(_Compared(key, single, statistics.std > 0.0))
     roles = sorted({choice.role for choice in choices if choice.role is not None})
     return Comparison(

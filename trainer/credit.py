@@ -104,11 +104,16 @@ def assign(
             judged_N = gae_advantages(samples, config, values, foreign, critic=True)
         targets_N = values_N + judged_N
     else:
-        if token_rewards_N is not None:
-            returns_B = returns_B + np.add.reduceat(token_rewards_N, starts[:-1])
-        run_level = run_returns(samples.rewards, config.reward_weights)
+        penalties_B = None if token_rewards_N is None else np.add.reduceat(token_rewards_N, starts[:-1])
+        returns_B = returns_B if penalties_B is None else returns_B + penalties_B
         compared = compare(
-            samples.choices, returns_B, run_level, samples.run_groups, rule=config.advantage, cell=config.cell
+            samples.choices,
+            returns_B,
+            run_returns(samples.rewards, config.reward_weights),
+            samples.run_groups,
+            rule=config.advantage,
+            cell=config.cell,
+            penalties_B=penalties_B,
         )
         advantages_N = spread(compared.advantages_B, starts)
         counts |= asdict(compared.counts)

@@ -59,6 +59,40 @@ def test_a_cell_of_one_run_falls_back_to_the_run_level(make_choice):
     assert by_role.counts == Counts(n_cells=1)
 
 
+@pytest.mark.parametrize(
+    ("rule", "run_level"),
+    [
+        # Runs 0, 1, 2: run c is at 2 - 1 = 1; by the deviation, sqrt((1 + 0 + 1) / 2) = 1, the same; 2 - (0 + 1) / 2.
+        ("dr_grpo", 1.0),
+        ("grpo", 1 / (1 + 1e-6)),
+        ("rloo", 1.5),
+        ("reinforce++-baseline", 1.0),
+    ],
+)
+def test_a_penalty_is_felt_where_there_is_nothing_to_compare_it_with(make_choice, rule, run_level):
+    # Penalties of a's, b's and c's choices in the common cell -1, -1, -2.5, so returns -1, 0, -0.5 (mean -0.5; the
+    # others of c: -0.5); of c's choice alone in its cell -0.25, of a run without a group -0.75, of one in a group whose
+    # runs all earned 1: -0.5.
+    alone = {"call_id": "again", "turn": Turn(superstep=5, path="plan")}
+    choices = [
+        *(make_choice(run_id=run) for run in "abc"),
+        make_choice(run_id="c", **alone),
+        make_choice(run_id="live", group_id=None),
+        make_choice(run_id="x", group_id="equal", **alone),
+    ]
+    groups = {c.run_id: c.group_key for c in choices} | {"y": "equal"}
+    level = {"a": 0.0, "b": 1.0, "c": 2.0, "live": 1.0, "x": 1.0, "y": 1.0}
+    penalties = np.array([-1.0, -1.0, -2.5, -0.25, -0.75, -0.5])
+    returns = penalties + [level[choice.run_id] for choice in choices]
+    found = compare(choices, returns, level, groups, rule=rule, penalties_B=penalties)
+    np.testing.assert_allclose(found.advantages_B[2:], [0.0, run_level - 0.25, -0.75, -0.5], atol=1e-15)
+    assert found.counts == Counts(n_cells=1, n_single_cells=3, n_zero_variance=1, n_lone_runs=1)
+    without = compare(choices, returns, level, groups, rule=rule)
+    np.testing.assert_allclose(without.advantages_B[2:], [0.0, run_level, 0.0, 0.0], atol=1e-15)
+    with pytest.raises(BatchError, match="penalties do not fit"):
+        compare(choices, returns, level, groups, rule=rule, penalties_B=penalties[:1])
+
+
 def test_a_run_with_nobody_to_compare_with_gets_nothing(make_choice):
     result = advantages_of([make_choice(run_id="live", group_id=None)], [1.0], run_level={"live": 1.0})
     assert result.advantages_B.tolist() == [0.0]

@@ -355,3 +355,7 @@ def test_token_rewards_are_paid_where_they_stand(make_choice, make_samples):
     assert assign(samples, config, np.zeros(2), np.array([-1.0, -2.0])).advantages_N.tolist() == [7.0, 8.0]
     grouped = CreditConfig(advantage="reinforce++", normalise="off")
     assert assign(samples, grouped, None, np.array([-1.0, -2.0])).advantages_N.tolist() == [7.0, 7.0]
+    # A run alone in its group has nothing to compare the 10 with; its penalties of 3 are felt all the same.
+    compared = assign(samples, CreditConfig(advantage="dr_grpo"), None, np.array([-1.0, -2.0]))
+    assert compared.advantages_N.tolist() == [-3.0, -3.0]
+    assert compared.returns_B.tolist() == [7.0]

@@ -1,8 +1,8 @@
 """The numbers of one step over all models: of one model its own, of several what they add up to, and each one's own.
 
-Counts add up; means are weighted by trained tokens; what is a greatest value, or of the whole step, is the greatest;
-seconds are those of the slowest, for groups run in parallel. What no model has stays absent (law 6). Called by the
-controller; `step_metrics` and `ppo` make a model's own.
+Counts add up; means are weighted by trained tokens; a ratio of counts is that of the sums; what is a greatest value, or
+of the whole step, is the greatest; seconds are those of the slowest, for groups run in parallel. What no model has
+stays absent (law 6). Called by the controller; `step_metrics` and `ppo` make a model's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,8 @@ def joint_metrics(results: Mapping[str, StepResult], shares: Shares) -> dict[str
     own = {model: {**result.metrics} for model, result in results.items()}
     roles = {role: numbers for metrics in own.values() for role, numbers in metrics.pop("roles").items()}
     joint = _joined(list(own.values()), [metrics["tokens_trained"] for metrics in own.values()])
+    if joint.get("tokens_computed"):  # of all tokens, whichever model each is of
+        joint["efficiency"] = joint["tokens_unique"] / joint["tokens_computed"]
     several = {"models": own} if len(shares.by_model) > 1 else {}
     return {**joint, "roles": roles, **several, "tokens_excluded": excluded_by_reason(shares.consumption)}
 

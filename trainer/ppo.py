@@ -37,7 +37,7 @@ from tracegrad.trainer.ranks import slowest
 from tracegrad.trainer.refusals import StepHistory
 from tracegrad.trainer.samples import ChoiceSample, Samples
 from tracegrad.trainer.sharding import whole
-from tracegrad.trainer.step_metrics import StepArrays, step_metrics
+from tracegrad.trainer.step_metrics import StepArrays, step_metrics, token_counts
 from tracegrad.trainer.step_tensors import Fixed, Minibatch, Seen, float32
 
 EASY_TOKENS = 512
@@ -123,6 +123,7 @@ class PpoStep:
         fixed = self._fixed(samples, before, credit)
         seen = Seen(len(fixed.behaviour))
         facts: dict[str, Any] = {}
+        packings = [packing]
         parts = self._config.optimizer.minibatches
         updates = self._config.optimizer.epochs * parts
         with self._unchanged_on_failure(updates):
@@ -156,9 +157,7 @@ class PpoStep:
             **step_metrics(choices, arrays, version_id),
             **facts,
             "updates": updates,
-            "tokens_computed": packing.stats.n_nodes,
-            "tokens_unique": packing.stats.n_unique,
-            "tokens_naive": packing.stats.n_naive,
+            **token_counts(packing.stats, [part.stats for part in packings]),
             "seconds": {"update": time.monotonic() - started},
         }
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracegrad.trainer.credit import Credit, spread
+from tracegrad.trainer.packing import PackingStats
 from tracegrad.trainer.samples import ChoiceSample
 
 Floats = NDArray[np.float64]
@@ -56,6 +57,23 @@ def step_metrics(choices: Sequence[ChoiceSample], arrays: StepArrays, version_id
         numbers = _of(choices, chosen_B, arrays, version_id)
         metrics["roles"][role] = {**numbers, **arrays.credit.roles.get(role, {})}
     return metrics
+
+
+def token_counts(batch: PackingStats, parts: Sequence[PackingStats]) -> dict[str, float]:
+    """Return what packing saves: how many tokens a pass of updates computes, and how many it would have to.
+
+    `batch`: of all choices together; `parts`: of each minibatch of a pass as it is computed. `efficiency` is
+    `tokens_unique` (each distinct context of the batch once) over `tokens_computed`: 1 where no token is computed
+    twice, less where the end of a row, a minibatch or a rank's share cuts a shared prefix. `tokens_naive`: a row for
+    each choice.
+    """
+    computed = sum(part.n_nodes for part in parts)
+    return {
+        "tokens_computed": computed,
+        "tokens_unique": batch.n_unique,
+        "tokens_naive": batch.n_naive,
+        "efficiency": batch.n_unique / computed,
+    }
 
 
 def explained_variance(values_N: Floats, targets_N: Floats) -> float | None:

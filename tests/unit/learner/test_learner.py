@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tracegrad.tracestore.config import Config, parse_config
 from tracegrad.tracestore.records import BatchPlan
+from tracegrad.trainer.batches import PackedRow
 from tracegrad.trainer.credit import token_starts
 from tracegrad.trainer.errors import StepRefused
 from tracegrad.trainer.evaluation import Before
 from tracegrad.trainer.learner import Learner
+from tracegrad.trainer.policy import EdgeOutputs
 from tracegrad.trainer.results import Scored, StepResult
 from tracegrad.trainer.samples import Samples, build_batch
 
@@ -417,6 +419,31 @@ def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:
     metrics = apply(made, plan, samples).metrics
     assert metrics["tokens_unique"] <= metrics["tokens_computed"] <= metrics["tokens_unique"] + 3
     assert metrics["tokens_computed"] < metrics["tokens_naive"] / 3
+
+
+def test_tokens_that_minibatches_compute_apart_are_counted_apart(
+    learner: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups on one prompt of 3 in two minibatches: the prompt is computed twice, and the metrics say so."""
+    made = learner(optimizer={"minibatches": 2, "epochs": 2}, batch={"row_tokens": 4096})
+    plan, samples = samples_of(made, groups=2)
+    samples = replace(samples, choices=tuple(replace(one, prompt_ids=(3, 4, 5)) for one in samples.choices))
+    computed: list[int] = []
+    outputs = made.policy.edge_outputs
+
+    def counted(row: PackedRow, **asked: bool) -> EdgeOutputs:
+        if torch.is_grad_enabled():
+            computed.append(row.n_nodes)
+        return outputs(row, **asked)
+
+    monkeypatch.setattr(made.policy, "edge_outputs", counted)
+    metrics = apply(made, plan, samples).metrics
+    assert len(computed) == 4, "a row for each minibatch of two epochs"
+    assert metrics["tokens_computed"] == sum(computed[2:]) == sum(computed[:2])
+    assert metrics["tokens_computed"] >= metrics["tokens_unique"] + 3
+    assert metrics["efficiency"] == metrics["tokens_unique"] / metrics["tokens_computed"] < 1.0
+    whole = apply(learner(batch={"row_tokens": 4096}), plan, samples).metrics
+    assert (whole["efficiency"], whole["tokens_computed"]) == (1.0, metrics["tokens_unique"])
 
 
 def test_one_update_without_a_critic_computes_nothing_twice(learner: MakeLearner) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl follows the ledger; the console says what people need; TensorBoard gets every number."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tracegrad.tracestore.records import Consumption
 from tracegrad.trainer.joint_metrics import joint_metrics
 from tracegrad.trainer.metrics import Console, MetricsLog, duration, scalars
+from tracegrad.trainer.packing import PackingStats
 from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import Samples
 from tracegrad.trainer.shares import Shares
+from tracegrad.trainer.step_metrics import token_counts
 
 NO_SAMPLES = Samples(choices=(), consumption=(), rewards={}, run_groups={}, graphs={})
 
@@ -64,6 +67,18 @@ def test_console_json_lines_parse() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 61, 3725)] == ["0s", "1m01s", "1h02m"]
+
+
+def test_what_packing_saves_is_counted_over_the_minibatches() -> None:
+    """The batch has 40 distinct contexts; two minibatches compute 30 and 20 of them, 10 twice: 40 / 50."""
+    whole = PackingStats(n_choices=4, n_edges=9, n_nodes=40, n_unique=40, n_naive=70, n_rows=1)
+    parts = [replace(whole, n_nodes=nodes, n_unique=nodes) for nodes in (30, 20)]
+    counts = token_counts(whole, parts)
+    assert counts == {"tokens_computed": 50, "tokens_unique": 40, "tokens_naive": 70, "efficiency": 0.8}
+    others = token_counts(replace(whole, n_unique=10), [replace(whole, n_nodes=30)])
+    results = {"p": of_model(30, **counts), "w": of_model(10, **others)}
+    joint = joint_metrics(results, Shares(by_model={"p": NO_SAMPLES, "w": NO_SAMPLES}, consumption=()))
+    assert joint["efficiency"] == (40 + 10) / (50 + 30)
 
 
 def of_model(tokens: int, **numbers: Any) -> StepResult:

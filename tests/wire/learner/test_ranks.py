@@ -81,7 +81,7 @@ def same_metrics(one: Any, other: Any, within: float = 1e-5) -> None:
     """Numbers of one step, role by role; but for what counts computed tokens, time and memory."""
     if isinstance(one, Mapping):
         assert one.keys() == other.keys()
-        for name in one.keys() - {"seconds", "memory_bytes", "tokens_computed"}:
+        for name in one.keys() - {"seconds", "memory_bytes", "tokens_computed", "efficiency"}:
             same_metrics(one[name], other[name], within)
     elif isinstance(one, list):
         for left, right in zip(one, other, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 from tracegrad.trainer.results import StepResult
 from tracegrad.trainer.samples import excluded_by_reason
 from tracegrad.trainer.shares import Shares
+from tracegrad.trainer.step_metrics import with_account
 
 _GREATEST = frozenset(
     (
@@ -30,10 +31,18 @@ _GREATEST = frozenset(
 def joint_metrics(results: Mapping[str, StepResult], shares: Shares) -> dict[str, Any]:
     """Return the metrics of a step; `tokens_excluded` is of every call of its runs, also those to no model of the job.
 
-    With several models each one's own stand under `models`.
+    With several models each one's own stand under `models`, what trained nothing with what it lost. A role whose
+    calls are of several models (it was mapped anew) is joined like these.
     """
-    own = {model: {**result.metrics} for model, result in results.items()}
-    roles = {role: numbers for metrics in own.values() for role, numbers in metrics.pop("roles").items()}
+    own = {
+        model: {**(results[model].metrics if model in results else with_account({}, samples))}
+        for model, samples in shares.by_model.items()
+    }
+    of_role: dict[str, list[Mapping[str, Any]]] = {}
+    for metrics in own.values():
+        for role, numbers in metrics.pop("roles").items():
+            of_role.setdefault(role, []).append(numbers)
+    roles = {role: _joined(each, [one.get("tokens_trained", 0) for one in each]) for role, each in of_role.items()}
     joint = _joined(list(own.values()), [metrics["tokens_trained"] for metrics in own.values()])
     if joint.get("tokens_computed"):  # of all tokens, whichever model each is of
         joint["efficiency"] = joint["tokens_unique"] / joint["tokens_computed"]

@@ -37,6 +37,7 @@ from tracegrad.trainer.results import Saved, Scored, StepResult
 from tracegrad.trainer.samples import ChoiceSample, Samples, Turn
 from tracegrad.trainer.self_sampling import PROMPT_TOKENS, self_sample
 from tracegrad.trainer.sharding import like, whole
+from tracegrad.trainer.step_metrics import with_account
 from tracegrad.trainer.weights import DTYPES, check_names, load_state, save_serving, save_state
 
 if TYPE_CHECKING:
@@ -262,15 +263,12 @@ class Learner:
         self._history = history.after(metrics["grad_norm"], silent, refuse)
         self._probe = begun.probe
         return_freed_memory()
-        for role, numbers in metrics["roles"].items():
-            numbers["tokens_excluded"] = samples.excluded_tokens_of(role)
         return StepResult(
             consumption=samples.consumption,
             metrics={
-                **metrics,
+                **with_account(metrics, samples),
                 "runs": len(plan.run_ids),
                 "silent_steps": self._history.silent_steps,
-                "tokens_excluded": samples.excluded_tokens,
                 "memory_bytes": int(self._ranks.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)),
                 "seconds": {**metrics["seconds"], "evaluate": begun.seconds},
             },

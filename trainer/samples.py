@@ -108,7 +108,8 @@ class Samples:
     one entry per recorded choice, in the same order. `rewards` holds the counted rewards of every run that did not
     fail (also of those without a trainable choice: they belong to the statistics of their group), `graphs` the run
     graph over all calls of such a run, whatever their model. `version_ages`: policy version -> how many steps before
-    the weights that are about to be trained it was made; empty where nobody asked (see `staleness`).
+    the weights that are about to be trained it was made; empty where nobody asked (see `staleness`). `roles`: (run,
+    call) -> its role, of every call that has one, also of failed runs.
     """
 
     choices: tuple[ChoiceSample, ...]
@@ -117,6 +118,7 @@ class Samples:
     run_groups: Mapping[str, str]
     graphs: Mapping[str, RunGraph]
     version_ages: Mapping[int, int] = field(default_factory=dict)
+    roles: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def n_trained_tokens(self) -> int:
@@ -128,10 +130,14 @@ class Samples:
         """Exclusion reason -> sampled tokens (reasons of empty choices show with 0)."""
         return excluded_by_reason(self.consumption)
 
-    def excluded_tokens_of(self, role: str) -> dict[str, int]:
-        """As `excluded_tokens`, of the calls of one role in the runs that did not fail."""
-        calls = {node.call_id for graph in self.graphs.values() for node in graph.nodes if node.role == role}
-        return excluded_by_reason(entry for entry in self.consumption if entry.call_id in calls)
+    @property
+    def excluded_by_role(self) -> dict[str, dict[str, int]]:
+        """Role -> as `excluded_tokens`, for every role in the account; of all its tokens trained, nothing."""
+        entries: dict[str, list[Consumption]] = {}
+        for entry in self.consumption:
+            if (role := self.roles.get((entry.run_id, entry.call_id))) is not None:
+                entries.setdefault(role, []).append(entry)
+        return {role: excluded_by_reason(entries[role]) for role in sorted(entries)}
 
 
 def excluded_by_reason(consumption: Iterable[Consumption]) -> dict[str, int]:
@@ -161,6 +167,7 @@ def build_batch(
     rewards: dict[str, tuple[Reward, ...]] = {}
     run_groups: dict[str, str] = {}
     graphs: dict[str, RunGraph] = {}
+    roles: dict[tuple[str, str], str] = {}
     for trace in traces:
         _check_run(trace)
         run_id = trace.run.run_id
@@ -172,6 +179,8 @@ def build_batch(
             graphs[run_id] = graph
             run_groups[run_id] = trace.run.group_id if trace.run.group_id is not None else run_id
         for call in trace.calls:
+            if call.attribution.role is not None:
+                roles[run_id, call.call_id] = call.attribution.role
             for choice in call.choices:
                 reason = exclusion(trace, call, choice, rule, reached, models=models)
                 n_tokens = len(choice.token_ids)
@@ -193,6 +202,7 @@ def build_batch(
         rewards=rewards,
         run_groups=run_groups,
         graphs=graphs,
+        roles=roles,
     )
 
 

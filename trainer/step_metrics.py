@@ -1,7 +1,7 @@
 """The numbers of one step, for all choices and for each role, from flat arrays. Pure numpy.
 
 A number that does not exist (no tokens by the current version, no critic, no reference) is None or absent, never 0
-(law 6). Called by `ppo`; keys are those of `metrics.jsonl`.
+(law 6). Called by `ppo`, the learner and `joint_metrics`; keys are those of `metrics.jsonl`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tracegrad.trainer.credit import Credit, spread
 from tracegrad.trainer.packing import PackingStats
-from tracegrad.trainer.samples import ChoiceSample
+from tracegrad.trainer.samples import ChoiceSample, Samples
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -57,6 +57,18 @@ def step_metrics(choices: Sequence[ChoiceSample], arrays: StepArrays, version_id
         numbers = _of(choices, chosen_B, arrays, version_id)
         metrics["roles"][role] = {**numbers, **arrays.credit.roles.get(role, {})}
     return metrics
+
+
+def with_account(metrics: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
+    """Return a model's metrics with what was excluded of its tokens, and of those of each role in the account.
+
+    A role of which nothing was trained has its counts alone. So has a model, whose `metrics` are then empty.
+    """
+    roles = {**metrics.get("roles", {})}
+    for role, excluded in samples.excluded_by_role.items():
+        roles[role] = {"choices": 0, "tokens_trained": 0, **roles.get(role, {}), "tokens_excluded": excluded}
+    account = {"roles": roles, "tokens_excluded": samples.excluded_tokens}
+    return {"choices": 0, "tokens_trained": 0, **metrics, **account}
 
 
 def token_counts(batch: PackingStats, parts: Sequence[PackingStats]) -> dict[str, float]:

@@ -413,6 +413,27 @@ def test_metrics_tell_the_age_of_tokens_and_what_each_role_lost(learner: MakeLea
     assert "staleness_max" not in apply(made, plan, samples).metrics, "where nobody asked for ages there are none"
 
 
+def test_a_role_of_which_nothing_is_trained_says_why(learner: MakeLearner) -> None:
+    """Every writer call was cut by top_p, and one run failed: its tokens are lost to both roles."""
+    made = learner(optimizer={"lr": 0.0}, **GROUP)
+    traces = []
+    for trace in recorded.traces_of(recorded.recorded_groups(2, score=made.score)):
+        planner, writer = trace.calls
+        assert (planner.attribution.role, writer.attribution.role) == recorded.ROLES
+        cut = replace(writer, effective={"temperature": 1.0, "top_p": 0.5})
+        traces.append(replace(trace, calls=(planner, cut)))
+    traces[0] = replace(traces[0], run=replace(traces[0].run, status="failed"), rewards=())
+    plan = BatchPlan(step=3, epoch=0, seed=0, run_ids=("r",))
+    metrics = apply(made, plan, build_batch(traces, recorded.RULE)).metrics
+    sampled = [[len(call.choices[0].token_ids) for call in trace.calls] for trace in traces]
+    failed, lost = sampled[0], sum(writer for _, writer in sampled[1:])
+    excluded = {"run failed": failed[1], "truncated sampling": lost}
+    assert metrics["roles"]["writer"] == {"choices": 0, "tokens_trained": 0, "tokens_excluded": excluded}
+    assert metrics["roles"]["planner"]["tokens_excluded"] == {"run failed": failed[0]}
+    assert metrics["roles"]["planner"]["tokens_trained"] == metrics["tokens_trained"]
+    assert metrics["tokens_excluded"] == {"run failed": sum(failed), "truncated sampling": lost}
+
+
 def test_shared_prompts_are_computed_once(learner: MakeLearner) -> None:
     made = learner(batch={"row_tokens": 4096})
     plan, samples = samples_of(made)

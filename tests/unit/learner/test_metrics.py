@@ -99,5 +99,12 @@ def test_numbers_of_several_models_add_up() -> None:
     assert set(joint["roles"]) == {"role30", "role10"}
     assert {model: own["kl"] for model, own in joint["models"].items()} == {"p": 0.1, "w": 0.5}
     assert joint["tokens_excluded"] == {"greedy": 5}
+    lost = replace(NO_SAMPLES, consumption=(given,), roles={("r", "c"): "role30"})
+    idle = joint_metrics({"p": p}, replace(shares, by_model={"p": NO_SAMPLES, "w": lost}))
+    assert idle["models"]["w"] == {"choices": 0, "tokens_trained": 0, "tokens_excluded": {"greedy": 5}}
+    assert idle["roles"] == {
+        "role30": {"reward": 1.0, "choices": 0, "tokens_trained": 0, "tokens_excluded": {"greedy": 5}}
+    }
+    assert (idle["tokens_trained"], idle["kl"], idle["runs"]) == (30, 0.1, 8), "what trained nothing weighs nothing"
     alone = joint_metrics({"p": p}, Shares(by_model={"p": NO_SAMPLES}, consumption=()))
     assert alone == {**p.metrics, "tokens_excluded": {}}

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracegrad.tracestore.records import Choice, LeaseRule, ModelCalls, Reward
 from tracegrad.trainer.batches import packed_row, probe_row, split_groups
 from tracegrad.trainer.errors import PackingError
 from tracegrad.trainer.packing import pack
+from tracegrad.trainer.samples import build_batch
 
 TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=5)
 CHOICES = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=5), TOKENS), min_size=0, max_size=12)
@@ -99,6 +101,35 @@ def test_the_turns_of_a_conversation_merge_into_one_path(make_choice):
     assert row.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6]
     assert packing.stats.n_unique == 6
     assert sorted(zip(row.edge_index_E, row.edge_parent_E, strict=True)) == [(0, 4), (1, 5), (2, 1), (3, 2)]
+
+
+def test_two_interleaved_agents_of_six_turns_are_two_rows(make_call, make_trace):
+    # A turn adds 4 tokens that are read and 3 that are sampled: turn k ends at 7 k, a conversation at 42.
+    # A row for each call: 2 agents * (7 + 14 + 21 + 28 + 35 + 42) = 2 * 147 = 294 tokens in 12 rows.
+    # Each conversation once: 2 * 42 = 84 tokens in 2 rows. Trained are 2 * 6 * 3 = 36, each once.
+    # The last token of a row is a target and no context, so nothing is computed for it: 294 - 12 = 282 and 84 - 2 = 82.
+    calls, said = [], {"asker": (), "helper": ()}
+    for turn in range(6):
+        for agent, first in (("asker", 100), ("helper", 200)):
+            read, sampled = (tuple(range(first + 7 * turn + a, first + 7 * turn + b)) for a, b in ((0, 4), (4, 7)))
+            choice = Choice(index=0, token_ids=sampled, logprobs=(-0.5,) * 3, finish_reason="stop")
+            prompt = said[agent] + read
+            calls.append(make_call(f"{agent}{turn}", role=agent, prompt_ids=prompt, choices=(choice,)))
+            said[agent] = prompt + sampled
+    paid = Reward(reward_id="r", run_id="run_a", name="f1", value=1.0, source="t")
+    rule = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=1)
+    choices = build_batch([make_trace(calls=calls, rewards=[paid])], rule).choices
+    assert [choice.role for choice in choices] == ["asker", "helper"] * 6, "one run, the agents in turn"
+
+    apart = [pack([choice], row_tokens=42) for choice in choices]
+    assert (sum(len(one.rows) for one in apart), sum(one.stats.n_nodes + 1 for one in apart)) == (12, 294)
+    together = pack(choices, row_tokens=42)
+    assert (len(together.rows), sum(row.n_nodes + 1 for row in together.rows)) == (2, 84)
+    assert (together.stats.n_naive, together.stats.n_nodes, together.stats.n_unique) == (282, 82, 82)
+    assert sorted(np.concatenate([row.edge_index_E for row in together.rows]).tolist()) == list(range(36))
+    for row, agent in zip(together.rows, said, strict=True):
+        assert row.token_ids_T.tolist() == list(said[agent][:-1])
+    assert [row.n_nodes for row in pack(choices, row_tokens=512).rows] == [82], "two trees lie in one row where it fits"
 
 
 def test_a_tree_that_must_be_split_repeats_the_least(make_choice):

@@ -1,8 +1,10 @@
 """The policy: a stock Hugging Face causal LM with a value head, evaluated on the edges of packed rows.
 
 The trunk runs once per row with the row's ancestry mask and depths as positions; logits are made only where a token
-was sampled, a chunk of slots at a time, and but for the last two again in the backward pass, so that (T, V) is never
-held. Log-softmax, values and master weights are float32. It refuses checkpoints whose attention or head it would
+was sampled, a chunk of `slot_chunk` slots at a time. What waits of them for the backward pass are those of the last two
+chunks, once, as the head gave them: (2 slot_chunk, V) at most, however long the row, and nothing where it has kept
+sets. Those of the chunks before are made again there, one chunk after another; a pass without gradients holds one
+chunk. Log-softmax, values and master weights are float32. It refuses checkpoints whose attention or head it would
 evaluate wrongly: `verify` compares it with the model's own forward pass. Called by the learner, one process per model.
 
 Precision `bf16`: the trunk's weights are a bfloat16 shadow of float32 masters. Gradients are added to the masters as
@@ -68,7 +70,7 @@ class Policy(nn.Module):
     """Causal LM + value head.
 
     `lm` is any decoder-only Hugging Face model with full attention. `detach_value` keeps the value loss out of the
-    trunk. `slot_chunk`: slots whose logits are held at once. `peft_config`: of an adapter; None, of a full model.
+    trunk. `slot_chunk`: slots whose logits are made at once. `peft_config`: of an adapter; None, of a full model.
     """
 
     peft_config: Any = None

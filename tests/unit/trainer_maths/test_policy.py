@@ -121,6 +121,33 @@ def test_packed_outputs_and_gradients_equal_unpacked_ones(choices, config, row_t
         torch.testing.assert_close(found[name], gradient, rtol=0.0, atol=1e-5 * max(scale, 1.0), msg=name)
 
 
+@CONFIGS
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_logits_of_two_chunks_wait_for_the_backward_pass(make_choice, config, *, precision, with_entropy, kept):
+    """20 slots in chunks of 3: the last two chunks are slots 15 to 19. All would be 20; with kept sets none waits."""
+    ids = tuple(range(20))
+    choice = make_choice((1, 2, 3), ids, kept_ids=tuple((token, 60) for token in ids) if kept else None)
+    row = packed_row(pack([choice], row_tokens=1000).rows[0])
+    assert len(row.slot_parent_S) == 20
+    policy = build(config, precision=precision, slot_chunk=3)
+    head, vocabulary = policy.lm.get_output_embeddings().weight, SMALL["vocab_size"]
+    waiting = []
+
+    def note(tensor):
+        if tensor.shape[-1:] == (vocabulary,) and tensor.data_ptr() != head.data_ptr():
+            waiting.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = policy.edge_outputs(row, with_entropy=with_entropy)
+    assert sum(tensor.numel() for tensor in waiting) == (0 if kept else 5 * vocabulary)
+    assert {tensor.dtype for tensor in waiting} <= {torch.float32 if precision == "fp32" else torch.bfloat16}
+    out.logprobs_E.sum().backward()
+    assert all(bool(parameter.grad.any()) for parameter in policy.lm_masters().values())
+
+
 def test_a_dense_mask_gives_what_blocks_give(choices):
     """As on a GPU, or with a model whose attention is its own."""
     policy = build(TIED_LLAMA)

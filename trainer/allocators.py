@@ -2,8 +2,11 @@
 
 The building blocks are those of published workflows; `iterative_search` and `reflective_code` put them together as
 UnityMAS-O does (Chen et al. 2026, arXiv 2605.26646). A reward function calls them and returns what they say;
-`role_turns` tells the calls that a turn's reward stands on. What cannot be judged has no reward: None or absent, never
-0 (law 6). They need neither torch nor numpy, do no I/O, and refuse what does not fit together.
+`role_turns` tells the calls that a turn's reward stands on. Where credit goes through the graph, a reward of a turn of
+several calls is posted on one of them or shared out (`shared` with `split`): posted on each in full, it reaches what
+came before once for each call, since rewards on different calls are different rewards. What cannot be judged has no
+reward: None or absent, never 0 (law 6). They need neither torch nor numpy, do no I/O, and refuse what does not fit
+together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,7 +121,8 @@ def reflective_code(pass_rates: Sequence[float]) -> list[dict[str, float]]:
 def role_turns(trace: RunTrace) -> dict[str, list[tuple[str, ...]]]:
     """Return role -> the call ids of each of its turns, the turns in the order of the run graph.
 
-    A turn's reward is a reward on these calls. Calls without a span are turns of their own, in order of dispatch.
+    A turn's reward is a reward on these calls; of several see the module. Calls without a span are turns of their own,
+    in order of dispatch.
     """
     graph = run_graph(trace)
     place = graph.index()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracegrad.tracestore.records import Reward
 from tracegrad.trainer.allocators import (
     deltas,
     discounted,
@@ -20,6 +21,8 @@ from tracegrad.trainer.allocators import (
     with_format,
 )
 from tracegrad.trainer.errors import SampleError
+from tracegrad.trainer.returns import ScopedGraph, atoms_of, call_returns
+from tracegrad.trainer.run_graph import run_graph
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,44 @@ def test_the_turns_of_a_role_are_in_the_order_of_the_graph(make_call, make_trace
 
     calls = [call("late", 2, 5.0), call("first", 1, 1.0), call("later", 2, 7.0), make_call("who", role=None)]
     assert role_turns(make_trace(calls=calls)) == {"coder": [("first",), ("late", "later")]}
+
+
+@pytest.mark.parametrize(
+    ("post", "planner", "searches"),
+    [
+        # In full on each of the four calls: four rewards of 1, so 1 for each search and 1 + 1 + 1 + 1 for the planner.
+        (lambda turn: shared(1.0, turn), 4.0, [1.0, 1.0, 1.0, 1.0]),
+        # Shared out: 4 * 1/4.
+        (lambda turn: shared(1.0, turn, split=True), 1.0, [0.25, 0.25, 0.25, 0.25]),
+        # On one of them: nothing reaches the others, which stand beside it.
+        (lambda turn: {turn[0]: 1.0}, 1.0, [1.0, None, None, None]),
+        # On the role: one reward with four targets.
+        (lambda _turn: {None: 1.0}, 1.0, [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_what_a_reward_of_a_turn_of_several_calls_gives(make_call, make_trace, *, post, planner, searches):
+    """A planner sends four searches, which are one turn. Graph credit sums the rewards on distinct calls."""
+
+    def call(call_id, role, step, namespace):
+        made = make_call(call_id, role=role, superstep=step, namespace=namespace)
+        span = replace(made.attribution.span, span_id=namespace, name=role)
+        return replace(made, attribution=replace(made.attribution, span=span))
+
+    calls = [call("p", "plan", 1, "plan:1"), *(call(f"s{n}", "search", 2, f"search:{n}") for n in range(4))]
+    trace = make_trace(calls=calls)
+    (turn,) = role_turns(trace)["search"]
+    assert sorted(turn) == ["s0", "s1", "s2", "s3"]
+    rewards = [
+        Reward(reward_id=f"on {on}", run_id="run_a", name="found", value=value, source="t", call_id=on, role="search")
+        for on, value in post(turn).items()
+    ]
+    graph = run_graph(trace)
+    atoms = atoms_of(graph, rewards)
+    found = call_returns(ScopedGraph(graph, "graph", atoms), atoms)
+    assert dict(zip([node.call_id for node in graph.nodes], found, strict=True)) == {
+        "p": planner,
+        **dict(zip(turn, searches, strict=True)),
+    }
 
 
 def test_a_reward_function_may_use_them_without_torch():

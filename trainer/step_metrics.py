@@ -74,8 +74,8 @@ def with_account(metrics: Mapping[str, Any], samples: Samples) -> dict[str, Any]
 def token_counts(batch: PackingStats, parts: Sequence[PackingStats]) -> dict[str, float]:
     """Return what packing saves: how many tokens a pass of updates computes, and how many it would have to.
 
-    `batch`: of all choices together; `parts`: of each minibatch of a pass as it is computed. `efficiency` is
-    `tokens_unique` (each distinct context of the batch once) over `tokens_computed`: 1 where no token is computed
+    `batch`: of all choices together; `parts`: of each minibatch of one epoch (the last) as it is computed. `efficiency`
+    is `tokens_unique` (each distinct context of the batch once) over `tokens_computed`: 1 where no token is computed
     twice, less where the end of a row, a minibatch or a rank's share cuts a shared prefix. `tokens_naive`: a row for
     each choice.
     """

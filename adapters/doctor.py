@@ -29,7 +29,7 @@ _COLOURS = {"problem": "red", "note": "yellow", "well": "green"}
 @click.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
 @click.option("--since", type=moment, metavar="AGE|TIME", help="What came since: 30m, 2h, 7d, or an ISO time.")
-@click.option("--job", "job_id", help="This training job, and the calls to its model. Default: every job.")
+@click.option("--job", "job_id", help="This training job, and the calls that it trains. Default: every job.")
 @click.option("--project", help="Only this project. Default: every project.")
 @which_store
 @click.option("--deep", is_flag=True, help="Read every payload too: lengths, NaN, what is missing.")
@@ -59,7 +59,7 @@ def doctor(
             jobs = _jobs(store, job_id)
             if project is not None:
                 store.require_project(project)
-            models = jobs[0].models if job_id is not None else None
+            models = jobs[0].sampled_by if job_id is not None else None
             extent = Extent(run_id=run_id, project=project, models=models, since=since)
             report = gather(store, extent, jobs, deep=deep, progress=say)
     except NotFound as error:

@@ -111,6 +111,11 @@ class JobFacts:
     config: Json
     rule: LeaseRule | None
 
+    @property
+    def sampled_by(self) -> tuple[str, ...]:
+        """The models whose calls it trains, by name: its own, and those that recorded for it under another role map."""
+        return tuple(sorted({*self.models, *(() if self.rule is None else self.rule.recorded_models)}))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:

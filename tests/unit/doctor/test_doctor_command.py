@@ -26,6 +26,7 @@ from tracegrad.tracestore.testing.rows import (
     make_call,
     make_choice,
     make_commit,
+    make_rule,
     ready_group,
     take,
 )
@@ -117,6 +118,23 @@ def test_a_part_of_the_store_is_told(url: str) -> None:
     assert invoke("--store", url, "--since", "2h").stdout.startswith("calls       0")
     assert invoke("--store", url, "--since", "1970-01-01T00:10").stdout.startswith("calls       10")
     assert invoke("--store", url, "--job", JOB).stdout.startswith("calls       10")
+
+
+def test_a_job_is_told_with_the_calls_that_another_model_recorded_for_it(tmp_path: Path) -> None:
+    """Trained offline under another role map: the part of the store that `--job` looks at is what the job leases."""
+    where = f"sqlite:///{tmp_path}/split.db"
+    store = open_store(where)
+    ready_group(store)
+    store.append_calls([make_call("elsewhere", None, model="neither")])
+    store.register_job("split", ["plan_m"], {})
+    rule = make_rule(model="plan_m", recorded_models=(MODEL,))
+    assert store.lease("split", rule, groups=1, lease_s=60, step=1, epoch=0, seed=7) is not None
+    store.close()
+    told = json.loads(invoke("--store", where, "--job", "split", "--json").stdout)
+    assert (told["calls"]["calls"], told["extent"]["models"]) == (2, [MODEL, "plan_m"])
+    tokens = told["jobs"][0]["tokens"]
+    assert (tokens["stored"], tokens["excluded"], tokens["conserved"]) == (6, {"leased": 6}, True)
+    assert told["verdict"] == []
 
 
 def test_a_store_where_all_is_well_is_left_with_0(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def _runs(report: Report) -> Iterator[Finding]:
 def _groups(report: Report) -> Iterator[Finding]:
     groups, flat = report.groups, report.flat_groups
     if groups.missing:
-        going_on = any(one.status == "open" for one in report.runs)
+        going_on = any(one.status == "open" and one.purpose != "eval" for one in report.runs)
         text = f"{groups.missing} of {groups.groups} groups have fewer runs than planned and are never leased"
         text += f"{_such(groups.missing_example, 'group')}; {words_of(reasons.GROUP_OPEN).do}"
         yield Finding(level="note" if going_on else "problem", code="group short", text=text)

@@ -136,7 +136,7 @@ class Diagnosis(Noun):
             return [RunCount(**_plain(row)) for row in connection.execute(chosen)]
 
     def count_groups(self, extent: Extent) -> GroupCounts:
-        """Return how many groups lack what."""
+        """Return how many groups lack what. Groups of purpose `eval`, never leased, are not counted."""
         silent = ~exists().where(rewards.c.run_id == runs.c.run_id)
         unrewarded = and_(runs.c.status == "closed", _has_content(), silent)
         group = (
@@ -149,7 +149,7 @@ class Diagnosis(Noun):
                 _sum(unrewarded).label("unrewarded"),
             )
             .select_from(groups.outerjoin(runs, runs.c.group_id == groups.c.group_id))
-            .where(groups_within(extent))
+            .where(groups_within(extent), groups.c.purpose != "eval")
             .group_by(groups.c.group_id, groups.c.planned_size)
             .subquery("counted_group")
         )
@@ -172,8 +172,8 @@ class Diagnosis(Noun):
     ) -> FlatGroups:
         """Return the groups whose members were all rewarded the same: they have no advantage over one another.
 
-        Compared are the current rewards of closed members, by name and role. `reward_names`, `reward_sources`: only
-        those count (empty: all), as by a lease rule.
+        Compared are the current rewards of closed members, by name and role, in groups that may train (not `eval`).
+        `reward_names`, `reward_sources`: only those count (empty: all), as by a lease rule.
         """
         newer = rewards.alias("newer")
         outdated = exists().where(
@@ -193,7 +193,7 @@ class Diagnosis(Noun):
             )
             .join_from(rewards, runs, runs.c.run_id == rewards.c.run_id)
             .join(groups, groups.c.group_id == runs.c.group_id)
-            .where(groups_within(extent), runs.c.status == "closed", ~outdated)
+            .where(groups_within(extent), groups.c.purpose != "eval", runs.c.status == "closed", ~outdated)
             .group_by(runs.c.group_id, rewards.c.name, rewards.c.role)
         )
         if reward_names:

@@ -80,8 +80,8 @@ class RunCount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupCounts:
-    """Groups by what they lack, each counted once, the first that applies: members never opened, members still open,
-    failed members, closed members without a reward. The rest are whole."""
+    """Groups that may train (not `eval`), each counted once, by the first of these that it lacks: members never opened,
+    members still open, failed members, closed members without a reward. The rest are whole."""
 
     groups: int = 0
     missing: int = 0
@@ -95,7 +95,7 @@ class GroupCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatGroups:
-    """Of the groups with two or more rewarded members, those in which all members have the same rewards."""
+    """Of the groups (not `eval`) with two or more rewarded members, those in which all have the same rewards."""
 
     compared: int = 0
     flat: int = 0

@@ -255,6 +255,19 @@ class DiagnosisContract:
         assert store.count_groups(Extent(project="default", models=(MODEL,), since=0.0)).groups == 5
         assert store.count_groups(Extent(project="elsewhere")).groups == 0
 
+    def test_eval_groups_are_judged_by_nobody(self, store: Store) -> None:
+        """They are never leased: what they lack, and that all of them earned the same, keeps nothing from training."""
+        for number in range(2):
+            for run_id in add_group(store, f"measured-{number}", purpose="eval"):
+                finish_run(store, run_id)
+        add_group(store, "unfinished", purpose="eval")
+        add_group(store, "short", purpose="eval")
+        sql(store, "UPDATE groups SET planned_size = 4 WHERE group_id = 'short'")
+        ready_group(store, "trains")
+        assert store.count_groups(ALL) == GroupCounts(groups=1)
+        assert store.count_flat_groups(ALL) == FlatGroups(compared=1, flat=1, example="trains")
+        assert store.count_groups(Extent(run_id="short-0")) == GroupCounts()
+
     def test_flat_groups_are_those_with_equal_rewards(self, store: Store) -> None:
         """By name and target, the current value of each; a lone member has nobody to be compared with."""
         ready_group(store, "flat")

@@ -183,6 +183,15 @@ def test_a_healthy_store_gets_no_word() -> None:
             },
         ),
         (
+            "problem",
+            "group short",
+            "1 of 4 groups have fewer runs than planned",
+            {
+                "groups": GroupCounts(groups=4, missing=1),
+                "runs": [RunCount(purpose="eval", status="open", runs=1, unrewarded=1, empty=1)],
+            },
+        ),
+        (
             "note",
             "group members",
             "3 of 4 groups are short of members that count: 2 have failed ones, 1 unrewarded ones (such as group g)",

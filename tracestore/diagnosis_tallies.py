@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, Select
+from sqlalchemy import ColumnElement, Connection, Select, case, func
 
 from tracegrad.tracestore.diagnosis_records import Tally
 
@@ -26,6 +26,18 @@ class Tallier:
 def tallied(connection: Connection, chosen: Select[Any]) -> list[Tally]:
     """Return the rows (what, count, example) of a statement, the most frequent first."""
     return _sorted([Tally(what=what, count=int(n), example=example) for what, n, example in connection.execute(chosen)])
+
+
+def how_many(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    """Select how many rows hold it; 0, not NULL, of no rows."""
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
+
+
+def plain_counts(row: Any) -> dict[str, Any]:
+    """Return a row of counts and ids by name: PostgreSQL sums to decimals."""
+    return {
+        name: value if value is None or isinstance(value, str) else int(value) for name, value in row._mapping.items()
+    }
 
 
 def _sorted(found: list[Tally]) -> list[Tally]:

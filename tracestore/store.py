@@ -17,6 +17,7 @@ from tracegrad.tracestore.conservation import Conservation
 from tracegrad.tracestore.continued import Continued
 from tracegrad.tracestore.database import Database
 from tracegrad.tracestore.diagnosis import Diagnosis
+from tracegrad.tracestore.diagnosis_groups import GroupDiagnosis
 from tracegrad.tracestore.diagnosis_jobs import JobDiagnosis
 from tracegrad.tracestore.diagnosis_payloads import PayloadDiagnosis
 from tracegrad.tracestore.diagnosis_siblings import SiblingDiagnosis
@@ -73,6 +74,7 @@ class Store(
     Trainers,
     Overview,
     Diagnosis,
+    GroupDiagnosis,
     SiblingDiagnosis,
     JobDiagnosis,
     PayloadDiagnosis,

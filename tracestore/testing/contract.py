@@ -13,6 +13,7 @@ from tracegrad.tracestore.testing.diagnosis import (
     PayloadDiagnosisContract,
     SpanDiagnosisContract,
 )
+from tracegrad.tracestore.testing.diagnosis_groups import GroupDiagnosisContract
 from tracegrad.tracestore.testing.gating import EvaluationContract, GateContract, PinContract
 from tracegrad.tracestore.testing.judged_together import JudgedTogetherContract
 from tracegrad.tracestore.testing.keys import KeyContract
@@ -60,6 +61,7 @@ class StoreContract(
     JudgedTogetherContract,
     OverviewContract,
     DiagnosisContract,
+    GroupDiagnosisContract,
     JobDiagnosisContract,
     SpanDiagnosisContract,
     PayloadDiagnosisContract,

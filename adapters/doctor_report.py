@@ -56,6 +56,7 @@ class Report:
     drift: Sequence[DriftCount] = ()
     forks: Sequence[Tally] = ()
     choices: Sequence[ChoiceCount] = ()
+    unfinished: Tally
     conflicts: Sequence[Tally] = ()
     duplicates: Tally
     runs: Sequence[RunCount] = ()
@@ -98,6 +99,7 @@ def gather(
         drift=store.count_drift(asked("drift")),
         forks=store.count_forks(asked("forks")),
         choices=store.count_choices(asked("choices")),
+        unfinished=store.count_unfinished(asked("unfinished answers")),
         spans=store.check_version_spans(asked("versions of tokens")),
         conflicts=store.count_conflicts(asked("conflicts")),
         duplicates=store.count_duplicates(asked("duplicates")),

@@ -247,6 +247,13 @@ def _ended_badly(report: Report) -> Iterator[Finding]:
             words = words_of(what)
             text = f"{what}: {count} of {counts.calls} calls; {words.do}"
             yield Finding(level=_level(report, count, counts.calls, MANY), code=what, text=text)
+    if given_up := report.unfinished.count:
+        trainable = sum(one.choices for one in report.choices if not one.evaluated)
+        text = (
+            f"{reasons.ABORTED}: {given_up} of {trainable} answers were given up by the engine, in calls that came to "
+            f"their end{_such(report.unfinished.example)}; read the engine's log; an unfinished answer is never trained"
+        )
+        yield Finding(level=_level(report, given_up, trainable, MANY), code=reasons.ABORTED, text=text)
     cut, total = report.choices_ending("length"), sum(one.choices for one in report.choices)
     if cut and cut >= MANY * total:
         text = f"{cut} of {total} answers were cut off by their length limit and train as they are; raise `max_tokens`"

@@ -9,7 +9,7 @@ run in `diagnosis_siblings`, what is about a training job in `diagnosis_jobs`, w
 
 from typing import Any
 
-from sqlalchemy import Select, and_, case, exists, func, select
+from sqlalchemy import Select, and_, case, exists, func, or_, select
 
 from tracegrad.tracestore.diagnosis_extent import calls_within, has_content, runs_within
 from tracegrad.tracestore.diagnosis_records import (
@@ -22,6 +22,7 @@ from tracegrad.tracestore.diagnosis_records import (
 from tracegrad.tracestore.diagnosis_tallies import how_many, plain_counts, tallied
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.overview import drift_within
+from tracegrad.tracestore.reasons import ABORTED
 from tracegrad.tracestore.records import DriftCount
 from tracegrad.tracestore.schema import attributions, calls, choices, rewards, runs
 
@@ -85,6 +86,23 @@ class Diagnosis(Noun):
                 for row in connection.execute(chosen)
             ]
         return sorted(found, key=lambda one: (-one.choices, one.flags, one.finish_reason or "", one.evaluated))
+
+    def count_unfinished(self, extent: Extent) -> Tally:
+        """Return the choices that the engine gave up in calls that came to their end: no step trains them.
+
+        Not those of aborted, failed or quarantined calls, which are counted as such, and not those of eval runs.
+        """
+        unfinished = or_(choices.c.finish_reason.is_(None), choices.c.finish_reason.in_(("abort", "error")))
+        chosen = (
+            select(func.count(), func.max(calls.c.call_id))
+            .join_from(choices, calls, calls.c.seq == choices.c.seq)
+            .outerjoin(runs, runs.c.run_id == calls.c.run_id)
+            .where(unfinished, calls.c.status == "complete", calls.c.quarantine.is_(None))
+            .where(runs.c.purpose.is_distinct_from("eval"), calls_within(extent))
+        )
+        with self._db.read() as connection:
+            count, example = connection.execute(chosen).one()
+        return Tally(what=ABORTED, count=int(count), example=example)
 
     def count_conflicts(self, extent: Extent) -> list[Tally]:
         """Return how many calls a source places in another `run` or `role` than they have."""

@@ -50,6 +50,7 @@ class DiagnosisContract:
         assert store.count_groups(ALL) == GroupCounts()
         assert store.count_flat_groups(ALL) == FlatGroups()
         assert store.count_duplicates(ALL) == Tally(what="duplicates", count=0)
+        assert store.count_unfinished(ALL) == Tally(what="aborted", count=0)
         assert store.check_payloads(ALL) == PayloadReport()
         assert store.check_version_spans(ALL) == SpanReport()
         for found in (store.count_quarantines, store.count_drift, store.count_forks, store.count_choices):
@@ -167,6 +168,25 @@ class DiagnosisContract:
             (False, 3),
             (True, 1),
         ]
+
+    def test_answers_that_the_engine_gave_up_are_counted(self, store: Store) -> None:
+        """Those that a step would leave out and nothing else counts: not of calls that ended badly as a whole."""
+        whole, cut = make_choice(0, (4,)), replace(make_choice(0, (4,)), finish_reason="length")
+        ends = [replace(make_choice(1 + n, (5,)), finish_reason=end) for n, end in enumerate(("abort", "error", None))]
+        store.open_run(Run(run_id="measured", purpose="eval"))
+        store.append_calls(
+            [
+                make_call("a", "r", choices=(whole, *ends)),
+                make_call("b", None, choices=(ends[0],)),
+                make_call("fine", "r", choices=(cut,)),
+                make_call("aborted", "r", choices=ends, status="aborted"),
+                make_call("known", "r", choices=ends, quarantine="no finish reason"),
+                make_call("eval", "measured", choices=ends),
+            ]
+        )
+        assert store.count_unfinished(ALL) == Tally(what="aborted", count=4, example="b")
+        assert store.count_unfinished(Extent(run_id="r")) == Tally(what="aborted", count=3, example="a")
+        assert store.count_unfinished(Extent(run_id="measured")).count == 0
 
     def test_conflicts_are_counted_once_a_call(self, store: Store) -> None:
         """However it is named and however many sources disagree; another project's word is none."""

@@ -22,6 +22,7 @@ from tracegrad.tracestore.testing.rows import (
     account,
     add_group,
     finish_run,
+    first_version,
     live_version,
     make_call,
     make_choice,
@@ -135,6 +136,24 @@ def test_a_job_is_told_with_the_calls_that_another_model_recorded_for_it(tmp_pat
     tokens = told["jobs"][0]["tokens"]
     assert (tokens["stored"], tokens["excluded"], tokens["conserved"]) == (6, {"leased": 6}, True)
     assert told["verdict"] == []
+
+
+def test_answers_that_a_step_left_out_as_unfinished_are_told(tmp_path: Path) -> None:
+    """Their calls are complete, so nothing else tells of them."""
+    where = f"sqlite:///{tmp_path}/given_up.db"
+    store = open_store(where)
+    for run_id in add_group(store):
+        answer = replace(make_choice(0, (4, 5)), finish_reason="abort")
+        store.append_calls([make_call(f"more-{run_id}", run_id, choices=(answer,), version=first_version(store))])
+        finish_run(store, run_id)
+    lease = take(store)
+    unfinished = {f"more-g-{member}": "aborted" for member in range(2)}
+    store.commit_step(lease, make_commit(account(store, lease, excluded=unfinished)))
+    store.close()
+    told = json.loads(invoke("--store", where, "--json").stdout)
+    assert told["jobs"][0]["tokens"]["excluded"] == {"aborted": 4}
+    assert [(one["level"], one["code"]) for one in told["verdict"]] == [("problem", "aborted")]
+    assert told["unfinished"] == {"what": "aborted", "count": 2, "example": "more-g-1"}
 
 
 def test_a_store_where_all_is_well_is_left_with_0(tmp_path: Path) -> None:

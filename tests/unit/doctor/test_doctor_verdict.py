@@ -31,6 +31,7 @@ from tracegrad.tracestore.records import Drift, DriftCount, Publish, PublishStat
 HEALTHY = Report(
     extent=Extent(),
     calls=CallCounts(calls=100),
+    unfinished=Tally(what="aborted", count=0),
     duplicates=Tally(what="duplicates", count=0),
     groups=GroupCounts(),
     flat_groups=FlatGroups(),
@@ -211,6 +212,19 @@ def test_a_healthy_store_gets_no_word() -> None:
         ),
         ("problem", "aborted", "aborted: 30 of 100 calls; look for", {"calls": CallCounts(calls=100, aborted=30)}),
         ("note", "failed call", "failed call: 3 of 100 calls; read", {"calls": CallCounts(calls=100, failed=3)}),
+        (
+            "problem",
+            "aborted",
+            "aborted: 5 of 10 answers were given up by the engine, in calls that came to their end (such as call c);",
+            {
+                "unfinished": Tally(what="aborted", count=5, example="c"),
+                "choices": [
+                    ChoiceCount(flags=(), finish_reason="abort", choices=5, tokens=5),
+                    ChoiceCount(flags=(), finish_reason="stop", choices=5, tokens=5),
+                    ChoiceCount(flags=(), finish_reason="stop", choices=90, tokens=90, evaluated=True),
+                ],
+            },
+        ),
         (
             "note",
             "length",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tracegrad.tracestore.algorithm import UNGROUPED
 from tracegrad.tracestore.diagnosis_records import (
     CallCounts,
     ChoiceCount,
@@ -25,7 +26,8 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
-from tracegrad.tracestore.records import DriftCount, Publish, Run
+from tracegrad.tracestore.records import DriftCount, LeaseRule, ModelCalls, Publish, Run
+from tracegrad.tracestore.rules import ANY_STALENESS
 from tracegrad.tracestore.store import Store
 
 Progress = Callable[[int, int, str], None]
@@ -34,19 +36,26 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobReport:
-    """One training job: what became of its tokens, how old they were, what waits, what it measured."""
+    """One training job: what became of its tokens, how old they were, what waits, what it measured.
+
+    `flat_groups`: by its own rewards and weights; None where it compares no runs.
+    """
 
     job: JobFacts
     tokens: ConservationReport
     trained_lags: Mapping[int, int] = field(default_factory=dict)
     waiting: WaitingGroups | None = None
+    flat_groups: FlatGroups | None = None
     leases: Sequence[HeldLease] = ()
     steps: Sequence[StepFacts] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """Everything that was counted. `run` and `trainings` are of the run that was asked about, if one was."""
+    """Everything that was counted. `run` and `trainings` are of the run that was asked about, if one was.
+
+    `flat_groups`: by every reward, while no job says which of them count; None where there are jobs.
+    """
 
     extent: Extent
     run: Run | None = None
@@ -61,7 +70,7 @@ class Report:
     duplicates: Tally
     runs: Sequence[RunCount] = ()
     groups: GroupCounts
-    flat_groups: FlatGroups
+    flat_groups: FlatGroups | None
     jobs: Sequence[JobReport] = ()
     publishes: Mapping[str, Sequence[Publish]] = field(default_factory=dict)
     spans: SpanReport = field(default_factory=SpanReport)
@@ -87,9 +96,6 @@ def gather(
         return extent
 
     run = None if extent.run_id is None else store.get_run(extent.run_id)
-    rules = [job.rule for job in jobs if job.rule is not None]
-    names = {name for rule in rules for name in rule.reward_names}
-    sources = {source for rule in rules for source in rule.reward_sources}
     return Report(
         extent=extent,
         run=run,
@@ -105,7 +111,7 @@ def gather(
         duplicates=store.count_duplicates(asked("duplicates")),
         runs=store.count_runs(asked("runs")),
         groups=store.count_groups(asked("groups")),
-        flat_groups=store.count_flat_groups(asked("rewards of groups"), tuple(sorted(names)), tuple(sorted(sources))),
+        flat_groups=None if jobs else store.count_flat_groups(asked("rewards of groups")),
         jobs=[_job(store, job, asked(f"job {job.job_id}")) for job in jobs],
         publishes={name: store.last_publishes(name) for name in sorted({name for job in jobs for name in job.models})},
         payloads=store.check_payloads(extent, lambda done, total: say(done, total, "payloads")) if deep else None,
@@ -129,6 +135,23 @@ def _job(store: Store, job: JobFacts, extent: Extent) -> JobReport:
         tokens=store.consumption(job.job_id, extent=extent),
         trained_lags=store.trained_staleness(job.job_id, extent),
         waiting=store.waiting_groups(job.job_id, extent),
+        flat_groups=_flat_groups(store, job, extent),
         leases=store.held_leases(job.job_id),
         steps=store.last_steps(job.job_id),
     )
+
+
+def _flat_groups(store: Store, job: JobFacts, extent: Extent) -> FlatGroups | None:
+    """Compare members as the credit of the job does. Before its first lease all calls to its models count for it."""
+    algorithm = job.config.get("algorithm") or {}
+    credit = algorithm.get("credit") or algorithm  # jobs registered by earlier versions have no section of that name
+    if credit.get("advantage", "gae") in UNGROUPED:
+        return None
+    weights, scope = credit.get("reward_weights") or {}, credit.get("scope", "call")
+    rule = job.rule or LeaseRule(
+        trained=tuple(ModelCalls(model=model) for model in job.models),
+        max_staleness=ANY_STALENESS,
+        min_group=1,
+        reward_names=tuple(sorted(weights)),
+    )
+    return store.count_flat_groups(extent, rule, weights=weights, scope=scope)

@@ -130,7 +130,7 @@ def _groups(report: Report) -> str:
         "with failed members": groups.failed,
         "with unrewarded members": groups.unrewarded,
     }
-    same = f"; in {flat.flat} of {flat.compared} all rewards are equal" if flat.compared else ""
+    same = "" if flat is None or not flat.compared else f"; in {flat.flat} of {flat.compared} all rewards are equal"
     return _headed(groups.groups, _listed(named)) + same
 
 
@@ -151,6 +151,8 @@ def _job(each: JobReport) -> Iterator[tuple[str, str]]:
         bound = each.waiting.max_staleness
         allowed = f"at most {bound}" if bound < 1_000_000 else "any"
         yield "", f"waiting groups by steps of age ({allowed}): {_lags(each.waiting.by_lag)}"
+    if (flat := each.flat_groups) is not None and flat.compared:
+        yield "", f"groups that it compares: in {flat.flat} of {flat.compared} all members have the same reward"
     for lease in each.leases:
         left = f"expired {lease.expired_s:.0f} s ago" if lease.expired_s > 0 else f"{-lease.expired_s:.0f} s left"
         yield "", f"lease {lease.lease_id} for step {lease.step}: {lease.runs} runs, {left}"

@@ -4,13 +4,12 @@ A `problem` wants action (exit status 1), a `note` may be as meant. Sentences ab
 `tracestore.reasons`, the words in which the trainer refuses. Pure. Called by `doctor`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tracegrad.adapters.doctor_report import JobReport, Report
 from tracegrad.tracestore import reasons
-from tracegrad.tracestore.algorithm import UNGROUPED
 from tracegrad.tracestore.reasons import quarantine_words, words_of
 from tracegrad.tracestore.records import Publish
 
@@ -211,7 +210,7 @@ def _runs(report: Report) -> Iterator[Finding]:
 
 
 def _groups(report: Report) -> Iterator[Finding]:
-    groups, flat = report.groups, report.flat_groups
+    groups = report.groups
     if groups.missing:
         going_on = any(one.status == "open" and one.purpose != "eval" for one in report.runs)
         text = f"{groups.missing} of {groups.groups} groups have fewer runs than planned and are never leased"
@@ -224,20 +223,16 @@ def _groups(report: Report) -> Iterator[Finding]:
             f"{_such(groups.failed_example or groups.unrewarded_example, 'group')}; {words_of(reasons.GROUP_SMALL).do}"
         )
         yield Finding(level="note", code="group members", text=text)
-    if flat.flat and any(_compares(each.job.config) for each in report.jobs):
-        text = (
-            f"in {flat.flat} of {flat.compared} groups all members have the same reward, which teaches nothing under "
-            f"group advantages{_such(flat.example, 'group')}; use harder or easier tasks, larger groups, a higher "
-            "temperature, or a reward with more steps"
-        )
-        much: Level = "problem" if flat.flat > MOST * flat.compared else "note"
-        yield Finding(level=much, code="zero variance", text=text)
-
-
-def _compares(config: Mapping[str, Any]) -> bool:
-    """Whether the job compares the runs of a group. Jobs registered by earlier versions say so outside of `credit`."""
-    algorithm = config.get("algorithm") or {}
-    return (algorithm.get("credit") or algorithm).get("advantage", "gae") not in UNGROUPED
+    for each in report.jobs:
+        flat = each.flat_groups
+        if flat is not None and flat.flat:
+            text = (
+                f"in {flat.flat} of {flat.compared} groups all members have the same reward for job "
+                f"{each.job.job_id!r}, which teaches nothing under group advantages{_such(flat.example, 'group')}; use "
+                "harder or easier tasks, larger groups, a higher temperature, or a reward with more steps"
+            )
+            much: Level = "problem" if flat.flat > MOST * flat.compared else "note"
+            yield Finding(level=much, code="zero variance", text=text)
 
 
 def _ended_badly(report: Report) -> Iterator[Finding]:

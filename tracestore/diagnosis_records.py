@@ -95,7 +95,7 @@ class GroupCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatGroups:
-    """Of the groups (not `eval`) with two or more rewarded members, those in which all have the same rewards."""
+    """Of the groups (not `eval`) with two or more members to compare, those in which all of them earned the same."""
 
     compared: int = 0
     flat: int = 0

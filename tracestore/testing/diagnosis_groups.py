@@ -6,7 +6,10 @@ from tracegrad.tracestore.testing.rows import (
     MODEL,
     add_group,
     finish_run,
+    first_version,
+    make_call,
     make_reward,
+    make_rule,
     ready_group,
     sql,
 )
@@ -72,10 +75,55 @@ class GroupDiagnosisContract:
         finish_run(store, first)
         finish_run(store, second, reward=None)
         assert store.count_flat_groups(ALL) == FlatGroups(compared=5, flat=2, example="outdated")
-        by_f1 = store.count_flat_groups(ALL, ("f1",))  # the reward on the role is of the name f1 too
+        by_f1 = store.count_flat_groups(
+            ALL, make_rule(reward_names=("f1",))
+        )  # the reward on the role is of the name f1 too
         assert by_f1 == FlatGroups(compared=5, flat=3, example="outdated")
         assert store.count_flat_groups(Extent(run_id="mended-1")) == FlatGroups(compared=1)
         human = [make_reward(f"human-{run}", run, 0.5, source="human") for run in ("mended-0", "mended-1")]
         store.add_rewards(human)
-        assert store.count_flat_groups(ALL, (), ("human",)) == FlatGroups(compared=1, flat=1, example="mended")
-        assert store.count_flat_groups(ALL, (), ("t",)) == FlatGroups(compared=5, flat=2, example="outdated")
+        assert store.count_flat_groups(ALL, make_rule(reward_sources=("human",))) == FlatGroups(
+            compared=1, flat=1, example="mended"
+        )
+        assert store.count_flat_groups(ALL, make_rule(reward_sources=("t",))) == FlatGroups(
+            compared=5, flat=2, example="outdated"
+        )
+
+    def test_rewards_are_compared_as_they_are_weighed(self, store: Store) -> None:
+        """By their sum; what has no weight, or is not named, makes no difference."""
+        first, second = ready_group(store, "traded")  # f1 is 1 in both
+        store.add_rewards([make_reward("em", first, 1.0, name="em"), make_reward("style", second, 1.0, name="style")])
+        store.add_rewards([make_reward("no em", second, 0.0, name="em"), make_reward("no style", first, 0.0, "style")])
+        one, none = FlatGroups(compared=1, flat=1, example="traded"), FlatGroups(compared=1)
+        for weights, found in (
+            ({}, one),
+            ({"em": 2.0, "style": 2.0}, one),
+            ({"em": 1.0, "style": 2.0}, none),
+            ({"em": 1.0, "f1": 1.0}, none),
+            ({"em": 0.0, "f1": 1.0}, one),
+            ({"f1": 3.0}, one),
+            ({"style": 0.0}, one),
+        ):
+            rule = make_rule(reward_names=tuple(sorted(weights)))
+            assert store.count_flat_groups(ALL, rule, weights=weights) == found, weights
+
+    def test_sums_that_differ_by_rounding_alone_are_equal(self, store: Store) -> None:
+        """The order in which rewards arrived decides nothing."""
+        given = {"a": 0.1, "b": 0.2, "c": 0.3}
+        for run_id, names in zip(add_group(store), ("abc", "cba"), strict=True):
+            finish_run(store, run_id, reward=None)
+            store.add_rewards([make_reward(f"{run_id} {name}", run_id, given[name], name=name) for name in names])
+        assert store.count_flat_groups(ALL, make_rule()).flat == 1
+
+    def test_only_what_reaches_the_calls_of_the_job_is_compared(self, store: Store) -> None:
+        """Rewards on roles and calls of other models reach its own in the scope `graph` alone."""
+        for member, run_id in enumerate(ready_group(store)):
+            version = first_version(store, "other")
+            store.append_calls([make_call(f"w-{run_id}", run_id, role="writer", model="other", version=version)])
+            store.add_rewards([make_reward(f"r-{run_id}", run_id, float(member), role="writer")])
+            store.add_rewards([make_reward(f"c-{run_id}", run_id, float(member), call_id=f"w-{run_id}")])
+        assert store.count_flat_groups(ALL, make_rule()).flat == 1
+        assert store.count_flat_groups(ALL, make_rule(), scope="graph") == FlatGroups(compared=1)
+        assert store.count_flat_groups(ALL, make_rule(model="other")) == FlatGroups(compared=1)
+        assert store.count_flat_groups(ALL) == FlatGroups(compared=1)
+        assert store.count_flat_groups(ALL, make_rule(purposes=("live",))) == FlatGroups()

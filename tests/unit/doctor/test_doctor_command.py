@@ -27,6 +27,7 @@ from tracegrad.tracestore.testing.rows import (
     make_call,
     make_choice,
     make_commit,
+    make_reward,
     make_rule,
     ready_group,
     take,
@@ -136,6 +137,33 @@ def test_a_job_is_told_with_the_calls_that_another_model_recorded_for_it(tmp_pat
     tokens = told["jobs"][0]["tokens"]
     assert (tokens["stored"], tokens["excluded"], tokens["conserved"]) == (6, {"leased": 6}, True)
     assert told["verdict"] == []
+
+
+def test_each_job_is_told_of_the_groups_that_are_flat_for_it(tmp_path: Path) -> None:
+    """By its own rewards and weights: another job's, or one without weight, hide none; `gae` compares nobody."""
+    where = f"sqlite:///{tmp_path}/jobs.db"
+    store = open_store(where)
+    first, second = ready_group(store)  # f1 is 1 in both
+    store.add_rewards([make_reward("a", first, 0.0, name="em"), make_reward("b", second, 1.0, name="em")])
+    assert json.loads(invoke("--store", where, "--json").stdout)["flat_groups"] == {
+        "compared": 1,
+        "flat": 0,
+        "example": None,
+    }
+    for job_id, credit in (
+        ("on f1", {"credit": {"advantage": "grpo", "reward_weights": {"f1": 1.0, "em": 0.0}}}),
+        ("on both", {"credit": {"advantage": "rloo", "reward_weights": {"f1": 1.0, "em": 1.0}}}),
+        ("on all", {"advantage": "group"}),  # as earlier versions registered it
+        ("gae", {"credit": {"advantage": "gae", "reward_weights": {"f1": 1.0}}}),
+    ):
+        store.register_job(job_id, [MODEL], {"algorithm": credit})
+    store.lease("on f1", make_rule(reward_names=("em", "f1")), groups=1, lease_s=60, step=1, epoch=0, seed=7)
+    store.close()
+    told = json.loads(invoke("--store", where, "--json").stdout)
+    flat = {one["job"]["job_id"]: one["flat_groups"] and one["flat_groups"]["flat"] for one in told["jobs"]}
+    assert (flat, told["flat_groups"]) == ({"on f1": 1, "on both": 0, "on all": 0, "gae": None}, None)
+    (found,) = [one["text"] for one in told["verdict"] if one["code"] == "zero variance"]
+    assert "in 1 of 1 groups all members have the same reward for job 'on f1'" in found
 
 
 def test_answers_that_a_step_left_out_as_unfinished_are_told(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ HEALTHY = Report(
     unfinished=Tally(what="aborted", count=0),
     duplicates=Tally(what="duplicates", count=0),
     groups=GroupCounts(),
-    flat_groups=FlatGroups(),
+    flat_groups=None,
 )
 GROUPED = JobFacts(job_id="main", models=("small",), config={"algorithm": {"credit": {"advantage": "grpo"}}}, rule=None)
 
@@ -201,14 +201,15 @@ def test_a_healthy_store_gets_no_word() -> None:
         (
             "problem",
             "zero variance",
-            "in 3 of 4 groups all members have the same reward",
-            {"flat_groups": FlatGroups(compared=4, flat=3), "jobs": [job()]},
+            "in 3 of 4 groups all members have the same reward for job 'main', which teaches nothing under group "
+            "advantages (such as group g); use harder",
+            {"jobs": [job(flat_groups=FlatGroups(compared=4, flat=3, example="g"))]},
         ),
         (
             "note",
             "zero variance",
             "in 1 of 4 groups all members have the same reward",
-            {"flat_groups": FlatGroups(compared=4, flat=1), "jobs": [job()]},
+            {"jobs": [job(flat_groups=FlatGroups(compared=4, flat=1, example="g"))]},
         ),
         ("problem", "aborted", "aborted: 30 of 100 calls; look for", {"calls": CallCounts(calls=100, aborted=30)}),
         ("note", "failed call", "failed call: 3 of 100 calls; read", {"calls": CallCounts(calls=100, failed=3)}),
@@ -290,16 +291,13 @@ def test_each_flaw_has_its_sentence(level: str, code: str, says: str, changes: d
 
 
 def test_what_does_not_concern_the_job_is_not_said() -> None:
-    """Equal rewards matter to group advantages only; drift that token-in mended, or a rare one, is no matter."""
-    gae = replace(GROUPED, config={"algorithm": {"credit": {"advantage": "gae"}}})
+    """Equal rewards matter to jobs that compare; drift that token-in mended, or a rare one, is no matter."""
     rare = [
         drift(None, 99),
         drift("edited", 1),
     ]
     flat = FlatGroups(compared=4, flat=4)
-    assert judge(replace(HEALTHY, flat_groups=flat, jobs=[job(job=gae)], drift=rare)) == []
-    older = replace(GROUPED, config={"algorithm": {"advantage": "group"}})
-    assert [one.code for one in judge(replace(HEALTHY, flat_groups=flat, jobs=[job(job=older)]))] == ["zero variance"]
+    assert judge(replace(HEALTHY, flat_groups=flat, jobs=[job(flat_groups=None)], drift=rare)) == []
     eval_only = RunCount(purpose="eval", status="closed", runs=5, unrewarded=5, empty=5)
     assert judge(replace(HEALTHY, runs=[eval_only])) == []
 
@@ -380,6 +378,7 @@ def test_the_lines_of_a_report() -> None:
                 excluded={"greedy": 5, "aborted": 2},
                 trained_lags={0: 8, 1: 2},
                 waiting=WaitingGroups(live={"small": 4}, max_staleness=1, by_lag={0: 3, 2: 1}),
+                flat_groups=FlatGroups(compared=3, flat=2),
                 leases=[HeldLease(lease_id=3, job_id="main", step=5, runs=8, expired_s=-20.0, expires_at=0.0)],
                 steps=[step(reward=0.25, ratio_mean=1.0, clip_fraction=0.015, kl=None, stale_tokens=12)],
             )
@@ -405,6 +404,7 @@ def test_the_lines_of_a_report() -> None:
         ": excluded: 5 greedy, 2 aborted",
         ": trained tokens by steps of age: 0: 8, 1: 2",
         ": waiting groups by steps of age (at most 1): 0: 3, 2: 1",
+        ": groups that it compares: in 2 of 3 all members have the same reward",
         ": lease 3 for step 5: 8 runs, 20 s left",
         told[-3],
         "publishes: of small: 2 of version 3 rejected (probe new, 0.012 of 0.05 nats); 1 of version 2 live",

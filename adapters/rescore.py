@@ -3,7 +3,8 @@
 The function gets a run as the store has it (`RunTrace`: calls, answers, spans, the rewards so far) and its task, or
 None where it has none, and returns what a reward function of a rollout returns. Rewards are appended; one that says
 what the current one of the same source says already is left out, so that the same function can be run again. Where it
-raises, its run gets no reward (law 6), and is counted. Reads the store in batches. Called by `reward_command`.
+raises, its run gets no reward (law 6), and is counted. Runs whose content was deleted are passed over. Reads the
+store in batches. Called by `reward_command`.
 """
 
 import asyncio
@@ -14,8 +15,10 @@ from typing import Any
 from tracegrad.adapters.errors import RewardFailed
 from tracegrad.adapters.rewards import arewards_of
 from tracegrad.adapters.scoring import RewardResult
+from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.ids import new_id
 from tracegrad.tracestore.records import Purpose, Reward, RunTrace, Task
+from tracegrad.tracestore.schema import CONTENT_DELETED
 from tracegrad.tracestore.store import Store
 
 TraceFunction = Callable[[RunTrace, Task | None], RewardResult | Awaitable[RewardResult]]
@@ -69,7 +72,8 @@ class Rescoring:
             NotFound: no such run.
             TraceStoreError: the store cannot be read, or refuses the rewards; nothing of the batch was written.
         """
-        rows = [row for trace in self._store.traces(run_ids) for row in await self._rows(trace)]
+        traces = [one for one in self._store.traces(run_ids) if one.run.error != CONTENT_DELETED]
+        rows = [row for trace in traces for row in await self._rows(trace)]
         if self._dry_run:
             self.done.appended += len(rows)
             return
@@ -107,7 +111,10 @@ class Rescoring:
         if task_id is None:
             return None
         if task_id not in self._tasks:
-            self._tasks[task_id] = self._store.get_task(task_id)
+            try:
+                self._tasks[task_id] = self._store.get_task(task_id)
+            except NotFound as error:  # its content went with other runs
+                raise RewardFailed(str(error)) from error
         return self._tasks[task_id]
 
 

@@ -18,17 +18,26 @@ Told = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retirement:
-    """What was deleted, or would be: runs (stubs among them), calls, bytes of content; and who was left alone."""
+    """What was deleted, or would be: runs (stubs among them), calls, bytes of content; and who was left alone.
+
+    `beside` are the rows, by table, that a whole project had beside its runs and calls. `keys` are those in use that
+    are bound to one of the runs: they stay.
+    """
 
     runs: int = 0
     calls: int = 0
     weight_bytes: int = 0
     stubs: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
 
 
 def retire(store: Store, which: Retired, *, told: Told, force: bool = False, dry_run: bool = False) -> Retirement:
-    """Delete the runs that `which` names, oldest first, and the calls without a run of that age."""
+    """Delete the runs that `which` names, oldest first, and the calls without a run of that age.
+
+    Where that is a whole project, what it has beside them goes too, unless runs of it were left alone.
+    """
     done = Retirement()
     after: Place | None = None
     while page := store.retired_runs(which, after=after):
@@ -51,6 +60,10 @@ def retire(store: Store, which: Retired, *, told: Told, force: bool = False, dry
     while unplaced := store.delete_unplaced_calls(which.project, store.now() if everything else before):
         done = replace(done, calls=done.calls + unplaced)
         told(done.runs, 0, "runs; calls without a run")
+    while everything and (rows := store.delete_beside_runs(which.project)):
+        beside = {table: done.beside.get(table, 0) + rows.get(table, 0) for table in {**done.beside, **rows}}
+        done = replace(done, beside=beside)
+        told(done.runs, 0, "runs; tasks, groups, late facts")
     return done
 
 
@@ -98,4 +111,9 @@ def give_space_back(store: Store, *, force: bool = False, incremental: bool = Fa
 
 
 def _with(done: Retirement, gone: Deletion) -> Retirement:
-    return replace(done, stubs=done.stubs + len(gone.stubs), skipped={**done.skipped, **gone.skipped})
+    return replace(
+        done,
+        stubs=done.stubs + len(gone.stubs),
+        skipped={**done.skipped, **gone.skipped},
+        keys=(*done.keys, *gone.keys),
+    )

@@ -45,6 +45,7 @@ def delete(
     """Delete runs with all that hangs on them, and look whether anything is left.
 
     Of a run that was trained a stub stays: ids, counts and versions, so that the ledger stays true; no content.
+    With --project alone, its tasks, groups and late facts go too, unless runs of it stay. Keys stay.
 
     \b
     tracegrad store delete run_1 run_2
@@ -185,8 +186,14 @@ def _say(done: Retirement, *, dry_run: bool, as_json: bool, space: str | None = 
     click.echo(f"{done.runs} runs and {done.calls} calls {verb}, {in_bytes(done.weight_bytes)} of content")
     if done.stubs:
         click.echo(f"of {done.stubs} of them a stub stays, without content: a ledger or a group names it")
+    if done.beside:
+        click.echo("beside them went " + ", ".join(f"{count} of {table}" for table, count in done.beside.items()))
     if not dry_run and done.runs:
         click.echo("checked afterwards: nothing else of them is left")
+    for key_id in done.keys:
+        click.echo(
+            f"key {key_id} is bound to one of them and opens it anew: `tracegrad keys revoke {key_id}`", err=True
+        )
     if space:
         click.echo(space)
 

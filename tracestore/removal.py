@@ -4,7 +4,9 @@ A run that no job trained goes entirely. Of one that a ledger names a stub stays
 calls and choices, of ledger and consumption, with no content in them. So what was trained stays true (laws 5, 7, 8):
 the same job never trains it again, stored = trained + excluded still adds up, and a checkpoint still knows which
 calls made it, with which versions. A stub is never trained again by anybody. A member of a group of which others
-remain leaves its bare run row, or the others would wait for it for ever.
+remain leaves its bare run row, or the others would wait for it for ever. A task that only stubs name keeps its row and
+loses its content; it takes content anew from whoever puts it again. Keys stay: they say who may call, not what was
+said.
 
 Refuses a run that is open or that a lease holds, unless forced: then the whole lease is released and its trainer is
 fenced off (law 9). Called by `retention` and by whoever cares for a store, through `Store`.
@@ -25,6 +27,7 @@ from tracegrad.tracestore.records import RoleSource
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
+    api_keys,
     attributions,
     calls,
     choices,
@@ -41,6 +44,7 @@ from tracegrad.tracestore.schema import (
     tasks,
 )
 from tracegrad.tracestore.sweeping import heads_of, sweep, unnamed
+from tracegrad.tracestore.tasks import blank_tasks, has_content
 
 RUNS_AT_ONCE = 100
 """Runs that one transaction deletes."""
@@ -54,7 +58,8 @@ _SOURCES = get_args(RoleSource)
 class Deletion:
     """What one transaction deleted: `rows` by table. `left` is what a query found of these runs afterwards, by table.
 
-    `stubs` are the runs of which a stub stayed; `skipped` those that were left alone, with the reason.
+    `stubs` are the runs of which a stub stayed; `skipped` those that were left alone, with the reason. `keys` are those
+    still in use that are bound to one of the runs: a call with such a key opens the run anew.
     """
 
     deleted: tuple[str, ...] = ()
@@ -62,6 +67,7 @@ class Deletion:
     skipped: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
 
 
 class Removal(Noun):
@@ -70,7 +76,8 @@ class Removal(Noun):
     def delete_runs(self, run_ids: Sequence[str], *, busy: Busy = "refuse") -> Deletion:
         """Delete runs with their calls, spans, rewards and facts, all or none; then look for what is left of them.
 
-        Tasks and groups go with the last run that names them. A forced deletion of a held run releases its lease.
+        Tasks and groups go with the last run that names them; of a task that stubs still name the content goes. A
+        forced deletion of a held run releases its lease.
 
         Raises:
             NotFound: one of them is not stored.
@@ -86,7 +93,11 @@ class Removal(Noun):
                 return Deletion(skipped=skipped)
             named = _call_names(connection, calls.c.run_id.in_(some))
             heads = heads_of(connection, call_payloads.c.seq.in_(select(calls.c.seq).where(calls.c.run_id.in_(some))))
+            task_ids = _lock_tasks(connection, some)
             stubs, rows = _delete(connection, some, self._db.now())
+            blank_tasks(connection, and_(tasks.c.task_id.in_(task_ids), _is_unused()))
+            keys = select(api_keys.c.key_id).where(api_keys.c.run_id.in_(some), api_keys.c.revoked_at.is_(None))
+            bound = tuple(connection.execute(keys.order_by(api_keys.c.key_id)).scalars())
             if swept := sweep(connection, heads):
                 rows[blocks.name] = swept
         self._blocks.forget()
@@ -95,7 +106,8 @@ class Removal(Noun):
             stubs=tuple(sorted(stubs)),
             skipped=skipped,
             rows=rows,
-            left=self._left(some, stubs, named, heads),
+            left=self._left(some, stubs, named, heads, task_ids),
+            keys=bound,
         )
 
     def delete_unplaced_calls(self, project: str, before: float, limit: int = 1_000) -> int:
@@ -123,8 +135,42 @@ class Removal(Noun):
         self._blocks.forget()
         return len(named)
 
+    def delete_beside_runs(self, project: str, limit: int = 1_000) -> dict[str, int]:
+        """Delete what a project has beside its runs and their calls, some of it; return how many rows, by table.
+
+        Groups and tasks that no run names, late facts, parts of LangSmith trees; a task that stubs name loses its
+        content. Call it again until it returns nothing. It returns nothing either while a run of the project has
+        content, whose groups may be on their way. Keys stay.
+        """
+        task_ids = select(tasks.c.task_id).where(tasks.c.project == project)
+        planned = select(groups.c.group_id).where(groups.c.task_id.in_(task_ids), not_(_has_runs()))
+        wanted = {
+            attributions: (attributions.c.seq, attributions.c.project == project),
+            langsmith_runs: (langsmith_runs.c.langsmith_id, langsmith_runs.c.project == project),
+            groups: (groups.c.group_id, groups.c.group_id.in_(planned)),
+            tasks: (tasks.c.task_id, and_(tasks.c.project == project, not_(_is_named()))),
+        }
+        done: dict[str, int] = {}
+        with self._db.write() as connection:
+            if connection.execute(
+                select(runs.c.run_id).where(runs.c.project == project, is_more_than_a_stub()).limit(1)
+            ).first():
+                return {}
+            for table, (key, which) in wanted.items():
+                some = list(connection.execute(select(key).where(which).limit(limit)).scalars())
+                done[table.name] = connection.execute(delete(table).where(which, key.in_(some))).rowcount
+            emptied = select(tasks.c.task_id).where(tasks.c.project == project, _is_unused(), has_content())
+            some = list(connection.execute(emptied.limit(limit)).scalars())
+            done[tasks.name] += blank_tasks(connection, tasks.c.task_id.in_(some))
+        return {table: count for table, count in done.items() if count}
+
     def _left(
-        self, run_ids: Sequence[str], stubs: set[str], named: "Sequence[_Named]", heads: set[int]
+        self,
+        run_ids: Sequence[str],
+        stubs: set[str],
+        named: "Sequence[_Named]",
+        heads: set[int],
+        task_ids: Sequence[str],
     ) -> dict[str, int]:
         """Count what is left, in a transaction of its own. Raises TraceStoreError where it is more than the stubs."""
         with self._db.read() as connection:
@@ -133,12 +179,22 @@ class Removal(Noun):
             left = _remains(connection, sorted(stubs), [one for one in named if one.run_id in stubs])
             if prompts := unnamed(connection, heads):
                 wrong[blocks.name] = prompts
+            told = and_(tasks.c.task_id.in_(task_ids), _is_unused(), has_content())
+            if found := connection.execute(select(func.count()).select_from(tasks).where(told)).scalar_one():
+                wrong[tasks.name] = int(found)
         wrong |= {table: count for table, count in left.items() if table not in _STUB}
         if wrong:
             raise TraceStoreError(
                 f"of the deleted runs {run_ids[0]!r}, … something is left, or was written since: {wrong}; delete again"
             )
         return left
+
+
+def is_more_than_a_stub() -> ColumnElement[bool]:
+    """Whether the run of the row is more than a stub: it was never deleted, or something was said in it since."""
+    asked = select(calls.c.seq).join_from(calls, call_payloads).where(calls.c.run_id == runs.c.run_id).exists()
+    said = [exists().where(table.c.run_id == runs.c.run_id) for table in (spans, rewards)]
+    return or_(runs.c.error.is_distinct_from(CONTENT_DELETED), asked, *said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +235,14 @@ def _choose(connection: Connection, run_ids: Sequence[str], busy: Busy) -> tuple
         _release(connection, list(held))
         refused = {}
     return [run_id for run_id in run_ids if run_id in status and run_id not in refused], refused
+
+
+def _lock_tasks(connection: Connection, run_ids: Sequence[str]) -> list[str]:
+    """Return the tasks of the runs, locked in order: of two that delete the last runs of one, the second sees it."""
+    named = select(runs.c.task_id).where(runs.c.run_id.in_(run_ids), runs.c.task_id.is_not(None))
+    task_ids = sorted(set(connection.execute(named).scalars()))
+    rows = select(tasks.c.task_id).where(tasks.c.task_id.in_(task_ids)).order_by(tasks.c.task_id)
+    return list(connection.execute(rows.with_for_update(key_share=True)).scalars())
 
 
 def _release(connection: Connection, run_ids: Sequence[str]) -> None:
@@ -302,11 +366,28 @@ def _delete_bare(connection: Connection, run_ids: Sequence[str], gone: Any) -> N
     )
     gone(runs, and_(bare, runs.c.group_id.not_in(list(connection.execute(whole).scalars()))))
     gone(groups, and_(groups.c.group_id.in_(group_ids), not_(exists().where(runs.c.group_id == groups.c.group_id))))
-    named = or_(
-        exists().where(runs.c.task_id == tasks.c.task_id),
-        exists().where(groups.c.task_id == tasks.c.task_id),
-    )
-    gone(tasks, and_(tasks.c.task_id.in_(task_ids), not_(named)))
+    gone(tasks, and_(tasks.c.task_id.in_(task_ids), not_(_is_named())))
+
+
+def _has_runs() -> ColumnElement[bool]:
+    """Whether the group of the row has runs, or stubs."""
+    return exists().where(runs.c.group_id == groups.c.group_id)
+
+
+def _is_named() -> ColumnElement[bool]:
+    """Whether a run or a group names the task of the row."""
+    of_a_run = exists().where(runs.c.task_id == tasks.c.task_id)
+    return or_(of_a_run, exists().where(groups.c.task_id == tasks.c.task_id))
+
+
+def _is_unused() -> ColumnElement[bool]:
+    """Whether nobody needs the content of the task of the row: only stubs name it, and groups that have nothing else.
+
+    A group that has no run yet was planned and not begun: its runs are to come.
+    """
+    whole = exists().where(runs.c.task_id == tasks.c.task_id, runs.c.error.is_distinct_from(CONTENT_DELETED))
+    ahead = exists().where(groups.c.task_id == tasks.c.task_id, not_(_has_runs()))
+    return and_(not_(whole), not_(ahead))
 
 
 def _remains(connection: Connection, run_ids: Sequence[str], named: Sequence[_Named]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import EndedBy, Run, RunStatus
 from tracegrad.tracestore.schema import runs
-from tracegrad.tracestore.tasks import find_group, find_task
+from tracegrad.tracestore.tasks import find_group, is_task
 
 ACTIVE_WITHIN_S = 1.0
 """How much later than `active_at` the last call of a run may have come."""
@@ -198,7 +198,7 @@ def _completed(connection: Connection, run: Run) -> Run:
             f"run {run.run_id!r} has group {run.group_id!r} and member {run.member}: set both or neither"
         )
     if run.group_id is None or run.member is None:
-        if run.task_id is not None and find_task(connection, run.task_id) is None:
+        if run.task_id is not None and not is_task(connection, run.task_id):
             raise InvalidRecord(f"run {run.run_id!r} names the unknown task {run.task_id!r}: put the task first")
         return run
     group = find_group(connection, run.group_id)

@@ -1,12 +1,13 @@
 """Tasks and groups: what is to be run, and how often.
 
 Both are written once: the same content again is a no-op, other content under the same id is refused, because runs,
-rewards and advantages already refer to it. Called by the rollout driver and the proxy, through `Store`.
+rewards and advantages already refer to it. A task of which only stubs are left has a row and no content (see
+`removal`): whoever puts it again gives it content anew. Called by the rollout driver and the proxy, through `Store`.
 """
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, Text, literal_column, not_, select, type_coerce, update
 
 from tracegrad.tracestore.codec import decode_json, encode_json
 from tracegrad.tracestore.database import insert
@@ -15,12 +16,17 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Group, Task
 from tracegrad.tracestore.schema import groups, tasks
 
+_NOTHING: ColumnElement[str] = literal_column("'null'")
+"""What stands for deleted content."""
+
 
 class Tasks(Noun):
     """The part of the store that knows tasks and groups."""
 
     def put_tasks(self, tasks: Sequence[Task]) -> None:
         """Write tasks, all or none.
+
+        One whose content was deleted takes what it is given, whatever it was.
 
         Raises:
             Conflict: an id exists with another input, reference or project.
@@ -47,12 +53,22 @@ class Tasks(Noun):
                 _put_group(connection, group, now)
 
     def get_task(self, task_id: str) -> Task:
-        """Return one task. Raises NotFound."""
+        """Return one task. Raises NotFound, also where its content was deleted."""
         with self._db.read() as connection:
-            task = find_task(connection, task_id)
-        if task is None:
+            row = connection.execute(select(tasks, has_content()).where(tasks.c.task_id == task_id)).one_or_none()
+        if row is None:
             raise NotFound(f"no task {task_id!r}: put it with put_tasks (POST /tracegrad/v1/tasks)")
-        return task
+        if not row.has_content:
+            raise NotFound(f"the content of task {task_id!r} was deleted with its runs: put it again with put_tasks")
+        return Task(task_id=row.task_id, input=row.input, reference=row.reference, project=row.project)
+
+    def project_of_task(self, task_id: str) -> str:
+        """Return the project of a task, with content or without. Raises NotFound."""
+        with self._db.read() as connection:
+            project = connection.execute(select(tasks.c.project).where(tasks.c.task_id == task_id)).scalar()
+        if project is None:
+            raise NotFound(f"no task {task_id!r}: put it with put_tasks (POST /tracegrad/v1/tasks)")
+        return str(project)
 
     def get_group(self, group_id: str) -> Group:
         """Return one group. Raises NotFound."""
@@ -63,12 +79,20 @@ class Tasks(Noun):
         return group
 
 
-def find_task(connection: Connection, task_id: str) -> Task | None:
-    """Return the stored task, or None."""
-    row = connection.execute(select(tasks).where(tasks.c.task_id == task_id)).one_or_none()
-    if row is None:
-        return None
-    return Task(task_id=row.task_id, input=row.input, reference=row.reference, project=row.project)
+def is_task(connection: Connection, task_id: str) -> bool:
+    """Whether there is such a task, with content or without."""
+    return connection.execute(select(tasks.c.task_id).where(tasks.c.task_id == task_id)).first() is not None
+
+
+def has_content() -> ColumnElement[bool]:
+    """Whether the task of the row has its content. (Nobody can put a task whose input is JSON's null.)"""
+    return (type_coerce(tasks.c.input, Text) != _NOTHING).label("has_content")
+
+
+def blank_tasks(connection: Connection, which: ColumnElement[bool]) -> int:
+    """Take their content from the tasks that `which` selects; say how many had some."""
+    statement = update(tasks).where(which, has_content()).values(input=_NOTHING, reference=_NOTHING)
+    return connection.execute(statement).rowcount
 
 
 def find_group(connection: Connection, group_id: str) -> Group | None:
@@ -85,12 +109,13 @@ def _put_task(connection: Connection, task: Task, now: float) -> None:
     )
     if connection.execute(statement.on_conflict_do_nothing(index_elements=["task_id"])).rowcount == 1:
         return
-    stored = find_task(connection, task.task_id)
-    same = stored is not None and (
-        (stored.project, stored.input, stored.reference)
-        == (task.project, _as_stored(task.input), _as_stored(task.reference))
-    )
-    if not same:
+    blank = (tasks.c.task_id == task.task_id, tasks.c.project == task.project, not_(has_content()))
+    anew = update(tasks).where(*blank).values(input=task.input, reference=task.reference, created_at=now)
+    if connection.execute(anew).rowcount == 1:
+        return
+    columns = select(tasks.c.project, tasks.c.input, tasks.c.reference)
+    stored = connection.execute(columns.where(tasks.c.task_id == task.task_id)).one_or_none()
+    if stored is None or tuple(stored) != (task.project, _as_stored(task.input), _as_stored(task.reference)):
         raise Conflict(f"task {task.task_id!r} exists with other content: give the changed task an id of its own")
 
 
@@ -103,7 +128,7 @@ def _put_group(connection: Connection, group: Group, now: float) -> None:
         raise InvalidRecord(f"group {group.group_id!r} plans {group.planned_size} runs: plan at least 1")
     stored = find_group(connection, group.group_id)
     if stored is None:
-        if find_task(connection, group.task_id) is None:
+        if not is_task(connection, group.task_id):
             raise InvalidRecord(
                 f"group {group.group_id!r} names the unknown task {group.task_id!r}: put the task first"
             )

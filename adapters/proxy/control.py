@@ -238,7 +238,7 @@ class Control:
             raise NotFound(f"no run {run_id!r} in project {self._config.project!r}")
 
     def _check_task(self, task_id: str) -> None:
-        if self._guarded and self._store.get_task(task_id).project != self._config.project:
+        if self._guarded and self._store.project_of_task(task_id) != self._config.project:
             raise NotFound(f"no task {task_id!r} in project {self._config.project!r}")
 
     def _end_own_run(self, run_id: str, end: _End) -> Run:

@@ -1,14 +1,18 @@
 """Contract: runs are deleted whole and provably, what was trained stays true, and the old are found in order."""
 
+from dataclasses import replace
+
 import pytest
 
-from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound
+from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound, TraceStoreError
 from tracegrad.tracestore.records import (
     Attribution,
+    Group,
     LangSmithRun,
     LateAttribution,
     Run,
     Span,
+    Task,
 )
 from tracegrad.tracestore.removal import RUNS_AT_ONCE
 from tracegrad.tracestore.retention import Place, Retired
@@ -36,6 +40,13 @@ def rows_of(store: Store, table: str) -> int:
     """Count the rows of a table."""
     with store._db.read() as connection:
         return int(connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one())
+
+
+def contents(store: Store, table: str, *columns: str) -> list[tuple[object, ...]]:
+    """Return these columns of a table as they lie, in order."""
+    names = ", ".join(columns)
+    with store._db.read() as connection:
+        return sorted(map(tuple, connection.exec_driver_sql(f"SELECT {names} FROM {table}")))
 
 
 def full_run(store: Store, run_id: str) -> None:
@@ -188,6 +199,97 @@ class RemovalContract:
         store.open_run(Run(run_id="other", task_id="task-g"))
         store.delete_runs(runs)
         assert store.get_task("task-g")
+
+    def test_the_task_of_stubs_keeps_no_content_and_takes_it_anew(self, store: Store, clock: Clock) -> None:
+        """The question and its gold answer are what was deleted; the next rollout puts the task again."""
+        task = Task(task_id="t", input={"question": "secret"}, reference={"golds": ["secret"]})
+        store.put_tasks([task])
+        store.put_groups([Group(group_id="g", task_id="t", planned_size=2, purpose="train")])
+        for member, run_id in enumerate(("a", "b")):
+            store.open_run(Run(run_id=run_id, purpose="train", group_id="g", member=member))
+            finish_run(store, run_id)
+        train(store)
+        store.delete_runs(["a"])
+        assert store.get_task("t") == task, "b uses it"
+        assert store.delete_runs(["b"]).stubs == ("b",)
+        assert contents(store, "tasks", "input", "reference") == [("null", "null")]
+        with pytest.raises(NotFound, match="content of task 't' was deleted with its runs: put it again"):
+            store.get_task("t")
+        assert store.project_of_task("t") == "default"
+        with pytest.raises(Conflict, match="'t'"):
+            store.put_tasks([replace(task, project="other")])
+        store.put_groups([Group(group_id="again", task_id="t", planned_size=1, purpose="train")])
+        changed = replace(task, input={"question": "anew"})
+        store.put_tasks([changed])
+        store.put_tasks([changed])
+        assert store.get_task("t") == changed
+        with pytest.raises(Conflict, match="'t'"):
+            store.put_tasks([task])
+        store.delete_runs(["a", "b"])
+        assert store.get_task("t") == changed, "a group is planned that has not begun"
+        store.open_run(Run(run_id="c", purpose="train", group_id="again", member=0))
+        store.delete_runs(["c"], busy="force")
+        with pytest.raises(NotFound, match="content of task 't'"):
+            store.get_task("t")
+        assert store.check() == []
+
+    def test_a_task_that_was_put_empty_is_not_one_whose_content_was_deleted(self, store: Store) -> None:
+        """It takes no other content."""
+        store.put_tasks([Task(task_id="t", input={})])
+        with pytest.raises(Conflict, match="'t'"):
+            store.put_tasks([Task(task_id="t", input={"question": "?"})])
+        assert store.get_task("t").input == {}
+
+    def test_content_of_a_task_that_is_left_is_told(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The query afterwards looks at tasks too."""
+        runs = ready_group(store)
+        train(store)
+        monkeypatch.setattr("tracegrad.tracestore.removal.blank_tasks", lambda connection, which: 0)
+        with pytest.raises(TraceStoreError, match=r"something is left.*\{'tasks': 1\}"):
+            store.delete_runs(runs)
+
+    def test_a_key_that_is_bound_to_a_deleted_run_stays_and_is_named(self, store: Store) -> None:
+        """It says who may call; what it brings opens the run anew."""
+        full_run(store, "a")
+        _, bound = store.create_key(scopes=["call"], run_id="a")
+        _, revoked = store.create_key(scopes=["call"], run_id="a")
+        store.create_key(scopes=["call"])
+        store.revoke_key(revoked.key_id)
+        assert store.delete_runs(["a"]).keys == (bound.key_id,)
+        assert len(store.list_keys()) == 3
+
+    def test_what_a_project_has_beside_its_runs_goes(self, store: Store) -> None:
+        """Not while a run is left, whose group may be on its way; not what stubs name, nor keys, nor of others."""
+        trained = ready_group(store)
+        train(store)
+        store.delete_runs(trained)
+        for project in ("default", "other"):
+            tasks = [Task(task_id=f"{project}-{n}", input={"q": "?"}, project=project) for n in range(3)]
+            store.put_tasks(tasks)
+            store.put_groups(
+                [Group(group_id=f"of-{task.task_id}", task_id=task.task_id, planned_size=1, purpose="train")
+                 for task in tasks]
+            )  # fmt: skip
+            store.attribute_late([LateAttribution(source="langsmith", completion_id="unknown", role="x")], project)
+            store.put_langsmith_runs([LangSmithRun(langsmith_id="l", trace_id="t", named=("x",))], project)
+            store.create_key(scopes=["call"], project=project)
+        store.put_tasks([Task(task_id="task-g", input={"question": "g"})])
+        store.open_run(Run(run_id="r"))
+        assert store.delete_beside_runs("default") == {}
+        store.delete_runs(["r"], busy="force")
+        done = [store.delete_beside_runs("default", limit=2) for _ in range(3)]
+        assert done == [
+            {"attributions": 1, "langsmith_runs": 1, "groups": 2, "tasks": 3},
+            {"groups": 1, "tasks": 1},
+            {},
+        ]
+        assert contents(store, "tasks", "task_id", "input") == [
+            *((f"other-{n}", '{"q":"?"}') for n in range(3)),
+            ("task-g", "null"),
+        ]
+        assert contents(store, "groups", "group_id") == [("g",), *((f"of-other-{n}",) for n in range(3))]
+        assert rows_of(store, "attributions") == rows_of(store, "langsmith_runs") == 1
+        assert len(store.list_keys()) == 2
 
     def test_unknown_runs_and_too_many_are_refused(self, store: Store) -> None:
         """A transaction is bounded."""

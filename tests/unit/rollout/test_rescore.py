@@ -68,6 +68,18 @@ def told(result: Result) -> dict[str, Any]:
     return found
 
 
+def test_runs_and_tasks_whose_content_was_deleted_get_no_reward(store: Store) -> None:
+    """A stub has nothing to judge; a run whose task lost its content fails with what to do."""
+    runs = ready_group(store)
+    train(store)
+    store.delete_runs(runs)
+    finish_run(store, store.open_run(Run(run_id="r", task_id="task-g")).run_id)
+    assert told(reward(store, "nothing", "--json", *runs))["runs"] == 0
+    failed = reward(store, "question")
+    assert failed.exit_code == 1
+    assert "failed: r: the content of task 'task-g' was deleted with its runs: put it again" in failed.output
+
+
 def test_a_turn_is_rewarded_on_its_calls(store: Store) -> None:
     """With the trainer's allocators; what is said again is not written again. A call of another run is an error."""
     (run,) = ready_group(store, size=1)

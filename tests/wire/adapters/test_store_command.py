@@ -15,8 +15,9 @@ from tracegrad.adapters.parquet_command import export
 from tracegrad.adapters.reward_command import reward
 from tracegrad.adapters.store_command import store as command
 from tracegrad.tracestore.errors import Conflict, NotFound, StoreUnavailable
+from tracegrad.tracestore.records import Run
 from tracegrad.tracestore.store import Store, open_store
-from tracegrad.tracestore.testing.rows import Clock, make_call, ready_group, sql, take, train
+from tracegrad.tracestore.testing.rows import Clock, add_group, make_call, ready_group, sql, take, train
 
 
 @pytest.fixture
@@ -93,6 +94,19 @@ def test_a_project_goes_after_a_question_and_others_stay(store: Store, clock: Cl
     assert (done["runs"], done["calls"]) == (120, 121)
     assert {run.run.run_id for run in store.list_runs()} == {"open", "keep000", "keep001"}
     assert result("delete", "--project", "a", "--yes", "--force", "--store", url)["runs"] == 1
+
+
+def test_a_whole_project_goes_with_what_never_began(store: Store, url: str) -> None:
+    add_group(store, "planned")
+    sql(store, "DELETE FROM runs")
+    store.open_run(Run(run_id="open"))
+    _, key = store.create_key(scopes=["call"], run_id="open")
+    assert result("delete", "--project", "default", "--yes", "--store", url)["beside"] == {}
+    done = invoke("delete", "--project", "default", "--yes", "--force", "--store", url)
+    assert "beside them went 1 of groups, 1 of tasks" in done.stdout
+    assert f"`tracegrad keys revoke {key.key_id}`" in done.stderr
+    with pytest.raises(NotFound):
+        store.get_task("task-planned")
 
 
 def test_a_job_that_never_trained_goes(store: Store, url: str) -> None:

@@ -1,9 +1,10 @@
 """Which runs of a project have had their time: by age, and by how much newer content there is.
 
-Oldest first, in bounded pages; what is open or held by a lease is never chosen, nor a stub (see `removal`). The weight
-of a run is the bytes of its requests, token ids, logprobs, answers and spans, what runs of a page share counted once:
-a database file is larger, by its indexes and by what is free inside. Reads only; `removal` deletes. Called by whoever
-cares for a store, through `Store`.
+Oldest first, in bounded pages; what is open or held by a lease is never chosen, nor a stub (see `removal`), unless
+something was said in it since. A run that goes on after its end is as old as its last call or span. The weight of a
+run is the bytes of its requests, token ids, logprobs, kept sets, answers and spans, what runs of a page share counted
+once: a database file is larger, by its indexes and by what is free inside. Reads only; `removal` deletes. Called by
+whoever cares for a store, through `Store`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
 from tracegrad.tracestore.payloads import sizes_above
-from tracegrad.tracestore.schema import CONTENT_DELETED, calls, holds, runs, spans
+from tracegrad.tracestore.removal import is_more_than_a_stub
+from tracegrad.tracestore.schema import calls, choices, holds, runs, spans
 
 PAGE = 100
 
@@ -40,7 +42,7 @@ class Weighed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retired:
-    """The runs of a project that ended before a time, or whose place is `through` or an older one; None: all."""
+    """The runs of a project that ended, quiet since, before a time, or whose place is at or before `through`."""
 
     project: str
     ended_before: float | None = None
@@ -97,14 +99,16 @@ class Retention(Noun):
 
 
 def _conditions(which: Retired) -> list[ColumnElement[bool]]:
-    conditions = [runs.c.project == which.project, runs.c.error.is_distinct_from(CONTENT_DELETED)]
+    conditions = [runs.c.project == which.project, is_more_than_a_stub()]
     if not which.busy_too:
         held = select(holds.c.run_id).where(holds.c.run_id == runs.c.run_id).exists()
         conditions += [runs.c.status != "open", ~held]
     reasons = []
     if which.ended_before is not None:
-        started = runs.c.opened_at < which.ended_before  # says the same again, to the index
-        reasons.append(and_(started, func.coalesce(runs.c.ended_at, runs.c.active_at) < which.ended_before))
+        before = which.ended_before
+        started = runs.c.opened_at < before  # says the same again, to the index
+        ended = or_(runs.c.ended_at.is_(None), runs.c.ended_at < before)
+        reasons.append(and_(started, runs.c.active_at < before, ended))
     if which.through is not None:
         reasons.append(_not_newer(which.through))
     return [*conditions, or_(*reasons) if reasons else true()]
@@ -122,15 +126,15 @@ def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
     run_ids = [place.run_id for place in places]
     within = calls.c.run_id.in_(run_ids)
     asked = [call_payloads.c[name] for name in ("tail", "request", "requested", "effective")]
-    answered = [choice_payloads.c[name] for name in ("token_ids", "logprobs", "message")]
+    answered = [choice_payloads.c[name] for name in ("token_ids", "logprobs", "message", "kept_counts", "kept_ids")]
     made = select(calls.c.run_id, func.count(), _bytes(connection, asked))
     made = made.join(call_payloads, call_payloads.c.seq == calls.c.seq).where(within)
     counted = connection.execute(made.group_by(calls.c.run_id)).all()
     n_calls = dict.fromkeys(run_ids, 0) | {run_id: int(count) for run_id, count, _ in counted}
     weights = dict.fromkeys(run_ids, 0) | {run_id: int(weight) for run_id, _, weight in counted}
-    sampled = select(calls.c.run_id, _bytes(connection, answered))
-    sampled = sampled.join(choice_payloads, choice_payloads.c.seq == calls.c.seq).where(within)
-    told = select(spans.c.run_id, _bytes(connection, [spans.c.input, spans.c.output]))
+    sampled = select(calls.c.run_id, _bytes(connection, [*answered, choices.c.version_spans]))
+    sampled = sampled.join_from(calls, choices, choices.c.seq == calls.c.seq).join(choice_payloads).where(within)
+    told = select(spans.c.run_id, _bytes(connection, [spans.c[name] for name in ("input", "output", "wrote", "error")]))
     told = told.where(spans.c.run_id.in_(run_ids))
     for statement in (sampled.group_by(calls.c.run_id), told.group_by(spans.c.run_id)):
         for run_id, weight in connection.execute(statement):

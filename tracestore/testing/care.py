@@ -1,4 +1,4 @@
-"""Contract: runs are deleted whole and provably, what was trained stays true, and the old are found in order."""
+"""Contract: runs are deleted whole and provably, what was trained stays true, and what is wrong is found."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import pytest
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound, TraceStoreError
 from tracegrad.tracestore.records import (
-    Attribution,
     Group,
     LangSmithRun,
     LateAttribution,
@@ -15,14 +14,12 @@ from tracegrad.tracestore.records import (
     Task,
 )
 from tracegrad.tracestore.removal import RUNS_AT_ONCE
-from tracegrad.tracestore.retention import Place, Retired
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,
     MODEL,
     Clock,
     account,
-    add_group,
     finish_run,
     live_version,
     make_call,
@@ -308,70 +305,6 @@ class RemovalContract:
         assert store.delete_unplaced_calls("default", 15.0) == 0
         assert store.get_call("new") and store.get_call("foreign")
         assert rows_of(store, "attributions") == 0
-
-
-class RetentionContract:
-    """What is old."""
-
-    def test_the_oldest_ended_runs_page_by_page(self, store: Store, clock: Clock) -> None:
-        """Open runs are left out, unless all is asked for."""
-        for number in range(5):
-            store.append_calls([make_call(f"c{number}", f"r{number}")])
-            if number != 1:
-                store.end_run(f"r{number}", status="closed", ended_by="explicit")
-            clock.advance(10)
-        which = Retired(project="default", ended_before=1_035.0)
-        first = store.retired_runs(which, limit=2)
-        assert [run.place.run_id for run in first] == ["r0", "r2"]  # r1 is open
-        rest = store.retired_runs(which, after=first[-1].place, limit=2)
-        assert [run.place.run_id for run in rest] == ["r3"]
-        assert store.retired_runs(Retired(project="other")) == []
-        assert len(store.retired_runs(Retired(project="default"))) == 4
-        assert len(store.retired_runs(Retired(project="default", busy_too=True))) == 5
-
-    def test_age_counts_from_the_end_of_a_run(self, store: Store, clock: Clock) -> None:
-        """A long run is not old while it works."""
-        store.append_calls([make_call("c", "r")])
-        clock.advance(100)
-        store.end_run("r", status="closed", ended_by="explicit")
-        assert store.retired_runs(Retired(project="default", ended_before=1_050.0)) == []
-
-    def test_what_is_held_or_a_stub_is_left_alone(self, store: Store) -> None:
-        """Neither is retention's business."""
-        trained = ready_group(store, "t")
-        train(store)
-        store.delete_runs(trained)
-        ready_group(store, "h")
-        take(store, step=2)
-        assert store.retired_runs(Retired(project="default")) == []
-
-    def test_the_place_beyond_which_there_is_too_much(self, store: Store, clock: Clock) -> None:
-        """Weights are the bytes of what was said; the walk goes over many pages."""
-        for number in range(250):
-            store.append_calls(
-                [make_call(f"c{number}", f"r{number:03}", attribution=Attribution(run_id=f"r{number:03}"))]
-            )
-            if number % 2:
-                clock.advance(1)
-        (first,) = store.newest_runs("default", limit=1)
-        # 3 prompt ids, 3 sampled ids (2 bytes each) with logprobs are 24 bytes; the rest is JSON.
-        texts = '{"messages":[{"role":"user","content":"hé"}]}', '{"temperature":0.0}', '{"temperature":1.0}'
-        message = '{"role":"assistant","content":"x"}'
-        one = 24 + sum(len(text.encode()) for text in (*texts, message))
-        assert (first.weight_bytes, first.calls, first.place) == (one, 1, Place(1_124.0, "r249"))
-        assert store.place_beyond("default", one * 250) is None
-        assert store.place_beyond("default", one * 130) == Place(1_059.0, "r119")
-        through = store.place_beyond("default", one * 249)
-        assert through == Place(1_000.0, "r000")
-        assert len(store.retired_runs(Retired(project="default", through=through, busy_too=True))) == 1
-
-    def test_an_empty_group_member_weighs_nothing(self, store: Store) -> None:
-        """A run without calls is a run."""
-        for run_id in add_group(store):
-            finish_run(store, run_id)
-        store.open_run(Run(run_id="empty"))
-        assert {run.place.run_id: run.calls for run in store.newest_runs("default")} == {"empty": 0, "g-0": 1, "g-1": 1}
-        assert sql(store, "UPDATE runs SET opened_at = opened_at") == 3
 
 
 class UpkeepContract:

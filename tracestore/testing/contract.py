@@ -4,7 +4,7 @@ A backend's test module subclasses `StoreContract` and gives two fixtures: `cloc
 empty store opened with that clock.
 """
 
-from tracegrad.tracestore.testing.care import NameContract, RemovalContract, RetentionContract, UpkeepContract
+from tracegrad.tracestore.testing.care import NameContract, RemovalContract, UpkeepContract
 from tracegrad.tracestore.testing.chains import ChainContract
 from tracegrad.tracestore.testing.continued import ContinuedContract
 from tracegrad.tracestore.testing.diagnosis import (
@@ -29,6 +29,7 @@ from tracegrad.tracestore.testing.provenance import ProvenanceContract
 from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
+from tracegrad.tracestore.testing.retention import RetentionContract
 from tracegrad.tracestore.testing.several_models import SeveralModelsContract
 from tracegrad.tracestore.testing.staleness import StalenessContract
 from tracegrad.tracestore.testing.traces import CallContract, RewardContract, TaskContract

@@ -22,7 +22,7 @@ from tracegrad.tracestore.codec import (
 from tracegrad.tracestore.hot import HotInsert, run_insert
 from tracegrad.tracestore.kept_sets import encode_sets, widened_sets
 from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type
-from tracegrad.tracestore.payloads import Payload, payloads_of
+from tracegrad.tracestore.payloads import Payload, payloads_of, unreadable
 from tracegrad.tracestore.records import Call
 from tracegrad.tracestore.schema import choices
 from tracegrad.tracestore.serials import Serials
@@ -183,7 +183,11 @@ def _differ(left: Any, right: Any, name: str) -> bool:
 
 
 def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[Answer]]:
-    """Return the choices of calls as they lie, by the number of the call and in order."""
+    """Return the choices of calls as they lie, by the number of the call and in order.
+
+    Raises:
+        TraceStoreError: one has token ids or kept sets that are not as many as it counts.
+    """
     columns = [choices.c.choice_index, choices.c.n_tokens, choice_payloads.c.token_ids, choice_payloads.c.logprobs]
     columns += [choices.c.finish_reason, choices.c.flags, choice_payloads.c.message, choices.c.version_spans]
     columns += [choice_payloads.c.kept_counts, choice_payloads.c.kept_ids]
@@ -195,9 +199,12 @@ def answers_of(connection: Connection, seqs: Sequence[int]) -> dict[int, list[An
         .where(choices.c.seq.in_(seqs))
         .order_by(choices.c.seq, choices.c.choice_index)
     ):
-        tokens = widened(row.token_ids, row.n_tokens)
+        try:
+            tokens = widened(row.token_ids, row.n_tokens)
+            kept = widened_sets(row.kept_counts, row.kept_ids, row.n_tokens)
+        except ValueError as error:
+            raise unreadable(f"choice {row.choice_index} of call number {row.seq}", error) from error
         counted = row.choice_index, row.n_tokens, tokens, row.logprobs
-        kept = widened_sets(row.kept_counts, row.kept_ids, row.n_tokens)
         answer = Answer(*counted, row.finish_reason, row.flags, row.message, row.version_spans, *kept)
         found.setdefault(row.seq, []).append(answer)
     return found

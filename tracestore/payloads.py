@@ -62,10 +62,13 @@ def payloads_of(connection: Connection, seqs: Sequence[int]) -> dict[int, Payloa
     found, broken = sound_payloads_of(connection, seqs)
     if broken:
         seq, why = next(iter(broken.items()))
-        raise TraceStoreError(
-            f"what call number {seq} was asked cannot be put together ({why}): run `tracegrad store check`"
-        )
+        raise unreadable(f"what call number {seq} was asked", why)
     return found
+
+
+def unreadable(what: str, why: object) -> TraceStoreError:
+    """Return the error of whoever is to give back what is broken."""
+    return TraceStoreError(f"{what} cannot be put together ({why}): run `tracegrad store check`")
 
 
 def sound_payloads_of(connection: Connection, seqs: Sequence[int]) -> tuple[dict[int, Payload], dict[int, str]]:

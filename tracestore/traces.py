@@ -1,5 +1,5 @@
 """Runs with everything training needs: calls by dispatch time, choices by index, the current view of the rewards.
-A single call too, whether it has a run or not.
+A single call too, whether it has a run or not. Raises TraceStoreError, with the call, where what lies there is broken.
 
 Read only. Called by the trainer (`traces`, `lease_traces`) and by whoever shows a run, through `Store`.
 """
@@ -17,7 +17,7 @@ from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.kept_sets import sets_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import choice_payloads
-from tracegrad.tracestore.payloads import Payload, payloads_of
+from tracegrad.tracestore.payloads import Payload, payloads_of, unreadable
 from tracegrad.tracestore.records import (
     Attribution,
     Call,
@@ -155,6 +155,8 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
         columns.add_columns(
             choices.c.choice_index,
             choices.c.n_tokens,
+            calls.c.call_id,
+            calls.c.run_id,
             choice_payloads.c.token_ids,
             choice_payloads.c.logprobs,
             choice_payloads.c.message,
@@ -171,15 +173,22 @@ def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[
     )
     by_call: dict[int, list[Choice]] = defaultdict(list)
     for row in connection.execute(statement).all():
+        try:
+            token_ids = decode_int32(widened(row.token_ids, row.n_tokens))
+            kept_ids = sets_of(row.kept_counts, row.kept_ids, row.n_tokens)
+        except ValueError as error:
+            raise unreadable(
+                f"choice {row.choice_index} of call {row.call_id!r}, run {row.run_id!r},", error
+            ) from error
         by_call[row.seq].append(
             Choice(
                 index=row.choice_index,
-                token_ids=decode_int32(widened(row.token_ids, row.n_tokens)),
+                token_ids=token_ids,
                 logprobs=row.logprobs,
                 finish_reason=row.finish_reason,
                 message=row.message,
                 flags=tuple(row.flags),
-                kept_ids=sets_of(row.kept_counts, row.kept_ids, row.n_tokens),
+                kept_ids=kept_ids,
                 version_spans=tuple((first, version) for first, version in row.version_spans or ()),
             )
         )

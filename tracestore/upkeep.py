@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 
 from tracegrad.tracestore.block_check import chains_checked, prompts_checked
 from tracegrad.tracestore.errors import ConfigError, Conflict, StoreUnavailable
+from tracegrad.tracestore.kept_check import sets_checked
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.schema import CONTENT_DELETED
 
@@ -97,7 +98,7 @@ class Upkeep(Noun):
                 if count:
                     some = connection.execute(text(f"{statement} LIMIT {_EXAMPLES}")).scalars()
                     faults.append(Fault(what=what, count=int(count), examples=tuple(map(str, some))))
-        for check in (chains_checked, prompts_checked):
+        for check in (chains_checked, prompts_checked, sets_checked):
             faults += [Fault(what=what, count=count, examples=some) for what, count, some in check(self._db, heard)]
         return faults
 

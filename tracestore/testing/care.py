@@ -1,10 +1,12 @@
 """Contract: runs are deleted whole and provably, what was trained stays true, and what is wrong is found."""
 
+import struct
 from dataclasses import replace
 
 import pytest
 
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, LeaseLost, NotFound, TraceStoreError
+from tracegrad.tracestore.interchange import Chosen
 from tracegrad.tracestore.records import (
     Group,
     LangSmithRun,
@@ -20,9 +22,11 @@ from tracegrad.tracestore.testing.rows import (
     MODEL,
     Clock,
     account,
+    add_group,
     finish_run,
     live_version,
     make_call,
+    make_choice,
     make_commit,
     make_reward,
     make_rule,
@@ -331,6 +335,52 @@ class UpkeepContract:
             "choices without their tokens": (1, ("c2-a",)),
         }
         assert set(found) < set(heard)
+
+    @pytest.mark.parametrize(
+        ("counts", "ids"),
+        [
+            (b"\x02\x00\x01\x00", b"\x00"),
+            (b"\x02\x00\x01\x00", None),
+            (None, b"\x04\x00\x06\x00\x05\x00"),
+            (b"\x02\x00\x02\x00", b"\x04\x00\x06\x00\x05\x00"),
+            (b"\x02", b"\x04\x00\x06\x00\x05\x00"),
+            (struct.pack("<2i", 4, -1), b"\x04\x00\x06\x00\x05\x00"),
+        ],
+        ids=["ids cut off", "no ids", "no counts", "too few ids", "counts cut off", "below none"],
+    )
+    def test_kept_sets_that_do_not_add_up_are_found_and_named(
+        self, store: Store, counts: bytes | None, ids: bytes | None
+    ) -> None:
+        """No constraint sees them. Who is to read them says which, and the run can go, its lease with it."""
+        version = live_version(store).version_id
+        choice = replace(make_choice(0, (4, 5)), kept_ids=((4, 6), (5,)))
+        runs = add_group(store)
+        for run_id in runs:
+            store.append_calls([make_call(f"c-{run_id}", run_id, version=version, choices=(choice,))])
+            finish_run(store, run_id, version=version)
+        assert store.check() == []
+        changed = "UPDATE choice_payloads SET kept_counts = :counts, kept_ids = :ids"
+        broken = f"{changed} WHERE seq = (SELECT seq FROM calls WHERE call_id = 'c-g-0')"
+        assert sql(store, broken, counts=counts, ids=ids) == 1
+        assert [(fault.what, fault.count, fault.examples) for fault in store.check()] == [
+            ("choices whose kept sets are not as many as counted", 1, ("c-g-0",))
+        ]
+        lease = take(store)
+        named = "choice 0 of call 'c-g-0', run 'g-0', cannot be put together .* run `tracegrad store check`"
+        for read in (
+            lambda: store.trace("g-0"),
+            lambda: store.get_call("c-g-0"),
+            lambda: store.lease_traces(lease),
+        ):
+            with pytest.raises(TraceStoreError, match=named):
+                read()
+        with pytest.raises(TraceStoreError, match=r"choice 0 of call number \d+ cannot be put together"):
+            list(store.pages("calls", Chosen()))
+        with pytest.raises(TraceStoreError, match=r"choice 0 of call number \d+ cannot be put together"):
+            store.append_calls([make_call("c-g-0", "g-0")])
+        assert store.trace("g-1").calls[0].choices == (choice,)
+        store.delete_runs(["g-0"], busy="force")
+        assert store.reclaim(JOB, 60) is None and store.check() == []
 
     def test_a_lease_that_is_over_holds_nothing(self, store: Store) -> None:
         """Its runs could never be deleted."""

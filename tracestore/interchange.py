@@ -7,7 +7,7 @@ have taken over what these said), publishes, keys. Called by `parquet`, through 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -35,6 +35,7 @@ from tracegrad.tracestore.payload_schema import plain_type, raw_table
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.serials import Serials
+from tracegrad.tracestore.tasks import NOTHING
 
 Row = dict[str, Any]
 _ANSWER = [one.name for one in fields(Answer)]
@@ -215,7 +216,10 @@ def _numbers(connection: Connection, call_ids: Sequence[str]) -> dict[int, str]:
 
 
 def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -> list[Row]:
-    """Insert the rows whose key is not there; compare the others. Return the inserted."""
+    """Insert the rows whose key is not there; compare the others. Return the inserted.
+
+    A task whose content was deleted, here or there, says nothing else than one that has it, and takes it.
+    """
     if not rows:
         return []
     raw = raw_table(carried.table, carried.columns)
@@ -230,6 +234,11 @@ def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -
         stored = there.get(id_)
         if stored is None:
             fresh.append({name: row[name] for name in carried.columns})
+        elif carried.table is schema.tasks and NOTHING in (row["input"], stored["input"]):
+            _check_same(replace(carried, same=("project",)), row, stored)
+            if row["input"] != NOTHING:
+                content = {name: row[name] for name in ("input", "reference")}
+                connection.execute(raw.update().where(raw.c.task_id == row["task_id"]).values(content))
         else:
             _check_same(carried, row, stored)
     if fresh:

@@ -16,8 +16,9 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Group, Task
 from tracegrad.tracestore.schema import groups, tasks
 
-_NOTHING: ColumnElement[str] = literal_column("'null'")
-"""What stands for deleted content."""
+NOTHING = "null"
+"""The JSON that stands for deleted content."""
+_NOTHING: ColumnElement[str] = literal_column(f"'{NOTHING}'")
 
 
 class Tasks(Noun):

@@ -121,6 +121,27 @@ def test_it_may_be_imported_twice_and_the_store_goes_on(store: Store, other: Sto
     train(other)  # imported runs can be trained by a job of that store
 
 
+def test_a_task_whose_content_was_deleted_is_no_other_task(store: Store, other: Store, tmp_path: Path) -> None:
+    """Neither in the export nor in the store; content goes where there is none."""
+    task = Task(task_id="task-g", input={"question": "g"})
+    runs = ready_group(store)
+    train(store)
+    store.delete_runs(runs)
+    export_to(store, tmp_path / "blank", Chosen())
+    other.put_tasks([task])
+    import_from(other, tmp_path / "blank")
+    assert other.get_task("task-g") == task
+    store.open_run(Run(run_id="r", task_id="task-g"))
+    export_to(other, tmp_path / "whole", Chosen())
+    import_from(store, tmp_path / "whole")
+    assert store.get_task("task-g") == task
+    other.put_tasks([Task(task_id="x", input={})])
+    store.put_tasks([Task(task_id="x", input={"else": 1})])
+    export_to(other, tmp_path / "other", Chosen())
+    with pytest.raises(Conflict, match="tasks x is here already with another input"):
+        import_from(store, tmp_path / "other")
+
+
 def test_what_is_there_and_says_otherwise_is_refused(store: Store, tmp_path: Path) -> None:
     world(store)
     export_to(store, tmp_path / "out", Chosen())

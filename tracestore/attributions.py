@@ -6,13 +6,18 @@ answered it): `resolve_attributions` joins such pairs. A call that joins its run
 before: `placed_by` says so to the queue, so a fact that found its call late is counted from then on. A fact is of the
 project whose client said it, and is about calls of that project only: of another's it says nothing, neither its run
 nor a conflict. Called by the proxy, through `Store`.
+
+A lease knows the facts up to a number. So a fact takes its number while it holds the runs that it changes, that of its
+call too where it brings a role alone: numbers then grow in commit order as a lease of the run sees them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
 
+from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.database import insert
 from tracegrad.tracestore.errors import InvalidRecord
 from tracegrad.tracestore.noun import Noun
@@ -26,6 +31,8 @@ _OWN = attributions.c.project == calls.c.project
 _NAMED = and_(
     _OWN, or_(attributions.c.call_id == calls.c.call_id, attributions.c.completion_id == calls.c.completion_id)
 )
+_Names = tuple[str, str | None, str | None]
+"""What a fact calls its call: project, and either its id or its completion id."""
 
 
 class Attributions(Noun):
@@ -51,11 +58,13 @@ class Attributions(Noun):
             return
         with self._db.write() as connection:
             run_ids = {fact.run_id: project for fact in facts if fact.run_id is not None}
+            held = _hold(connection, run_ids, [_names(project, fact) for fact in facts])
             if run_ids:
-                lock_runs(connection, run_ids)
                 open_or_touch(connection, run_ids, self._db.now())
             for fact in facts:
-                _append(connection, fact, project, self._db.now())
+                stored = _append(connection, fact, project, self._db.now())
+                if stored is not None:
+                    _apply(connection, stored, held[_names(project, fact)])
 
     def resolve_attributions(self) -> int:
         """Apply the newest facts that came before their calls; return how many of them gave their call something.
@@ -68,8 +77,12 @@ class Attributions(Noun):
         if not waiting:
             return 0
         with self._db.write() as connection:
-            lock_runs(connection, {row.run_id for row in waiting if row.run_id is not None})
-            return sum(_apply(connection, newest) for row in waiting for newest in _renumbered(connection, row))
+            run_ids = {row.run_id for row in waiting if row.run_id is not None}
+            held = _hold(connection, run_ids, [_names(row.project, row) for row in waiting])
+            named = ((row, seqs) for row in waiting if (seqs := held[_names(row.project, row)]))
+            return sum(
+                _apply(connection, newest, seqs) for row, seqs in named for newest in _renumbered(connection, row)
+            )
 
     def attribution_conflicts(self, run_id: str | None = None, call_id: str | None = None) -> list[AttributionConflict]:
         """Return where a fact says another run or role than its call: of one run (either side), one call, or all."""
@@ -88,7 +101,45 @@ class Attributions(Noun):
             return [conflict for row in connection.execute(statement) for conflict in _conflicts(row)]
 
 
-def _append(connection: Connection, fact: LateAttribution, project: str, now: float) -> None:
+def _names(project: str, fact: LateAttribution | Row[Any]) -> _Names:
+    return (project, None, fact.completion_id) if fact.call_id is None else (project, fact.call_id, None)
+
+
+def _hold(connection: Connection, run_ids: Iterable[str], named: Sequence[_Names]) -> dict[_Names, list[int]]:
+    """Hold these runs and those of the named calls, then the calls, until the transaction ends; return the calls' seqs.
+
+    A call is held as well because one without a run may be given one by somebody else. Not returned is a call that was
+    given another run while this waited, or is stored later: what is said of it waits for `resolve_attributions`.
+    """
+    columns = (calls.c.seq, calls.c.run_id, calls.c.call_id, calls.c.completion_id, calls.c.project)
+    wanted = set(named)
+    found: list[Any] = []
+    for start in range(0, len(named), CHUNK):
+        _, call_ids, completion_ids = zip(*named[start : start + CHUNK], strict=True)
+        for column, said in ((calls.c.call_id, call_ids), (calls.c.completion_id, completion_ids)):
+            found += connection.execute(
+                select(*columns).where(column.in_([one for one in said if one is not None]))
+            ).all()
+    mine = {row.seq: row.run_id for row in found if not wanted.isdisjoint(_names_of(row))}
+    locked = {*run_ids, *(run_id for run_id in mine.values() if run_id is not None)}
+    if locked:
+        lock_runs(connection, locked)
+    held: dict[_Names, list[int]] = defaultdict(list)
+    seqs = sorted(mine)
+    for start in range(0, len(seqs), CHUNK):
+        some = select(*columns).where(calls.c.seq.in_(seqs[start : start + CHUNK])).order_by(calls.c.seq)
+        for row in connection.execute(some.with_for_update(key_share=True)):
+            for name in _names_of(row) if row.run_id is None or row.run_id in locked else ():
+                held[name].append(row.seq)
+    return held
+
+
+def _names_of(call: Any) -> tuple[_Names, _Names]:
+    return (call.project, call.call_id, None), (call.project, None, call.completion_id)
+
+
+def _append(connection: Connection, fact: LateAttribution, project: str, now: float) -> Row[Any] | None:
+    """Store a fact; None where it is stored already."""
     row = {
         "project": project,
         "source": fact.source,
@@ -99,11 +150,9 @@ def _append(connection: Connection, fact: LateAttribution, project: str, now: fl
         "span_id": fact.span_id,
         "created_at": now,
     }
-    stored = connection.execute(
+    return connection.execute(
         insert(connection, attributions).values(**row).on_conflict_do_nothing().returning(attributions)
     ).one_or_none()
-    if stored is not None:
-        _apply(connection, stored)
 
 
 def _renumbered(connection: Connection, fact: Row[Any]) -> Sequence[Row[Any]]:
@@ -114,10 +163,9 @@ def _renumbered(connection: Connection, fact: Row[Any]) -> Sequence[Row[Any]]:
     return connection.execute(insert(connection, attributions).values(**row).returning(attributions)).all()
 
 
-def _apply(connection: Connection, fact: Row[Any]) -> bool:
-    """Give the call of a stored fact what it does not know; say whether it took anything."""
-    by_id = calls.c.call_id == fact.call_id if fact.call_id is not None else calls.c.completion_id == fact.completion_id
-    named = and_(by_id, calls.c.project == fact.project)
+def _apply(connection: Connection, fact: Row[Any], seqs: Sequence[int]) -> bool:
+    """Give the calls of a stored fact, which are held, what they do not know; say whether they took anything."""
+    named = calls.c.seq.in_(seqs)
     took = False
     if fact.run_id is not None:
         given = {"run_id": fact.run_id, "run_source": fact.source, "placed_by": fact.seq}

@@ -171,9 +171,9 @@ def _open_or_touch_for(dialect: str) -> HotStatement:
 def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:
     """Hold the rows of these runs until the transaction ends (PostgreSQL; a SQLite writer is alone anyway).
 
-    Whoever adds calls or rewards to a run, leases it or ends it does this first, always in the order of the ids: so
-    the sequence numbers inside one run grow in commit order, and two writers cannot wait for each other in a ring.
-    Who only names the run in a row of its own (a step that is committed) does not wait: it locks in no order.
+    Whoever adds calls, rewards or late facts to a run, leases it or ends it does this first, always in the order of the
+    ids: so the sequence numbers inside one run grow in commit order, and two writers cannot wait for each other in a
+    ring. Who only names the run in a row of its own (a step that is committed) does not wait: it locks in no order.
     """
     if connection.dialect.name == "postgresql":
         ids = sorted(set(run_ids))

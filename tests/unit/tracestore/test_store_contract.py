@@ -3,16 +3,30 @@
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, text
 
-from tracegrad.tracestore import calls
+from tracegrad.tracestore import attributions, calls
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
+from tracegrad.tracestore.records import LateAttribution
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.contract import StoreContract
-from tracegrad.tracestore.testing.rows import Clock, account, make_call, make_commit, ready_group, take
+from tracegrad.tracestore.testing.rows import (
+    JOB,
+    MODEL,
+    Clock,
+    account,
+    first_version,
+    make_call,
+    make_commit,
+    make_rule,
+    ready_group,
+    take,
+)
 
 POSTGRES = os.environ.get("TRACEGRAD_TEST_POSTGRES")
 
@@ -84,6 +98,53 @@ if POSTGRES:
             deleting.join(20)
             with pytest.raises(LeaseLost, match="acknowledged"):
                 store.commit_step(lease, make_commit(entries))
+
+        @pytest.mark.parametrize("call", ["of the run", "placed meanwhile", "stored meanwhile", "resolved"])
+        def test_a_fact_on_its_way_changes_no_lease(
+            self, store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+        ) -> None:
+            """It has its number and is not committed; a later number is, and the run of its call is leased."""
+            run, _ = ready_group(store)
+            version = first_version(store)
+            late = make_call("late", None if call == "placed meanwhile" else run, role=None, version=version)
+            role = LateAttribution(source="rule", completion_id="chatcmpl-late", role="x")
+            if call == "resolved":
+                store.attribute_late([role])
+            if call != "stored meanwhile":
+                store.append_calls([late])
+            write = store.resolve_attributions if call == "resolved" else partial(store.attribute_late, [role])
+            writing = threading.Thread(target=write)
+            numbered, go = threading.Event(), threading.Event()
+            apply = attributions._apply
+
+            def apply_slowly(*given: Any) -> bool:
+                if threading.current_thread() is writing:
+                    numbered.set()
+                    assert go.wait(20)
+                return apply(*given)
+
+            monkeypatch.setattr(attributions, "_apply", apply_slowly)
+            writing.start()
+            assert numbered.wait(20)
+            if call == "stored meanwhile":
+                store.append_calls([late])
+            store.attribute_late([LateAttribution(source="rule", call_id="nobody", role="y")])
+            place = LateAttribution(source="langsmith", call_id="late", run_id=run)
+            placing = threading.Thread(target=store.attribute_late, args=([place],))
+            if call == "placed meanwhile":
+                placing.start()
+                placing.join(0.3)
+            store.register_job(JOB, [MODEL], {})
+            lease = store.lease(JOB, make_rule(), groups=1, lease_s=60, step=1, epoch=0, seed=7)
+            before = None if lease is None else store.lease_traces(lease)
+            go.set()
+            writing.join(20)
+            if call == "placed meanwhile":
+                placing.join(20)
+            store.resolve_attributions()
+            assert {one.call_id: one.attribution.role for one in store.trace(run).calls}["late"] == "x"
+            assert lease is None or store.lease_traces(lease) == before
+            assert lease is not None or take(store)
 
 
 def end_all(url: str) -> None:

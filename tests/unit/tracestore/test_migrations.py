@@ -1,7 +1,9 @@
 """Opening: from nothing, by many at once, a newer schema, and the migration against the metadata."""
 
 import json
+import math
 import sqlite3
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import first_revision
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -18,13 +21,33 @@ from sqlalchemy import create_engine, inspect
 from sqlalchemy.engine.default import DefaultDialect
 
 import tracegrad.tracestore.migrate
-from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, SchemaMismatch, StoreUnavailable
+from tracegrad.tracestore.errors import (
+    ConfigError,
+    Conflict,
+    InvalidRecord,
+    LeaseLost,
+    SchemaMismatch,
+    StoreUnavailable,
+)
 from tracegrad.tracestore.gating import GateTerms, unjudged
-from tracegrad.tracestore.records import Attribution, LateAttribution
+from tracegrad.tracestore.records import Attribution, BatchPlan, LateAttribution, Lease, Run
 from tracegrad.tracestore.schema import HEAD, metadata
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.chains import asked, stored_units, twice
-from tracegrad.tracestore.testing.rows import JOB, make_call, make_choice, ready_group, sql, train
+from tracegrad.tracestore.testing.rows import (
+    JOB,
+    MODEL,
+    Clock,
+    account,
+    make_call,
+    make_choice,
+    make_commit,
+    make_reward,
+    make_rule,
+    ready_group,
+    sql,
+    train,
+)
 
 
 def url_of(path: Path) -> str:
@@ -140,31 +163,16 @@ def test_migrations_make_what_the_metadata_says_on_postgresql(postgres_url: str)
             assert objects and made[kind] == objects, kind
 
 
-FIRST = (
-    "INSERT INTO runs (run_id, project, purpose, status, opened_at, active_at) "
-    "VALUES ('r', 'p', 'live', 'open', 1.0, 1.0)",
-    "INSERT INTO spans (run_id, span_id, name, kind, triggers) VALUES ('r', 's', 'node', 'node', '[\"t\"]')",
-    "INSERT INTO calls (call_id, run_id, run_source, role, role_source, span_id, model, requested_model,"
-    " status, received_at, dispatched_at, completed_at, stream)"
-    " VALUES ('c', 'r', 'hook', 'a', 'hook', 's', 'm', 'gpt', 'complete', 1.0, 2.0, 3.0, false)",
-    "INSERT INTO call_payloads (call_id, request, requested, effective) VALUES ('c', '{}', '{}', '{}')",
-    "INSERT INTO rewards (reward_id, run_id, call_id, name, value, source, created_at)"
-    " VALUES ('w', 'r', 'c', 'f1', 0.5, 'test', 1.0)",
-)
-"""Rows as the first revision has them: a call, and rows that name it by a foreign key."""
-
-
 @pytest.fixture(params=["sqlite", "postgres"])
 def first_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a store of the first revision."""
+    """The URL of a store as the first revision's code left it (see `first_revision`)."""
     url = url_of(tmp_path / "store.db")
     if request.param == "postgres":
         url = request.getfixturevalue("postgres_url")
     to_revision(url, "0001")
     engine = create_engine(url)
     with engine.begin() as connection:
-        for statement in FIRST:
-            connection.exec_driver_sql(statement)
+        first_revision.fill(connection)
     engine.dispose()
     return url
 
@@ -187,7 +195,7 @@ def to_revision(url: str, revision: str) -> None:
 def test_a_store_of_the_first_revision_is_migrated_with_its_data(
     first_store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its calls are in the project of their run, its leases know no late attribution, and it is written to again."""
+    """Its calls are in the project of their run, and it is written to again."""
     store = open_store(first_store)
     assert caplog.messages[0].startswith(f"bringing the store from revision 0001 to {HEAD}: a large one takes minutes")
     steps = [said.split(" is done")[0] for said in caplog.messages[1:]]
@@ -204,6 +212,67 @@ def test_a_store_of_the_first_revision_is_migrated_with_its_data(
         sql(store, "DELETE FROM calls WHERE call_id = 'c'")
     with pytest.raises(InvalidRecord):
         sql(store, "UPDATE calls SET role_source = 'nobody'")
+    store.close()
+
+
+def test_what_the_first_revision_sampled_and_trained_is_read_back_exactly(first_store: str) -> None:
+    """Also once it was taken back and brought here again."""
+    long = (
+        make_choice(0, (7, 70_000), (struct.unpack("<f", struct.pack("<f", -0.1))[0], math.nan)),
+        replace(make_choice(1, (2**31 - 1,)), logprobs=None, flags=()),
+    )
+    asked = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hé"}], "n": 2}
+    calls = (
+        make_call("long", "h-0", version=1, prompt_ids=tuple(range(300)), choices=long, request=asked),
+        make_call("late", "h-0", version=1),
+        make_call("roleless", "h-0", version=1, role=None, at=1_001.0),
+    )
+    rewards = (
+        make_reward("whole", "h-0", 0.1, created_at=1_000.0),
+        make_reward("one", "h-0", 0.25, "turn", call_id="long", created_at=1_000.0),
+    )
+    for _ in range(2):
+        store = open_store(first_store)
+        trace = store.trace("h-0")
+        assert repr(trace.calls) == repr(calls)  # nan is not equal to itself; its word is
+        assert trace.rewards == rewards
+        run = Run(run_id="h-0", purpose="train", task_id="task-h", group_id="h", member=0, status="closed")
+        assert trace.run == replace(run, ended_by="explicit", opened_at=1_000.0, ended_at=1_000.0)
+        assert [store.trace(one).calls for one in ("g-0", "g-1", "h-1")] == [
+            (make_call(f"call-{one}", one, version=version),) for one, version in (("g-0", 1), ("g-1", 1), ("h-1", 2))
+        ]
+        report = store.consumption(JOB)
+        assert (report.stored, report.trained, dict(report.excluded)) == (18, 6, {"leased": 12})
+        assert report.conserved
+        step = store.last_checkpoint(JOB)
+        assert step is not None and (step.step, step.hash, step.versions) == (1, "sha-1", {MODEL: 2})
+        assert store.check() == []
+        store.close()
+        to_revision(first_store, "0001")
+
+
+def test_a_lease_of_the_first_revision_is_reclaimed_and_trained(first_store: str) -> None:
+    """It knows no late attribution: what is said of its calls from now on is not in its batch. Its old token is fenced
+    off, its step is committed, and every token is accounted for."""
+    clock = Clock(2_000.0)  # its time was up at 1,060
+    store = open_store(first_store, clock=clock)
+    plan = BatchPlan(step=2, epoch=0, seed=7, run_ids=("h-0", "h-1"))
+    held = Lease(lease_id=2, token=1, job_id=JOB, plan=plan, expires_at=1_060.0)
+    assert sql(store, "UPDATE leases SET token = token WHERE attributions_through = 0") == 2
+    assert store.lease(JOB, make_rule(), groups=1, lease_s=60, step=2, epoch=0, seed=7) is None
+    lease = store.reclaim(JOB, 60.0)
+    assert lease == replace(held, token=2, expires_at=2_060.0)
+    with pytest.raises(LeaseLost, match="reclaimed"):
+        store.renew(held, 60.0)
+    batch = repr(store.lease_traces(lease))
+    assert "'roleless'" in batch and "'late'" not in batch
+    store.attribute_late([LateAttribution(source="rule", call_id="roleless", role="answerer")])
+    assert repr(store.lease_traces(lease)) == batch
+    assert store.get_call("roleless").attribution.role == "answerer"
+    assert store.commit_step(lease, make_commit(account(store, lease), hash_="sha-2"))[MODEL].version_id == 3
+    report = store.consumption(JOB)
+    assert (report.stored, report.trained, dict(report.excluded)) == (18, 15, {"arrived after the lease": 3})
+    assert report.conserved
     store.close()
 
 
@@ -461,7 +530,7 @@ def test_publishes_come_through_with_their_acknowledgements_and_go_back(first_st
         "INSERT INTO policy_versions (model, kind, checkpoint_path, checkpoint_hash, step, abandoned, created_at)"
         " VALUES ('m', 'initial', '/w', 'w', 0, false, 1.0)",
         *(
-            f"INSERT INTO publishes (version_id, model, state, requested_at) VALUES (1, 'm', '{state}', 1.0)"
+            f"INSERT INTO publishes (version_id, model, state, requested_at) VALUES (3, 'm', '{state}', 1.0)"
             for state in ("live", "draining", "failed")
         ),
         *(f"INSERT INTO proxies VALUES ('{name}', 'http://p', 1.0, 1e12)" for name in ("acked", "waits")),
@@ -480,11 +549,11 @@ def test_publishes_come_through_with_their_acknowledgements_and_go_back(first_st
     assert store.waiting_proxies(2, 1.0) == ["waits"]
     store.advance_publish(2, "failed")
     terms = GateTerms(share=0.0, engines=("http://e",), timeout_s=1.0).as_json()
-    rejected = store.request_publish(1, gate=terms)
+    rejected = store.request_publish(3, gate=terms)
     assert rejected.publish_id == 4
     store.advance_publish(rejected.publish_id, "rejected", decision=unjudged("nobody came").as_json())
-    store.skip_publish(1, "pinned")
-    store.pin_version(1, "by hand")
+    store.skip_publish(3, "pinned")
+    store.pin_version(3, "by hand")
     store.close()
     to_revision(first_store, "0007")
     with engine.connect() as connection:

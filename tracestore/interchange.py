@@ -1,12 +1,13 @@
 """Rows out of one store and into another: values are never decoded, only put together, so nothing can change.
 
 Reads page by page, children before their parents, so that while others write no row comes out whose parent does not.
+A page is so many rows, and fewer where these weigh more than PAGE_BYTES: kept sets can be a megabyte a call.
 Writes page by page, parents first and rewards last: a half imported run is not ready for anybody. What is there
 already must say the same. Left out: jobs, leases, ledger (they are of the trainer of that store), late facts (calls
 have taken over what these said), publishes, keys. Called by `parquet`, through `Store`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from sqlalchemy import (
     RowMapping,
     Table,
     and_,
+    case,
     exists,
+    func,
     or_,
     select,
     text,
@@ -31,13 +34,19 @@ from tracegrad.tracestore.calls import CHUNK
 from tracegrad.tracestore.drafts import Answer, Draft, answers_of, differences, drafted, insert_drafts
 from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.payload_schema import plain_type, raw_table
+from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads, plain_type, raw_table
 from tracegrad.tracestore.payloads import Payload, payloads_of
 from tracegrad.tracestore.runs import lock_runs
 from tracegrad.tracestore.serials import Serials
 from tracegrad.tracestore.tasks import NOTHING
 
 Row = dict[str, Any]
+PAGE_BYTES = 32 << 20
+"""What a page weighs at most, its last part aside: tokens as int32, logprobs as float32, JSON as text."""
+_PARTS = 8
+"""The content of a page of calls is read in parts that are guessed to weigh this fraction of it."""
+_UNCOUNTED_BYTES = 64 << 10
+"""What the request of a call is taken for whose prompt has no token ids."""
 _ANSWER = [one.name for one in fields(Answer)]
 _NOT_CARRIED = {"seq", "placed_by", "role_by", "job_id"}
 
@@ -100,9 +109,10 @@ class Interchange(Noun):
         while True:
             with self._db.read() as connection:
                 following = statement if after is None else statement.where(tuple_(*order) > after)
-                found = [dict(row) for row in connection.execute(following).mappings()]
+                with connection.execute(following.execution_options(yield_per=20)) as result:
+                    found = list(_up_to_a_page(map(dict, result.mappings())))
                 if found and name == "calls":
-                    _add_payloads(connection, found)
+                    found = list(_up_to_a_page(_with_payloads(connection, found)))
             if not found:
                 return
             for row in found:
@@ -186,17 +196,66 @@ def _is_chosen(stored: Table, chosen: Chosen) -> ColumnElement[bool]:
     return or_(within, and_(*alone))
 
 
+def _up_to_a_page(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the first rows, up to the one that makes a page full."""
+    weight = 0
+    for row in rows:
+        yield row
+        weight += _weight(row)
+        if weight >= PAGE_BYTES:
+            return
+
+
+def _weight(row: Row) -> int:
+    """Return the bytes of a row's content, about."""
+    own = sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+    return own + sum(map(_weight, row.get("choices", ())))
+
+
+def _with_payloads(connection: Connection, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield calls with their payloads and their choices, read a part of a page at a time."""
+    guessed = _guessed_bytes(connection, [row["_seq"] for row in rows])
+    part: list[Row] = []
+    weight = 0
+    for row in rows:
+        if part and weight + guessed[row["_seq"]] > PAGE_BYTES // _PARTS:
+            _add_payloads(connection, part)
+            yield from part
+            part, weight = [], 0
+        part.append(row)
+        weight += guessed[row["_seq"]]
+    _add_payloads(connection, part)
+    yield from part
+
+
+def _guessed_bytes(connection: Connection, seqs: Sequence[int]) -> dict[int, int]:
+    """Guess from counts what calls weigh: four bytes a token id, a logprob, and the text of a token."""
+    prompt = case(
+        (call_payloads.c.n_prompt.is_not(None), 8 * call_payloads.c.n_prompt),
+        (call_payloads.c.text_head.is_not(None), _UNCOUNTED_BYTES),
+        else_=0,
+    )
+    asked = select(call_payloads.c.seq, prompt.label("size"))
+    kept = func.coalesce(2 * func.length(choice_payloads.c.kept_ids), 0)  # two bytes an id at the least
+    sampled = select(choice_payloads.c.seq, func.sum(16 * choice_payloads.c.n_tokens + kept).label("size"))
+    found = dict.fromkeys(seqs, 0)
+    for sizes in (asked, sampled.group_by(choice_payloads.c.seq)):
+        for row in connection.execute(sizes.where(sizes.selected_columns.seq.in_(seqs))):
+            found[row.seq] += int(row.size)
+    return found
+
+
 def _add_payloads(connection: Connection, rows: list[Row]) -> None:
     """Give each call its payload and its choices; those of a stub have none (see `removal`)."""
-    numbered = _numbers(connection, [row["call_id"] for row in rows])
-    seqs = {call_id: seq for seq, call_id in numbered.items()}
-    payloads = payloads_of(connection, list(numbered))
-    answers = answers_of(connection, list(numbered))
+    seqs = [row["_seq"] for row in rows]
+    payloads = payloads_of(connection, seqs)
+    answers = answers_of(connection, seqs)
     for row in rows:
-        seq = seqs[row["call_id"]]
-        row.update(prompt_ids=None, request=None, requested=None, effective=None, choices=[])
+        seq = row["_seq"]
+        row.update(prompt_ids=None, request=None, requested=None, effective=None)
         if (payload := payloads.get(seq)) is not None:
-            row.update(asdict(payload), prompt_ids=payload.prompt, request=payload.request.decode())
+            row.update(prompt_ids=payload.prompt, request=payload.request.decode())
+            row.update(requested=payload.requested, effective=payload.effective)
         row["choices"] = [asdict(one) for one in answers.get(seq, ())]
 
 

@@ -3,8 +3,9 @@
 One file a table; calls have their choices nested in them, token ids as list<int32>, logprobs as list<float32>, what is
 JSON as its text. Where tails were cut off, `kept_counts` and `kept_ids` say what was left for each token. A dataset
 card names the files, so that `load_dataset(FOLDER)` gives the calls and `load_dataset(FOLDER, "rewards")` another
-table. Both ways stream: memory is bounded by a page. Refuses a folder that is not empty, and files of another making
-or schema. Needs pyarrow, which is imported here only when it is used. Called by the commands `export` and `import`.
+table. Both ways stream: memory is bounded by a page, which is a row group (see `interchange.PAGE_BYTES`). Refuses a
+folder that is not empty, and files of another making or schema. Needs pyarrow, which is imported here only when it is
+used. Called by the commands `export` and `import`.
 """
 
 import json
@@ -181,10 +182,16 @@ def _check_ours(path: Path, name: str) -> None:
         )
 
 
+def _batches(file: "pa.parquet.ParquetFile") -> Iterator["pa.RecordBatch"]:
+    """Yield batches none of which reaches over two pages of the export: those are what memory is bounded by."""
+    for page in range(file.num_row_groups):
+        yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[page])
+
+
 def _read(path: Path, name: str) -> Iterator[list[Row]]:
     pa = _arrow()
     with pa.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+        for batch in _batches(file):
             columns = {field.name: _values(field, batch.column(field.name)) for field in _schema(name)}
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             for row in rows if name == "calls" else ():

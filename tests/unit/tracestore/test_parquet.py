@@ -1,18 +1,22 @@
 """Export and import: HF datasets reads it, and every byte comes back, on both backends and from one to the other."""
 
 import builtins
+import gc
 import math
 import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tracegrad.tracestore import interchange
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.interchange import CARRIED, Chosen
 from tracegrad.tracestore.parquet import export_to, import_from
@@ -188,15 +192,63 @@ def test_the_stub_of_a_deleted_run_travels_as_one(store: Store, tmp_path: Path) 
     other.close()
 
 
-def test_memory_is_bounded_by_a_page(tmp_path: Path, store: Store) -> None:
-    pages = iter([len(page) for page in _many(store, 2_500)])
-    assert list(pages) == [1_000, 1_000, 500]
-
-
-def _many(store: Store, calls: int) -> Iterator[list[Any]]:
+def test_light_calls_are_a_thousand_a_page(store: Store) -> None:
     ids = random.Random(0).choices(range(50_000), k=50)
-    store.append_calls([make_call(f"c{number}", f"r{number // 4}", tokens=[ids]) for number in range(calls)])
-    return store.pages("calls", Chosen())
+    store.append_calls([make_call(f"c{number}", f"r{number // 4}", tokens=[ids]) for number in range(2_500)])
+    assert [len(page) for page in store.pages("calls", Chosen())] == [1_000, 1_000, 500]
+
+
+def test_memory_is_bounded_by_what_a_page_weighs(
+    store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls with kept sets, calls of which only text is known, spans: 10 MB, by pages of half a megabyte."""
+    page = 500_000
+    monkeypatch.setattr(interchange, "PAGE_BYTES", page)
+    store.append_calls([make_call("warm", "warm")])
+    export_to(store, tmp_path / "warm", Chosen())  # what is imported and compiled once is not measured
+    import_from(other, tmp_path / "warm")
+    kept = replace(make_choice(0, [7] * 250), kept_ids=(tuple(range(128)),) * 250)
+    texts = {f"r{number}": random.Random(number).randbytes(20_000).hex() for number in range(50)}
+    store.append_calls(
+        [
+            call
+            for run_id, text in texts.items()
+            for call in (
+                make_call(f"kept-{run_id}", run_id, choices=(kept,)),
+                make_call(f"text-{run_id}", run_id, prompt_ids=None, request={"messages": [{"content": text}]}),
+            )
+        ]
+    )
+    store.put_spans(
+        [Span(span_id="tool", run_id=one, name="x", kind="tool", input=text) for one, text in texts.items()]
+    )
+    assert {name: len(list(store.pages(name, Chosen()))) for name in ("calls", "spans")} == {"calls": 17, "spans": 4}
+    with peak() as exported:
+        wrote = export_to(store, tmp_path / "out", Chosen())
+    with peak() as imported:
+        new = import_from(other, tmp_path / "out")
+    assert new == wrote | {"runs": 50, "spans": 100, "calls": 100}
+    assert exported[0] < 8 * page
+    assert imported[0] < 10 * page
+    assert same(other.trace("r39"), store.trace("r39"))
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """The most bytes that Python and Arrow held at once, together at most, more than at the beginning."""
+    import pyarrow
+
+    known, found = pyarrow.default_memory_pool(), [0]
+    watched = pyarrow.proxy_memory_pool(known)
+    pyarrow.set_memory_pool(watched)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield found
+        found[0] = tracemalloc.get_traced_memory()[1] + watched.max_memory()
+    finally:
+        tracemalloc.stop()
+        pyarrow.set_memory_pool(known)
 
 
 def test_hf_datasets_loads_it_in_one_line(store: Store, tmp_path: Path) -> None:

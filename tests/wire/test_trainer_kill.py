@@ -1,8 +1,9 @@
 """Law 7 under `kill -9`: a trainer that is killed again and again ends with the bits of one that nothing disturbed.
 
-Real processes on a real store. The job trains two models, an adapter and a full one, each in a group of its own, in the
-trainer's own process: so a life costs a second or two, and many can be ended. Deaths of workers alone:
-tests/wire/learner/test_ranks_killed.py. tests/integration/test_trainer_resume.py does a few of the same with Ray.
+Real processes on a real store: on SQLite, and in a database of the PostgreSQL that TRACEGRAD_TEST_POSTGRES names. The
+job trains two models, an adapter and a full one, each in a group of its own, in the trainer's own process: so a life
+costs a second or two, and many can be ended. Deaths of workers alone: tests/wire/learner/test_ranks_killed.py.
+tests/integration/test_trainer_resume.py does a few of the same with Ray.
 """
 
 import os
@@ -33,9 +34,9 @@ LONG = os.environ.get("TRACEGRAD_LONG") == "1"
 class House:
     """Recorded groups for all steps, what an undisturbed job makes of them, and how long it takes."""
 
-    def __init__(self, folder: Path, trainers: Trainers) -> None:
+    def __init__(self, folder: Path, store: str, trainers: Trainers) -> None:
         self.folder, self.trainers = folder, trainers
-        self.config = self._recorded()
+        self.config = self._recorded(store)
         self.undisturbed: dict[str, list[tuple[int, str]]] = {}
         trainers.get_warm()
         began = time.monotonic()
@@ -45,12 +46,11 @@ class House:
         assert set(self.undisturbed) == {"p", "w"}
         assert all([step for step, _ in made] == list(range(STEPS + 1)) for made in self.undisturbed.values())
 
-    def _recorded(self) -> Config:
-        """Fill a store with runs in which both models speak."""
+    def _recorded(self, store: str) -> Config:
+        """Fill the store with runs in which both models speak."""
         base = recorded.random_llama(self.folder / "base", hidden=64)
         optimizer = {"epochs": 2, "minibatches": 2, "lr": 1e-3}
         settings = {"optimizer": optimizer, "steps": STEPS, "keep_checkpoints": STEPS}
-        store = f"sqlite:///{self.folder}/store.db"
         one = recorded.configuration(base, self.folder / "out", store=store, **settings)
         scorer = Learner(one)
         scorer.create(str(self.folder / "sampler"))
@@ -104,10 +104,14 @@ class House:
             self.check(path.stem)
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("kills")
+    store = f"sqlite:///{folder}/store.db"
+    if request.param == "postgres":
+        store = request.getfixturevalue("postgres_database").render_as_string(hide_password=False)
     with Trainers() as trainers:
-        yield House(tmp_path_factory.mktemp("kills"), trainers)
+        yield House(folder, store, trainers)
 
 
 def test_killed_at_every_named_point_and_continued(house: House) -> None:
@@ -118,8 +122,8 @@ def test_killed_at_every_named_point_and_continued(house: House) -> None:
     house.check("named")
 
 
-def test_killed_at_five_random_moments(house: House) -> None:
-    house.kill_at_random(5)
+def test_killed_at_a_few_random_moments(house: House) -> None:
+    house.kill_at_random(5 if house.config.store.startswith("sqlite") else 2)  # lives are longer on PostgreSQL
 
 
 @pytest.mark.long

@@ -127,10 +127,37 @@ class Passage:
             for way in (way for way in self._ways if not way.is_tried):
                 probe, canary = way.candidate.probe, way.candidate.canary
                 way.canary_seen, way.seen = way.publisher.try_out(way.attempt, probe, canary, way.clock)
-        with self._timed("judge_s"):
-            decision = self._judge()
-        self._follow(decision)
-        return self._go_live(decision)
+        try:
+            with self._timed("judge_s"):
+                decision = self._judge()
+            self._follow(decision)
+            return self._go_live(decision)
+        except (KeyboardInterrupt, SystemExit):
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """End what is judged or settles before going: what was swapped is put back.
+
+        Raises:
+            PublishFailed, EngineError: that is impossible; they stay unfinished.
+        """
+        now = self._store.last_publish(self._ways[0].model)
+        if now is None or now.publish_id != self._ways[0].publish_id or now.state not in UNFINISHED:
+            return
+        if now.state == "evaluating":
+            self._reject(unjudged(STOPPED))
+        elif now.state != "settling":
+            self._fail_rest(STOPPED, PublishFailed(STOPPED))
+        else:
+            for way in self._ways:
+                way.publisher.stand_still(way.attempt.publish)
+            if now.decision is not None and now.decision["passed"]:
+                self._undo(PublishFailed(STOPPED))
+            else:
+                self._put_back()
+                self._advance("rejected")
+                self._tell("rejected")
 
     # -- the way there
 
@@ -226,14 +253,10 @@ class Passage:
     def _judge(self) -> Decision:
         """Let the candidates be evaluated; return the decision for them. Raises PublishRejected: they are gone."""
         self._advance("evaluating", probes=self._reports(None))
-        try:
-            self._tell("evaluating")
-            decision = self._gate.decide(self._ways[0].publish_id, self._versions, self._live)
-            if decision.passed:
-                decision = self._still_there() or decision
-        except (KeyboardInterrupt, SystemExit):
-            self._reject(unjudged(STOPPED))
-            raise
+        self._tell("evaluating")
+        decision = self._gate.decide(self._ways[0].publish_id, self._versions, self._live)
+        if decision.passed:
+            decision = self._still_there() or decision
         if len(self._versions) > 1:
             together = ", ".join(f"{model} {version}" for model, version in sorted(self._versions.items()))
             decision = replace(decision, why=f"{decision.why} (judged together: {together})")
@@ -299,14 +322,7 @@ class Passage:
         """Bring what passed to the engines that do not have it yet."""
         if not any(way.rest for way in self._ways):
             return
-        try:
-            self._settle(decision)
-            self._load_rest()
-        except (KeyboardInterrupt, SystemExit):
-            self._leave()
-            raise
-
-    def _load_rest(self) -> None:
+        self._settle(decision)
         try:
             for way in (way for way in self._ways if way.rest):
                 way.seen = self._load(way, way.rest) or way.seen
@@ -314,12 +330,6 @@ class Passage:
         except (EngineError, PublishFailed) as error:
             what, back = self._undo(error)
             raise PublishFailed(f"{what}. Version {back} is back", probe=getattr(error, "probe", None)) from error
-
-    def _leave(self) -> None:
-        """End what is settling before going. Raises PublishFailed, EngineError where it stays unfinished."""
-        for way in self._ways:
-            way.publisher.stand_still(way.attempt.publish)
-        self._undo(PublishFailed(STOPPED))
 
     def _undo(self, error: EngineError | PublishFailed) -> tuple[str, str]:
         """Put the previous weights of all back and write `failed`; return what failed, and what is back.
@@ -329,8 +339,7 @@ class Passage:
         ids = ", ".join(str(way.attempt.version.version_id) for way in self._ways)
         what = f"the publish of version {ids} failed: {error}"
         try:
-            for way in self._ways:
-                way.publisher.fleet.put_back(way.candidate.previous)
+            self._put_back()
         except EngineError as second:
             raise PublishFailed(
                 f"{what}. The previous weights could not be put back either ({second}). {UNFINISHED_STAYS}",
@@ -340,6 +349,10 @@ class Passage:
             self._store.advance_publish(way.publish_id, "failed", error=str(error))
         self._tell("failed")
         return what, ", ".join(str(way.candidate.previous.version_id) for way in self._ways)
+
+    def _put_back(self) -> None:
+        for way in self._ways:
+            way.publisher.fleet.put_back(way.candidate.previous)
 
     def _go_live(self, decision: Decision) -> dict[str, PublishReport]:
         reports = {way.publish_id: way.report(decision) for way in self._ways}

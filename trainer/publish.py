@@ -120,22 +120,22 @@ class Publisher:
             rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
             self.drain(attempt, clock, staged=canary is None)
             canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
+            seen = rehearsal.seen if rehearsal else seen
+            report = PublishReport(
+                publish_id=attempt.publish.publish_id,
+                version_id=version_id,
+                model=self.model,
+                probe=seen,
+                canary=canary_seen,
+                decision=None,
+                paused_s=self.fleet.pauses.longest_s if in_flight else None,
+                total_s=clock.total_s(),
+                **clock.spent,
+            )
+            self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), goes_back=goes_back)
         except (KeyboardInterrupt, SystemExit):
             self._leave(attempt)
             raise
-        seen = rehearsal.seen if rehearsal else seen
-        report = PublishReport(
-            publish_id=attempt.publish.publish_id,
-            version_id=version_id,
-            model=self.model,
-            probe=seen,
-            canary=canary_seen,
-            decision=None,
-            paused_s=self.fleet.pauses.longest_s if in_flight else None,
-            total_s=clock.total_s(),
-            **clock.spent,
-        )
-        self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), goes_back=goes_back)
         self.on_state("live")
         self.remember(version, probe, seen)
         return report

@@ -345,6 +345,34 @@ def test_who_leaves_on_the_way_through_the_gate_puts_the_live_weights_back(
     assert house.serving() == [(1.0, str(house.live.version_id))] * 2
 
 
+@pytest.mark.parametrize("how", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("mean", [None, 0.1])
+def test_who_leaves_while_the_gate_rejects_puts_the_live_weights_back(
+    make_house: Callable[[int], House], mean: float | None, how: type[BaseException]
+) -> None:
+    """After a judgement, or after a first Ctrl-C (`mean` None): proxies stand still for it already."""
+    house = make_house(2)
+    judges = house.judges(0.1 if mean is None else mean)
+    publisher = house.publisher(rule=GateRule(minimum=0.5))
+
+    def leaves(state: str) -> None:
+        if mean is None and state == "evaluating":
+            assert publisher.gate is not None
+            publisher.gate._stopped = lambda: True
+        else:
+            judges(state)
+        if state == "settling":
+            raise how
+
+    publisher.on_state = leaves
+    house.store.beat_evaluator(house.evaluator)
+    with pytest.raises(how):
+        publisher.publish(house.version(1.2, 1).version_id, probe(1.2, 1.0))
+    assert house.last.state == "rejected" and house.last.decision is not None
+    assert house.last.decision["judged"] == (mean is not None)
+    assert house.serving() == [(1.0, str(house.live.version_id))] * 2
+
+
 def test_who_leaves_before_a_judge_came_leaves_nothing_unfinished(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,7 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
     from tracegrad.trainer.adapter_client import engine_clients
     from tracegrad.trainer.cpu_flags import slow_bfloat16
     from tracegrad.trainer.crash_points import CrashPoints
-    from tracegrad.trainer.errors import StepRefused, TrainerError
+    from tracegrad.trainer.errors import NothingToTrain, StepRefused, TrainerError
     from tracegrad.trainer.heartbeat import Heartbeat
     from tracegrad.trainer.job_folder import JobFolder
     from tracegrad.trainer.metrics import Console
@@ -151,7 +151,8 @@ def _train(config: "Config", *, offline: bool, as_json: bool, ray_address: str |
                 step = controller.run()
     except TrainerError as error:
         click.echo(f"tracegrad train: {error}", err=True)
-        return EXIT_REFUSED if isinstance(error, StepRefused) else EXIT_ERROR
+        again = isinstance(error, StepRefused) and not isinstance(error, NothingToTrain)  # those runs are put aside
+        return EXIT_REFUSED if again else EXIT_ERROR
     except KeyboardInterrupt:
         console.say("interrupted: a step that was not committed yet was dropped, the next start trains it")
         return EXIT_INTERRUPTED

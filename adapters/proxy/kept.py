@@ -101,7 +101,7 @@ class Asked:
 
     def fewer(self) -> int:
         """The engine refused the request, perhaps for these. Returns how many to ask for instead."""
-        self.count = FIRST if self.count > FIRST else 0
+        self.count = max(each for each in (0, FIRST, self._reach.proved) if each == 0 or each < self.count)
         return self.count
 
     def heard(self, call: Call) -> None:

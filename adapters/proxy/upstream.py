@@ -79,8 +79,10 @@ class EngineAnswer:
     async def refused(self, *, inside: bool) -> bool:
         """Whether the request was refused; with `inside` also by a stream's first event, which is waited for.
 
+        Of a model with replicas it always is: what one of them allows says nothing of another.
         Raises as `read`; the answer is aborted then.
         """
+        inside = inside or len(self._pool.engines) > 1
         if not (inside and self.is_stream and self.status == 200):
             return self.status == 400
         told = False

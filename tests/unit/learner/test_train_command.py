@@ -75,12 +75,13 @@ def test_no_models_is_a_usage_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(StepRefused, 4), (NothingToTrain, 4), (PublishError, 1), (EngineError, 1)]
+    ("error", "code"), [(StepRefused, 4), (NothingToTrain, 1), (PublishError, 1), (EngineError, 1)]
 )
 def test_a_refused_step_has_an_exit_code_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[TrainerError], code: int
 ) -> None:
-    """What is refused would be refused again: `tracegrad up` does not start it anew."""
+    """What is refused would be refused again, and `tracegrad up` does not start it anew; runs of which nothing may be
+    trained are put aside, and the next start takes others."""
 
     def refuse(*_: object, **__: object) -> None:
         raise error("step 3: why")

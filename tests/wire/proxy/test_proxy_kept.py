@@ -130,6 +130,18 @@ def test_an_engine_that_allows_fewer_is_asked_for_as_many_as_any_allows(
     assert known == {"wide": False, "narrow": True, "narrower": True, "refused": True}
 
 
+def test_what_an_engine_has_allowed_is_asked_for_after_it_refuses_more(
+    proxy: SimpleNamespace, store: Store, engine_app: Any
+) -> None:
+    """Of 90 the 80 do not tell, and more are refused: the 80 go on to tell others."""
+    engine_app.max_logprobs = 100
+    wide = {"top_p": 0.9, "top_k": 90}
+    for run, body in enumerate(({"top_p": 0.9, "top_k": 40}, {"top_p": 0.9}, wide, wide, {"top_p": 0.9, "top_k": 40})):
+        assert ask(proxy, str(run), **body).status_code == 200
+    assert [sent["top_logprobs"] for sent in engine_app.requests] == [20, 80, 80, 98, 48]
+    assert only_choice(store, "4").kept_ids is not None
+
+
 def test_that_an_engine_allows_fewer_is_told_once(proxy: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(4):
         ask(proxy, top_p=0.9, top_k=40)

@@ -106,6 +106,7 @@ class Evaluation:
         run_id = stable_id(self._prefix, self._name, task.task_id, repeat, 0)
         run = Run(run_id=run_id, purpose="eval", task_id=task.task_id)
         async with slots:
+            await self._control.put_tasks([task])  # again: its content may have gone with its earlier runs since
             outcome = await self._executor.execute(run, task)
         self._tell(outcome)
         return EvalRow(

@@ -175,6 +175,7 @@ class Rollout:
         """Store the group and return the members it lacks, after ending those that a killed start left open."""
         size, purpose = self.plan.group_size, self.plan.purpose
         group = Group(group_id=planned.group_id, task_id=planned.task.task_id, planned_size=size, purpose=purpose)
+        await self._control.put_tasks([planned.task])  # again: its content may have gone with its earlier runs since
         before = await self._control.open_group(group)
         for run in before:
             if run.status == "open":

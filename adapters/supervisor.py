@@ -29,7 +29,7 @@ ChildState = Literal["waiting", "starting", "ready", "backing off", "done", "giv
 class ChildSpec:
     """A command to keep running. With `may_finish`, one of `final_codes` is its normal end, not a crash.
 
-    With `spares_others` it stays down alone when it keeps crashing: the others can do without it.
+    When it keeps crashing it stays down alone if `spares_others` says then that the others can do without it.
     It is ready when every one of `ready_urls` answers: 200, or whatever it says with `any_answer`; of `unix:PATH`, when
     somebody listens there; and `ready_when` says so of the Unix time at which it was started.
     """
@@ -42,7 +42,7 @@ class ChildSpec:
     ready_timeout_s: float = 60.0
     may_finish: bool = False
     final_codes: tuple[int, ...] = (0,)
-    spares_others: bool = False
+    spares_others: Callable[[], bool] = lambda: False
     env: Mapping[str, str] | None = None
 
 
@@ -198,10 +198,10 @@ class Child:
             detail = f"{self.spec.name} {how}, {self._crashes} times in a row; {where}"
             if self._last_words:
                 detail += f"; it last said: {self._last_words}"
-            if self.spec.spares_others:
-                detail += "; the others run on without it"
+            spared = self.spec.spares_others()
+            detail += "; the others run on without it" if spared else ""
             self._emit(Event(kind="gave up", child=self.spec.name, detail=detail, exit_code=code))
-            if self.spec.spares_others:
+            if spared:
                 return
             raise ChildGaveUp(detail)
         detail = f"{how}; starting it again in {self._policy.wait_s(self._crashes):g} s"

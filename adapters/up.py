@@ -24,6 +24,7 @@ from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Super
 from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import DEFAULT_FILE, Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import ConfigError, TraceStoreError
+from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.trainers import NOT_YET
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
@@ -70,7 +71,7 @@ def child_specs(
                 ready_timeout_s=float("inf"),  # it waits for engines of its own accord, and gives up of its own
                 may_finish=True,
                 final_codes=_ENDS,
-                spares_others=True,
+                spares_others=partial(_serves_without_trainer, config),
             )
         )
     return tuple(specs)
@@ -86,6 +87,18 @@ def _trains(config: Config, started_at: float) -> bool:
     except TraceStoreError:
         return False  # it will say so itself
     return found is not None and found.started_at >= started_at and found.phase not in NOT_YET
+
+
+def _serves_without_trainer(config: Config) -> bool:
+    """Whether no publish is left half done: proxies hold every call until a trainer ends it."""
+    from tracegrad.tracestore.store import open_store
+
+    try:
+        with closing(open_store(config.store, create=False)) as store:
+            last = [store.last_publish(model) for model in config.trained_models()]
+    except TraceStoreError:
+        return False
+    return all(one is None or one.state not in UNFINISHED for one in last)
 
 
 def _refuse(config: Config) -> None:

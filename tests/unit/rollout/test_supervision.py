@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from versions import add_version
 from waits import gone, wait_for
 
 from tracegrad.adapters.serving import free_port
@@ -121,7 +122,7 @@ def test_without_a_trainer_that_keeps_crashing_the_others_run_on(tmp_path: Path,
             command=shell("echo no such folder; exit 1"),
             ready_when=lambda _: False,
             may_finish=True,
-            spares_others=True,
+            spares_others=lambda: True,
         ),
     ]
     supervisor = make(specs, tmp_path, events)
@@ -273,7 +274,22 @@ def test_the_commands_follow_the_configuration(tmp_path: Path) -> None:
     gated = child_specs(parse_config(raw), tmp_path / "c.yaml", train=True)
     assert [spec.name for spec in gated] == ["proxy", "gate", "train"]
     assert gated[-1].final_codes == (0, 3, 4), "a trainer that its gate ended, or that refused a step, stays down"
-    assert [spec.name for spec in gated if spec.spares_others] == ["train"]
+
+
+def test_the_others_do_without_a_trainer_unless_it_left_a_publish_half_done(tmp_path: Path) -> None:
+    """Proxies hold every call then: nobody is to think that it serves on."""
+    models = {"main": {"checkpoint": "w", "engine": {"external": True}}}
+    config = parse_config({"models": models, "roles": {"*": "main"}, "store": f"sqlite:///{tmp_path}/store.db"})
+    proxy, trainer = child_specs(config, tmp_path / "c.yaml", train=True)
+    assert (proxy.spares_others(), trainer.spares_others()) == (False, False), "no store"
+    with closing(open_store(config.store)) as store:
+        seen = [trainer.spares_others()]
+        version = add_version(store, tmp_path, model="main", kind="step")
+        publish = store.request_publish(version.version_id)
+        for state in ("draining", "swapping", "failed"):
+            store.advance_publish(publish.publish_id, state, error="why" if state == "failed" else None)  # type: ignore[arg-type]
+            seen.append(trainer.spares_others())
+    assert seen == [True, False, False, True]
 
 
 def test_the_trainer_is_ready_once_it_can_take_runs(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import true
 from versions import add_version
 from waits import wait_for
 
@@ -28,6 +29,7 @@ from tracegrad.tracestore.errors import NotFound
 from tracegrad.tracestore.records import Consumption, LeaseRule, ModelCalls, Run
 from tracegrad.tracestore.step_records import NewVersion, StepCommit
 from tracegrad.tracestore.store import Store
+from tracegrad.tracestore.tasks import blank_tasks
 
 RULE = LeaseRule(trained=(ModelCalls(model="main"),), max_staleness=1, min_group=2)
 
@@ -68,6 +70,25 @@ def test_a_graph_is_sampled_in_groups_that_are_ready_to_train(stack: Any, graph_
         ]
         rewards = sorted((reward.name, reward.role, reward.value) for reward in trace.rewards)
         assert rewards == [("length", "drafter", 0.5), ("right", None, 1.0)]
+
+
+def test_what_is_pruned_under_a_rollout_it_puts_again(
+    stack: Any, light_app: str, tasks_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tasks are put at the start; their earlier runs, and with these their content, may go before their turn."""
+    put = Store.put_tasks
+
+    def pruned_once_all_are_put(store: Store, tasks: Any) -> None:
+        put(store, tasks)
+        if len(tasks) > 1:
+            with store._db.write() as connection:
+                assert blank_tasks(connection, true()) == len(tasks)
+
+    monkeypatch.setattr(Store, "put_tasks", pruned_once_all_are_put)
+    done = invoke(command(stack, light_app, tasks_file, "--name", "pruned", "--group", "2", "--groups", "2"))
+    assert done.exit_code == 0, done.output
+    found = all_runs(stack.store, "pruned", tasks_file, groups=2)
+    assert len(found) == 4 and all(stack.store.get_task(run.task_id or "").input for run in found)
 
 
 def test_the_same_name_does_only_what_is_missing(stack: Any, light_app: str, tasks_file: Path) -> None:

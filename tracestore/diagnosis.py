@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Select, and_, case, exists, func, or_, select
 
-from tracegrad.tracestore.diagnosis_extent import calls_within, has_content, runs_within
+from tracegrad.tracestore.diagnosis_extent import calls_within, runs_within
 from tracegrad.tracestore.diagnosis_records import (
     CallCounts,
     ChoiceCount,
@@ -24,6 +24,7 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.overview import drift_within
 from tracegrad.tracestore.reasons import ABORTED
 from tracegrad.tracestore.records import DriftCount
+from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import attributions, calls, choices, rewards, runs
 
 

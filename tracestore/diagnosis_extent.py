@@ -6,7 +6,7 @@ Called by the `diagnosis*` modules and by `conservation`.
 from sqlalchemy import ColumnElement, and_, exists, select, true
 
 from tracegrad.tracestore.diagnosis_records import Extent
-from tracegrad.tracestore.schema import CONTENT_DELETED, calls, groups, runs, tasks
+from tracegrad.tracestore.schema import calls, groups, runs, tasks
 
 
 def calls_within(extent: Extent) -> ColumnElement[bool]:
@@ -57,8 +57,3 @@ def groups_within(extent: Extent) -> ColumnElement[bool]:
     if extent.since is not None:
         wanted.append(groups.c.created_at >= extent.since)
     return and_(true(), *wanted)
-
-
-def has_content() -> ColumnElement[bool]:
-    """Whether the run of the row is more than the stub that a deletion leaves: that one lacks things on purpose."""
-    return runs.c.error.is_distinct_from(CONTENT_DELETED)

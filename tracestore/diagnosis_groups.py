@@ -13,12 +13,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, CompoundSelect, and_, case, exists, func, literal, null, select, true, union_all
 
-from tracegrad.tracestore.diagnosis_extent import groups_within, has_content
+from tracegrad.tracestore.diagnosis_extent import groups_within
 from tracegrad.tracestore.diagnosis_records import Extent, FlatGroups, GroupCounts
 from tracegrad.tracestore.diagnosis_tallies import how_many, tallied
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.readiness import calls_that_count, is_allowed, is_exact, is_rewarded, rewards_that_count
 from tracegrad.tracestore.records import LeaseRule
+from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import calls, groups, rewards, runs
 
 _FETCH = 1_000

@@ -19,7 +19,8 @@ from tracegrad.tracestore.jobs import existing_job, models_of
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units, units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
-from tracegrad.tracestore.schema import CONTENT_DELETED, attributions, calls, holds, jobs, leases, rewards, runs
+from tracegrad.tracestore.runs import has_content
+from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
 
 
 class Leases(Noun):
@@ -159,7 +160,7 @@ def _take(connection: Connection, job_id: str, rule: LeaseRule, wanted: int, now
     for row in rows:
         by_unit[row.unit][row.run_id] = row.purpose
     taken = {run_id: purpose for key in chosen for run_id, purpose in by_unit[key].items()}
-    there = and_(runs.c.run_id.in_(taken), runs.c.error.is_distinct_from(CONTENT_DELETED))
+    there = and_(runs.c.run_id.in_(taken), has_content())
     free = select(runs.c.run_id).where(there).order_by(runs.c.run_id).with_for_update(key_share=True, skip_locked=True)
     whole = all(len(by_unit[key]) >= max(rule.min_group, 1) for key in chosen)
     if not whole or len(connection.execute(free).all()) < len(taken):

@@ -31,8 +31,8 @@ from sqlalchemy import (
 
 from tracegrad.tracestore.branches import Live
 from tracegrad.tracestore.records import LeaseRule, ModelCalls
+from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import (
-    CONTENT_DELETED,
     calls,
     groups,
     holds,
@@ -195,7 +195,7 @@ def members(job_id: str, rule: LeaseRule, now: float, live: Live, among: ColumnE
     """
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
     settled = is_settled(rule, now)
-    whole = and_(runs.c.status == "closed", runs.c.error.is_distinct_from(CONTENT_DELETED))
+    whole = and_(runs.c.status == "closed", has_content())
     if rule.grace_s:
         whole = and_(whole, settled)
     trainable = and_(whole, exists().where(counted, is_exact()))

@@ -24,7 +24,7 @@ from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.payload_schema import blocks, call_payloads, choice_payloads
 from tracegrad.tracestore.reasons import DELETED
 from tracegrad.tracestore.records import RoleSource
-from tracegrad.tracestore.runs import lock_runs
+from tracegrad.tracestore.runs import has_content, lock_runs
 from tracegrad.tracestore.schema import (
     CONTENT_DELETED,
     api_keys,
@@ -44,7 +44,7 @@ from tracegrad.tracestore.schema import (
     tasks,
 )
 from tracegrad.tracestore.sweeping import heads_of, sweep, unnamed
-from tracegrad.tracestore.tasks import blank_tasks, has_content
+from tracegrad.tracestore.tasks import blank_tasks, is_filled
 
 RUNS_AT_ONCE = 100
 """Runs that one transaction deletes."""
@@ -156,12 +156,12 @@ class Removal(Noun):
             if connection.execute(there.where(is_more_than_a_stub())).first():
                 return {}
         with self._db.write() as connection:
-            if connection.execute(there.where(runs.c.error.is_distinct_from(CONTENT_DELETED))).first():
+            if connection.execute(there.where(has_content())).first():
                 return {}
             for table, (key, which) in wanted.items():
                 some = list(connection.execute(select(key).where(which).limit(limit)).scalars())
                 done[table.name] = connection.execute(delete(table).where(which, key.in_(some))).rowcount
-            emptied = select(tasks.c.task_id).where(tasks.c.project == project, _is_unused(), has_content())
+            emptied = select(tasks.c.task_id).where(tasks.c.project == project, _is_unused(), is_filled())
             some = list(connection.execute(emptied.limit(limit)).scalars())
             done[tasks.name] += blank_tasks(connection, tasks.c.task_id.in_(some))
         return {table: count for table, count in done.items() if count}
@@ -181,7 +181,7 @@ class Removal(Noun):
             left = _remains(connection, sorted(stubs), [one for one in named if one.run_id in stubs])
             if prompts := unnamed(connection, heads):
                 wrong[blocks.name] = prompts
-            told = and_(tasks.c.task_id.in_(task_ids), _is_unused(), has_content())
+            told = and_(tasks.c.task_id.in_(task_ids), _is_unused(), is_filled())
             if found := connection.execute(select(func.count()).select_from(tasks).where(told)).scalar_one():
                 wrong[tasks.name] = int(found)
         wrong |= {table: count for table, count in left.items() if table not in _STUB}
@@ -196,7 +196,7 @@ def is_more_than_a_stub() -> ColumnElement[bool]:
     """Whether the run of the row is more than a stub: it was never deleted, or something was said in it since."""
     asked = select(calls.c.seq).join_from(calls, call_payloads).where(calls.c.run_id == runs.c.run_id).exists()
     said = [exists().where(table.c.run_id == runs.c.run_id) for table in (spans, rewards)]
-    return or_(runs.c.error.is_distinct_from(CONTENT_DELETED), asked, *said)
+    return or_(has_content(), asked, *said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +363,7 @@ def _delete_bare(connection: Connection, run_ids: Sequence[str], gone: Any) -> N
             for table in (ledger, calls, rewards, spans, attributions, langsmith_runs)
         ),
     )
-    whole = select(runs.c.group_id).where(
-        runs.c.group_id.in_(group_ids), runs.c.error.is_distinct_from(CONTENT_DELETED)
-    )
+    whole = select(runs.c.group_id).where(runs.c.group_id.in_(group_ids), has_content())
     gone(runs, and_(bare, runs.c.group_id.not_in(list(connection.execute(whole).scalars()))))
     gone(groups, and_(groups.c.group_id.in_(group_ids), not_(exists().where(runs.c.group_id == groups.c.group_id))))
     gone(tasks, and_(tasks.c.task_id.in_(task_ids), not_(_is_named())))
@@ -387,7 +385,7 @@ def _is_unused() -> ColumnElement[bool]:
 
     A group that has no run yet was planned and not begun: its runs are to come.
     """
-    whole = exists().where(runs.c.task_id == tasks.c.task_id, runs.c.error.is_distinct_from(CONTENT_DELETED))
+    whole = exists().where(runs.c.task_id == tasks.c.task_id, has_content())
     ahead = exists().where(groups.c.task_id == tasks.c.task_id, not_(_has_runs()))
     return and_(not_(whole), not_(ahead))
 

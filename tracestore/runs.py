@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, Executable, literal_column, select, update
 
 from tracegrad.tracestore.database import insert_for
 from tracegrad.tracestore.errors import Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import EndedBy, Run, RunStatus
-from tracegrad.tracestore.schema import runs
+from tracegrad.tracestore.schema import CONTENT_DELETED, runs
 from tracegrad.tracestore.tasks import find_group, is_task
 
 ACTIVE_WITHIN_S = 1.0
@@ -166,6 +166,11 @@ def _open_or_touch_for(dialect: str) -> HotStatement:
         ),
         *("run_id", "project", "purpose", "status", "opened_at", "active_at"),
     )
+
+
+def has_content() -> ColumnElement[bool]:
+    """Whether the run of the row is more than the stub that a deletion leaves: that one lacks things on purpose."""
+    return runs.c.error.is_distinct_from(CONTENT_DELETED)
 
 
 def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:

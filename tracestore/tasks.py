@@ -56,10 +56,10 @@ class Tasks(Noun):
     def get_task(self, task_id: str) -> Task:
         """Return one task. Raises NotFound, also where its content was deleted."""
         with self._db.read() as connection:
-            row = connection.execute(select(tasks, has_content()).where(tasks.c.task_id == task_id)).one_or_none()
+            row = connection.execute(select(tasks, is_filled()).where(tasks.c.task_id == task_id)).one_or_none()
         if row is None:
             raise NotFound(f"no task {task_id!r}: put it with put_tasks (POST /tracegrad/v1/tasks)")
-        if not row.has_content:
+        if not row.is_filled:
             raise NotFound(f"the content of task {task_id!r} was deleted with its runs: put it again with put_tasks")
         return Task(task_id=row.task_id, input=row.input, reference=row.reference, project=row.project)
 
@@ -85,14 +85,14 @@ def is_task(connection: Connection, task_id: str) -> bool:
     return connection.execute(select(tasks.c.task_id).where(tasks.c.task_id == task_id)).first() is not None
 
 
-def has_content() -> ColumnElement[bool]:
+def is_filled() -> ColumnElement[bool]:
     """Whether the task of the row has its content. (Nobody can put a task whose input is JSON's null.)"""
-    return (type_coerce(tasks.c.input, Text) != _NOTHING).label("has_content")
+    return (type_coerce(tasks.c.input, Text) != _NOTHING).label("is_filled")
 
 
 def blank_tasks(connection: Connection, which: ColumnElement[bool]) -> int:
     """Take their content from the tasks that `which` selects; say how many had some."""
-    statement = update(tasks).where(which, has_content()).values(input=_NOTHING, reference=_NOTHING)
+    statement = update(tasks).where(which, is_filled()).values(input=_NOTHING, reference=_NOTHING)
     return connection.execute(statement).rowcount
 
 
@@ -110,7 +110,7 @@ def _put_task(connection: Connection, task: Task, now: float) -> None:
     )
     if connection.execute(statement.on_conflict_do_nothing(index_elements=["task_id"])).rowcount == 1:
         return
-    blank = (tasks.c.task_id == task.task_id, tasks.c.project == task.project, not_(has_content()))
+    blank = (tasks.c.task_id == task.task_id, tasks.c.project == task.project, not_(is_filled()))
     anew = update(tasks).where(*blank).values(input=task.input, reference=task.reference, created_at=now)
     if connection.execute(anew).rowcount == 1:
         return

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
@@ -26,6 +27,9 @@ from tracegrad.tracestore.config import DEFAULT_FILE, Config, check_checkpoint, 
 from tracegrad.tracestore.errors import ConfigError, TraceStoreError
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.trainers import NOT_YET
+
+if TYPE_CHECKING:
+    from tracegrad.tracestore.store import Store
 
 _COLOURS = {"engine": "magenta", "proxy": "cyan", "gate": "yellow", "train": "green"}
 _ENDS = (0, 3, 4)
@@ -79,26 +83,33 @@ def child_specs(
 
 def _trains(config: Config, started_at: float) -> bool:
     """Whether the trainer that was started then has loaded its weights and proven its engines."""
-    from tracegrad.tracestore.store import open_store
 
-    try:
-        with closing(open_store(config.store, create=False)) as store:
-            found = store.trainer_at_work(config.trainer.job, config.proxy.heartbeat_expires_s)
-    except TraceStoreError:
-        return False  # it will say so itself
-    return found is not None and found.started_at >= started_at and found.phase not in NOT_YET
+    def at_work(store: "Store") -> bool:
+        found = store.trainer_at_work(config.trainer.job, config.proxy.heartbeat_expires_s)
+        return found is not None and found.started_at >= started_at and found.phase not in NOT_YET
+
+    return _said_by_store(config, at_work)
 
 
 def _serves_without_trainer(config: Config) -> bool:
     """Whether no publish is left half done: proxies hold every call until a trainer ends it."""
+
+    def none_unfinished(store: "Store") -> bool:
+        last = [store.last_publish(model) for model in config.trained_models()]
+        return all(one is None or one.state not in UNFINISHED for one in last)
+
+    return _said_by_store(config, none_unfinished)
+
+
+def _said_by_store(config: Config, asked: "Callable[[Store], bool]") -> bool:
+    """Whether it is so; no where the store cannot be read, which whoever needs it will say itself."""
     from tracegrad.tracestore.store import open_store
 
     try:
         with closing(open_store(config.store, create=False)) as store:
-            last = [store.last_publish(model) for model in config.trained_models()]
+            return asked(store)
     except TraceStoreError:
         return False
-    return all(one is None or one.state not in UNFINISHED for one in last)
 
 
 def _refuse(config: Config) -> None:

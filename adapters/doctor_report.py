@@ -26,7 +26,8 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
-from tracegrad.tracestore.records import DriftCount, LeaseRule, ModelCalls, Publish, Run
+from tracegrad.tracestore.overview import DriftCount
+from tracegrad.tracestore.records import LeaseRule, ModelCalls, Publish, Run
 from tracegrad.tracestore.rules import ANY_STALENESS
 from tracegrad.tracestore.store import Store
 

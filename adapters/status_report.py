@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.gating import evaluator_of, rejections_in_a_row
-from tracegrad.tracestore.overview import OpenRuns, ProxyRow
+from tracegrad.tracestore.overview import DriftCount, OpenRuns, ProxyRow
 from tracegrad.tracestore.publishes import UNFINISHED
-from tracegrad.tracestore.records import Backlog, DriftCount, Publish
+from tracegrad.tracestore.records import Backlog, Publish
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.time_shares import CYCLES, paused_share, wait_share

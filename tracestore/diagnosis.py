@@ -21,9 +21,8 @@ from tracegrad.tracestore.diagnosis_records import (
 )
 from tracegrad.tracestore.diagnosis_tallies import how_many, plain_counts, tallied
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.overview import drift_within
+from tracegrad.tracestore.overview import DriftCount, drift_within
 from tracegrad.tracestore.reasons import ABORTED
-from tracegrad.tracestore.records import DriftCount
 from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import attributions, calls, choices, rewards, runs
 

@@ -12,7 +12,7 @@ from tracegrad.tracestore.diagnosis_extent import calls_within
 from tracegrad.tracestore.diagnosis_records import Extent
 from tracegrad.tracestore.migrate import revision
 from tracegrad.tracestore.noun import Noun
-from tracegrad.tracestore.records import DriftCount
+from tracegrad.tracestore.records import Drift
 from tracegrad.tracestore.schema import calls, proxies, runs
 
 
@@ -32,6 +32,16 @@ class OpenRuns:
 
     count: int
     quietest_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftCount:
+    """How many calls went on from an earlier one with this cause of drift (None: without), by way of their prompt."""
+
+    model: str
+    drift: Drift | None
+    token_in: bool
+    calls: int
 
 
 class Overview(Noun):

@@ -470,16 +470,6 @@ def _together(publish_id: int, gate: Json | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DriftCount:
-    """How many calls went on from an earlier one with this cause of drift (None: without), by way of their prompt."""
-
-    model: str
-    drift: Drift | None
-    token_in: bool
-    calls: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ApiKey:
     """What a key may do and where its calls belong; never its text, and not its hash either.
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tracegrad.tracestore.errors import Conflict
-from tracegrad.tracestore.records import Continues, DriftCount, EarlierCall
+from tracegrad.tracestore.overview import DriftCount
+from tracegrad.tracestore.records import Continues, EarlierCall
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import make_call
 

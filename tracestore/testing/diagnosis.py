@@ -18,7 +18,8 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
-from tracegrad.tracestore.records import Attribution, Choice, Continues, DriftCount, LateAttribution, Run
+from tracegrad.tracestore.overview import DriftCount
+from tracegrad.tracestore.records import Attribution, Choice, Continues, LateAttribution, Run
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.rows import (
     JOB,

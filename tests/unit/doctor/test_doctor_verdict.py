@@ -25,8 +25,9 @@ from tracegrad.tracestore.diagnosis_records import (
     Training,
     WaitingGroups,
 )
+from tracegrad.tracestore.overview import DriftCount
 from tracegrad.tracestore.reasons import QUARANTINED, QUARANTINES, REASONS
-from tracegrad.tracestore.records import Drift, DriftCount, Publish, PublishState, Run
+from tracegrad.tracestore.records import Drift, Publish, PublishState, Run
 
 HEALTHY = Report(
     extent=Extent(),

@@ -9,8 +9,10 @@ passed only; one that nobody came to judge is rejected from `requested` on. `ski
 Publishes of several models that one evaluation decides on are opened together; from `evaluating` on they move in one
 transaction, so all are live or none. Each may fail by itself, and then none of the others can go on.
 A model has at most one unfinished publish (a unique index says so too). Proxies are rows with a heartbeat: one that is
-alive and has not acknowledged the drain at hand (draining, settling) is waited for, a dead one is not. Called by the
-publisher and by the proxy's poll, through `Store`.
+alive and has not acknowledged the drain at hand (draining, settling) is waited for, a dead one is not. A publish has a
+heartbeat, too: its publisher's. Where that is silent before anything was swapped, whoever sees it ends the publish, and
+the publisher that was only asleep is refused when it wants to swap. Called by the publisher and by the proxy's poll,
+through `Store`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,12 @@ _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
     "evaluating": ("live", "settling"),
     "settling": ("live", "rejected", "failed"),
 }
+UNSWAPPED: tuple[PublishState, ...] = ("requested", "draining")
+"""In these no engine has other weights yet. A publisher enters `swapping` here before it gives one to an engine."""
+SILENT_LIVES = 3.0
+"""A publisher is taken for dead after so many lives of a proxy's heartbeat: after 30 s, unless configured otherwise. It
+beats every fifth of a life, so that fifteen are missing: no slow disk and no other pause does that. Longer than one
+life, because a publish that is ended in vain costs its trainer a start, and held calls can wait for so long."""
 _AS_ONE: tuple[PublishState, ...] = ("evaluating", "settling", "live")
 """What publishes that are judged together enter as one. Until then no proxy lets a call to a candidate."""
 
@@ -69,6 +77,7 @@ def _view() -> Select[Any]:
             newest.c.swapping_at,
             newest.c.evaluating_at,
             newest.c.settling_at,
+            newest.c.beat_at,
             live.c.version_id,
         )
         .join(newest, newest.c.publish_id == found.c.newest)
@@ -173,6 +182,35 @@ class Publishes(Noun):
                 _move(connection, each, state, now, given)
             return [_existing_publish(connection, each) for each in together]
 
+    def beat_publishes(self, publish_ids: Sequence[int]) -> None:
+        """Say that the publisher of these is alive; those that have ended stay as they are."""
+        mine = publishes.c.publish_id.in_(publish_ids)
+        with self._db.write() as connection:
+            unfinished = publishes.c.state.in_(UNFINISHED)
+            connection.execute(update(publishes).where(mine, unfinished).values(beat_at=self._db.now()))
+
+    def end_unswapped(self, publish_id: int, *, silent_s: float | None = None) -> list[Publish]:
+        """Move a publish that has swapped nothing to failed, because its publisher is gone; return what was moved.
+
+        So are those that are judged together with it: none of them can go live any more. With `silent_s` only those
+        that nobody was heard of for so long. One that swaps stays as it is, because nobody knows what engines hold; one
+        that has ended, too.
+
+        Raises:
+            NotFound: no such publish.
+        """
+        with self._db.write() as connection:
+            together, now = _existing_publish(connection, publish_id).together, self._db.now()
+            ended = []
+            for each in [_existing_publish(connection, one, lock=True) for one in together]:
+                silence = silence_s(each.beat_at, now)
+                if each.state in UNSWAPPED and (silent_s is None or silence > silent_s):
+                    how = f"died while it was {each.state}" if silent_s is None else f"was silent for {silence:.0f} s"
+                    error = f"its publisher {how}; nothing was swapped"
+                    _move(connection, each, "failed", now, {"error": error, "probe": None, "decision": None})
+                    ended.append(each.publish_id)
+            return [_existing_publish(connection, each) for each in ended]
+
     def last_publish(self, model: str) -> Publish | None:
         """Return the newest publish of a model in whatever state, or None."""
         with self._db.read() as connection:
@@ -236,9 +274,13 @@ class Publishes(Noun):
 
         Raises:
             NotFound: no such publish.
+            Conflict: it has ended, and nobody drains for it any more.
         """
         with self._db.read() as connection:
-            phase = "settling" if _existing_publish(connection, publish_id).state == "settling" else "draining"
+            stored = _existing_publish(connection, publish_id)
+            if stored.state not in UNFINISHED:
+                raise Conflict(f"{_told(stored)}: no proxy drains for it any more")
+            phase = "settling" if stored.state == "settling" else "draining"
             acked = select(publish_acks.c.proxy_id).where(
                 publish_acks.c.publish_id == publish_id, publish_acks.c.phase == phase
             )
@@ -261,9 +303,15 @@ class Publishes(Noun):
                     gate=row.gate,
                     in_flight=row.in_flight,
                     overdue=row.state == "evaluating" and now > row.evaluating_at + row.gate["timeout_s"],
+                    silent_s=silence_s(row.beat_at, now),
                     swaps=(row.swapping_at is not None) + (row.settling_at is not None and row.state != "settling"),
                 )
         return view
+
+
+def silence_s(beat_at: float | None, now: float) -> float:
+    """Return for how long a publisher has said nothing; 0 for one that never says anything."""
+    return 0.0 if beat_at is None else max(now - beat_at, 0.0)
 
 
 def is_publishing(connection: Connection, models: Sequence[str]) -> bool:
@@ -291,7 +339,7 @@ def _request(connection: Connection, version_id: int, now: float, gate: Json | N
             f"publish {unfinished.publish_id} of model {version.model!r} is {unfinished.state}: "
             "wait for it, or advance it to failed"
         )
-    return _add(connection, version, now, state="requested", gate=gate, in_flight=in_flight)
+    return _add(connection, version, now, state="requested", beat_at=now, gate=gate, in_flight=in_flight)
 
 
 def _move(connection: Connection, stored: Publish, state: PublishState, now: float, given: Mapping[str, Any]) -> None:
@@ -301,13 +349,17 @@ def _move(connection: Connection, stored: Publish, state: PublishState, now: flo
     legal = _NEXT.get(stored.state, ())
     if state not in legal:
         said = " or ".join(legal) or "nothing: it is finished"
-        raise Conflict(f"publish {stored.publish_id} is {stored.state} and cannot become {state}: next is {said}")
+        raise Conflict(f"{_told(stored)} and cannot become {state}: next is {said}")
     _check_decision(stored, state, stored.decision if given["decision"] is None else given["decision"])
     if state == "live":
         take_turn(connection, stored.model)
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values |= {"state": state, f"{state}_at": now}
     connection.execute(update(publishes).where(publishes.c.publish_id == stored.publish_id).values(**values))
+
+
+def _told(stored: Publish) -> str:
+    return f"publish {stored.publish_id} is {stored.state}" + (f" ({stored.error})" if stored.error else "")
 
 
 def _existing_publish(connection: Connection, publish_id: int, *, lock: bool = False) -> Publish:
@@ -347,5 +399,6 @@ def publish_of(row: Any) -> Publish:
         gate=row.gate,
         decision=row.decision,
         in_flight=row.in_flight,
+        beat_at=row.beat_at,
         entered={state: at for state, at in times.items() if at is not None},
     )

@@ -314,6 +314,8 @@ class Publish:
     decision: Json | None = None
     in_flight: bool = False
     """Calls go on through it: engines are paused for the exchange, and tell which version sampled which token."""
+    beat_at: float | None = None
+    """When its publisher was last heard of, Unix time; None: by an older trainer, which says nothing."""
 
     @property
     def together(self) -> tuple[int, ...]:
@@ -458,6 +460,8 @@ class ModelState:
     """How often engines were (perhaps) given other weights by the newest publish: 0, 1, or 2 where it settled."""
     in_flight: bool = False
     """Whether calls go on through the newest publish."""
+    silent_s: float = 0.0
+    """For how long its publisher has said nothing; 0 where it never did."""
 
     @property
     def together(self) -> tuple[int, ...]:

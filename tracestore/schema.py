@@ -37,7 +37,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0017"
+HEAD = "0018"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -454,6 +454,7 @@ publishes = Table(
     Column("in_flight", Boolean(create_constraint=False), nullable=False, server_default=false()),
     _time("requested_at"),
     *(_time(f"{state}_at", null=True) for state in PUBLISH_STATES[1:]),
+    _time("beat_at", null=True),
     ForeignKeyConstraint(["version_id", "model"], ["policy_versions.version_id", "policy_versions.model"]),
     _one_of("state", *PUBLISH_STATES),
     Index(None, "model", "state"),

@@ -26,7 +26,7 @@ from tracegrad.tracestore.testing.placing import (
     SpanContract,
 )
 from tracegrad.tracestore.testing.provenance import ProvenanceContract
-from tracegrad.tracestore.testing.publishing import PublishContract, VersionContract
+from tracegrad.tracestore.testing.publishing import PublishContract, SilentPublisherContract, VersionContract
 from tracegrad.tracestore.testing.queue import LeaseContract, ReadinessContract
 from tracegrad.tracestore.testing.queue_view import QueueViewContract, RefusalContract, UnplacedContract
 from tracegrad.tracestore.testing.retention import RetentionContract
@@ -56,6 +56,7 @@ class StoreContract(
     UnplacedContract,
     VersionContract,
     PublishContract,
+    SilentPublisherContract,
     GateContract,
     EvaluationContract,
     PinContract,

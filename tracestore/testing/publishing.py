@@ -1,5 +1,8 @@
 """What every backend must do with versions, publishes and proxies."""
 
+import threading
+from contextlib import suppress
+
 import pytest
 
 from tracegrad.tracestore.errors import Abandoned, Conflict, InvalidRecord, NotFound
@@ -72,7 +75,7 @@ class PublishContract:
         legal |= {(state, state) for state in STATES}
         for start in STATES:
             for target in STATES:
-                publish_id = self.at(store, start)
+                publish_id = open_at(store, start)
                 if (start, target) in legal:
                     assert store.advance_publish(publish_id, target).state == target
                 else:
@@ -84,7 +87,7 @@ class PublishContract:
 
     def test_times_probe_and_error_are_kept(self, store: Store, clock: Clock) -> None:
         """`entered` says when each state was reached."""
-        publish_id = self.at(store, "draining")
+        publish_id = open_at(store, "draining")
         clock.advance(2)
         store.advance_publish(publish_id, "swapping", probe={"verdict": "new"})
         clock.advance(2)
@@ -102,7 +105,7 @@ class PublishContract:
 
     def test_one_unfinished_publish_per_model(self, store: Store) -> None:
         """By the method and by the index; other models are free; abandoned versions are refused."""
-        publish_id = self.at(store, "draining")
+        publish_id = open_at(store, "draining")
         with pytest.raises(Conflict, match=f"publish {publish_id} of model 'main' is draining"):
             store.request_publish(a_version(store).version_id)
         with pytest.raises(Conflict):
@@ -157,7 +160,7 @@ class PublishContract:
 
     def test_a_publish_waits_for_live_proxies(self, store: Store, clock: Clock) -> None:
         """Alive and not acknowledged; a dead one expires, a new one is waited for, a removed one is not."""
-        publish_id = self.at(store, "draining")
+        publish_id = open_at(store, "draining")
         for proxy_id in ("a", "b", "dead"):
             store.register_proxy(proxy_id, "http://127.0.0.1:1")
         clock.advance(10)
@@ -182,16 +185,100 @@ class PublishContract:
         with pytest.raises(NotFound):
             store.waiting_proxies(9_999, 5)
 
-    def at(self, store: Store, state: PublishState) -> int:
-        """Open a publish of a new version and bring it to `state`."""
-        publish_id = store.request_publish(a_version(store).version_id).publish_id
-        path = ("failed",) if state == "failed" else STATES[1 : STATES.index(state) + 1]
-        for step in path:
-            store.advance_publish(publish_id, step)
-        return publish_id
+    def test_what_is_over_waits_for_no_proxy(self, store: Store) -> None:
+        """Its publisher would wait for its time-out: nobody acknowledges such a drain."""
+        publish_id = open_at(store, "draining")
+        store.register_proxy("a", "http://127.0.0.1:1")
+        store.advance_publish(publish_id, "failed", error="somebody ended it")
+        with pytest.raises(Conflict, match=r"is failed \(somebody ended it\): no proxy drains for it any more"):
+            store.waiting_proxies(publish_id, 5)
 
     def finish(self, store: Store) -> None:
         """Fail the publish of the model if it is unfinished."""
         last = store.last_publish(MODEL)
         if last is not None and last.state not in ("live", "failed"):
             store.advance_publish(last.publish_id, "failed")
+
+
+class SilentPublisherContract:
+    """A publish whose publisher is not heard of any more."""
+
+    def test_it_ends_where_nothing_was_swapped_and_only_there(self, store: Store, clock: Clock) -> None:
+        """Before its time nothing happens, a beat is a sign of life, and twice is once."""
+        for state in ("requested", "draining"):
+            publish_id = open_at(store, state)
+            clock.advance(20)
+            store.beat_publishes([publish_id])
+            clock.advance(20)
+            assert store.publish_view([MODEL])[MODEL].silent_s == 20
+            assert store.end_unswapped(publish_id, silent_s=30) == []
+            clock.advance(20)
+            (ended,) = store.end_unswapped(publish_id, silent_s=30)
+            assert (ended.state, ended.error) == ("failed", "its publisher was silent for 40 s; nothing was swapped")
+            assert store.end_unswapped(publish_id, silent_s=30) == []
+            with pytest.raises(Conflict, match=r"is failed \(its publisher was silent for 40 s; .*cannot become"):
+                store.advance_publish(publish_id, "swapping")
+            store.beat_publishes([publish_id])
+            assert store.last_publish(MODEL) == ended, "what has ended has no publisher"
+        swapping = open_at(store, "swapping")
+        clock.advance(1_000)
+        assert store.end_unswapped(swapping, silent_s=30) == store.end_unswapped(swapping) == []
+        assert store.publish_view([MODEL])[MODEL].silent_s == 1_000
+        with pytest.raises(NotFound):
+            store.end_unswapped(9_999)
+
+    def test_one_that_never_says_anything_is_not_silent(self, store: Store, clock: Clock) -> None:
+        """An older trainer's. Who knows that it is dead ends it all the same."""
+        publish_id = open_at(store, "draining")
+        sql(store, "UPDATE publishes SET beat_at = NULL")
+        clock.advance(1_000)
+        assert store.publish_view([MODEL])[MODEL].silent_s == 0
+        assert store.end_unswapped(publish_id, silent_s=30) == []
+        (ended,) = store.end_unswapped(publish_id)
+        assert ended.error == "its publisher died while it was draining; nothing was swapped"
+
+    def test_what_is_judged_together_ends_together_but_for_what_swaps(self, store: Store, clock: Clock) -> None:
+        """None of the others can go on then: the one that swaps is held until its publisher comes back."""
+        for swapping in (False, True):
+            versions = [a_version(store, model=model).version_id for model in (MODEL, "other")]
+            terms = {"share": 0.0, "engines": ["http://e"], "timeout_s": 1.0}
+            first, second = (each.publish_id for each in store.request_together(dict.fromkeys(versions, terms)))
+            for state in STATES[1 : 3 if swapping else 1]:
+                store.advance_publish(first, state)
+            clock.advance(31)
+            ended = [each.publish_id for each in store.end_unswapped(second, silent_s=30)]
+            assert ended == ([second] if swapping else [first, second])
+        assert [view.state for view in store.publish_view([MODEL, "other"]).values()] == ["swapping", "failed"]
+        store.advance_publish(second, "failed")
+        with pytest.raises(Conflict, match="cannot become evaluating"):
+            store.advance_together(first, "evaluating")
+
+    def test_either_it_is_ended_or_it_swaps(self, store: Store, clock: Clock) -> None:
+        """Its publisher wakes in the moment in which it is taken for dead: exactly one of the two happens."""
+        for _ in range(20):
+            publish_id = open_at(store, "draining")
+            clock.advance(31)
+            start = threading.Barrier(2)
+            won: list[PublishState] = []
+
+            def wake(publish_id: int, start: threading.Barrier, won: list[PublishState]) -> None:
+                start.wait()
+                with suppress(Conflict):
+                    won.append(store.advance_publish(publish_id, "swapping").state)
+
+            publisher = threading.Thread(target=wake, args=(publish_id, start, won))
+            publisher.start()
+            start.wait()
+            won += [each.state for each in store.end_unswapped(publish_id, silent_s=30)]
+            publisher.join()
+            last = store.last_publish(MODEL)
+            assert last is not None and won == [last.state]
+            store.advance_publish(publish_id, "failed")
+
+
+def open_at(store: Store, state: PublishState) -> int:
+    """Open a publish of a new version and bring it to `state`."""
+    publish_id = store.request_publish(a_version(store).version_id).publish_id
+    for step in ("failed",) if state == "failed" else STATES[1 : STATES.index(state) + 1]:
+        store.advance_publish(publish_id, step)
+    return publish_id

@@ -547,6 +547,7 @@ def test_publishes_come_through_with_their_acknowledgements_and_go_back(first_st
         (2, "draining", None),
     ]
     assert store.waiting_proxies(2, 1.0) == ["waits"]
+    assert store.end_unswapped(2, silent_s=1.0) == [], "an older trainer's has no heartbeat: it is not silent"
     store.advance_publish(2, "failed")
     terms = GateTerms(share=0.0, engines=("http://e",), timeout_s=1.0).as_json()
     rejected = store.request_publish(3, gate=terms)

@@ -48,10 +48,12 @@ _NEXT: dict[PublishState, tuple[PublishState, ...]] = {
 }
 UNSWAPPED: tuple[PublishState, ...] = ("requested", "draining")
 """In these no engine has other weights yet. A publisher enters `swapping` here before it gives one to an engine."""
+BEATS_A_LIFE = 5
+"""Proxies and publishers beat so often in the time after which a proxy's heartbeat expires."""
 SILENT_LIVES = 3.0
-"""A publisher is taken for dead after so many lives of a proxy's heartbeat: after 30 s, unless configured otherwise. It
-beats every fifth of a life, so that fifteen are missing: no slow disk and no other pause does that. Longer than one
-life, because a publish that is ended in vain costs its trainer a start, and held calls can wait for so long."""
+"""A publisher is taken for dead after so many lives of a heartbeat: 30 s, unless configured otherwise. Fifteen beats
+are missing by then: no slow disk does that. Longer than a proxy's one life, because a publish that is ended in vain
+costs its trainer a start, and held calls can wait for so long."""
 _AS_ONE: tuple[PublishState, ...] = ("evaluating", "settling", "live")
 """What publishes that are judged together enter as one. Until then no proxy lets a call to a candidate."""
 

@@ -12,10 +12,11 @@ Refuses (PublishRejected) what the gate does not let pass, and (PublishFailed) w
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.gating import Decision, unjudged
 from tracegrad.tracestore.publishes import UNFINISHED
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
@@ -117,7 +118,11 @@ class Passage:
             Pinned: serving of one of the models is held at another version.
         """
         self._open()
-        with self._timed("judge_s"):
+        with self._ways[0].publisher.alive([way.attempt.publish for way in self._ways]):
+            return self._pass()
+
+    def _pass(self) -> dict[str, PublishReport]:
+        with _timed(self._ways, "judge_s"):
             self._wait_for_judges()
         with self._all_or_none():
             for way in (way for way in self._ways if way.candidate.canary is None):
@@ -128,7 +133,7 @@ class Passage:
                 probe, canary = way.candidate.probe, way.candidate.canary
                 way.canary_seen, way.seen = way.publisher.try_out(way.attempt, probe, canary, way.clock)
         try:
-            with self._timed("judge_s"):
+            with _timed(self._ways, "judge_s"):
                 decision = self._judge()
             self._follow(decision)
             return self._go_live(decision)
@@ -181,10 +186,14 @@ class Passage:
         try:
             decision = self._gate.refuses(self._live)
         except (KeyboardInterrupt, SystemExit):
-            self._advance("rejected", unjudged(STOPPED))
+            with suppress(Conflict):  # it was ended, because nobody had heard of us
+                self._advance("rejected", unjudged(STOPPED))
             raise
         if decision is not None:
-            self._advance("rejected", decision)
+            try:
+                self._advance("rejected", decision)
+            except Conflict as over:
+                raise PublishFailed(str(over)) from over
             self._tell("rejected")
             raise self._rejected(decision, {})
 
@@ -196,11 +205,7 @@ class Passage:
             if way.is_tried:
                 way.seen = self._load(way, way.attempt.first)
         except (EngineError, PublishFailed) as error:
-            probe = getattr(error, "probe", None)
-            stored = None if probe is None else {"result": probe.as_json()}
-            self._store.advance_publish(way.publish_id, "failed", error=str(error), probe=stored)
-            what = f"publish {way.publish_id} of version {way.attempt.version.version_id} failed, nothing was swapped"
-            raise PublishFailed(f"{what}: {error}", probe=probe) from error
+            way.publisher.fail(way.attempt.publish, error)
 
     def _load(self, way: _Way, engines: Fleet) -> ProbeResult | None:
         """Load the candidate into these engines and return what the probe saw. Raises PublishFailed, EngineError."""
@@ -391,9 +396,10 @@ class Passage:
         """All of them enter it at once, so it is told once."""
         self._ways[0].publisher.on_state(state)
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        with ExitStack() as clocks:
-            for way in self._ways:
-                clocks.enter_context(way.clock.timed(part))
-            yield
+
+@contextmanager
+def _timed(ways: Sequence[_Way], part: str) -> Iterator[None]:
+    with ExitStack() as clocks:
+        for way in ways:
+            clocks.enter_context(way.clock.timed(part))
+        yield

@@ -5,7 +5,9 @@ lets finish what is in flight, and acknowledges. Swapping: each engine loads the
 is told the version, and is probed; only then is the publish `live` and the proxies go on. Anything else puts the
 previous live weights back *before* it says `failed`, because proxies go on then as well. Where even that is impossible
 the publish stays unfinished: proxies go on holding, and `recover` ends it once the engine can be reached. Who is told
-to leave meanwhile (Ctrl-C, SIGTERM) ends it in the same way first; what a killed publisher left, `recover` ends.
+to leave meanwhile (Ctrl-C, SIGTERM) ends it in the same way first. Meanwhile a thread says that the publisher is alive.
+What a killed one left before it swapped anything, proxies end by themselves; the rest `recover` ends. A publisher that
+slept for so long finds its publish ended when it wants to enter `swapping`, and no engine has other weights by then.
 
 With `mode: in_flight` proxies acknowledge with calls in flight. Each engine stands still for the swap (`/pause` keeps
 what runs and throws its cache away), then goes on with the new weights and is probed; tokens are told apart by the
@@ -28,8 +30,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tracegrad.tracestore.config import PublishConfig
+from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.gating import unjudged, was_rejected
-from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.publishes import BEATS_A_LIFE, UNFINISHED, UNSWAPPED
 from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
@@ -38,6 +41,7 @@ from tracegrad.trainer.errors import EngineError
 from tracegrad.trainer.fleet import Fleet, Rehearsal, refuse_bad, told
 from tracegrad.trainer.gate import STOPPED, Gatekeeper, needs_gate
 from tracegrad.trainer.gated import Attempt, Candidate, Passage
+from tracegrad.trainer.heartbeat import Pulse
 from tracegrad.trainer.pauses import Pauses
 from tracegrad.trainer.probe import ProbeResult, ProbeSet
 from tracegrad.trainer.publish_report import PublishReport, Stopwatch
@@ -116,26 +120,27 @@ class Publisher:
         publish = self.store.request_publish(version_id, in_flight=in_flight)
         attempt = Attempt(publish, version, previous, self.fleet)
         clock, self.fleet.pauses = Stopwatch(), Pauses()
-        try:
-            rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
-            self.drain(attempt, clock, staged=canary is None)
-            canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
-            seen = rehearsal.seen if rehearsal else seen
-            report = PublishReport(
-                publish_id=attempt.publish.publish_id,
-                version_id=version_id,
-                model=self.model,
-                probe=seen,
-                canary=canary_seen,
-                decision=None,
-                paused_s=self.fleet.pauses.longest_s if in_flight else None,
-                total_s=clock.total_s(),
-                **clock.spent,
-            )
-            self.store.advance_publish(attempt.publish.publish_id, "live", probe=report.as_json(), goes_back=goes_back)
-        except (KeyboardInterrupt, SystemExit):
-            self._leave(attempt)
-            raise
+        with self.alive([publish]):
+            try:
+                rehearsal = None if probe is None or canary is not None else self._rehearse(attempt, probe, clock)
+                self.drain(attempt, clock, staged=canary is None)
+                canary_seen, seen = self.try_out(attempt, rehearsal.check if rehearsal else probe, canary, clock)
+                seen = rehearsal.seen if rehearsal else seen
+                report = PublishReport(
+                    publish_id=attempt.publish.publish_id,
+                    version_id=version_id,
+                    model=self.model,
+                    probe=seen,
+                    canary=canary_seen,
+                    decision=None,
+                    paused_s=self.fleet.pauses.longest_s if in_flight else None,
+                    total_s=clock.total_s(),
+                    **clock.spent,
+                )
+                self.store.advance_publish(publish.publish_id, "live", probe=report.as_json(), goes_back=goes_back)
+            except (KeyboardInterrupt, SystemExit):
+                self._leave(attempt)
+                raise
         self.on_state("live")
         self.remember(version, probe, seen)
         return report
@@ -148,6 +153,11 @@ class Publisher:
         if self.gate is None or previous is None or not needs_gate(self.store, version, previous):
             return None
         return Candidate(publisher=self, version=version, previous=previous, probe=probe, canary=canary)
+
+    def alive(self, publishes: Sequence[Publish]) -> Pulse:
+        """Return what says, while it is entered, that these have a publisher."""
+        ids, every_s = [publish.publish_id for publish in publishes], self._expires_s / BEATS_A_LIFE
+        return Pulse(lambda: self.store.beat_publishes(ids), name=f"publish-{ids[0]}", every_s=every_s)
 
     def remember(self, version: PolicyVersion, probe: ProbeSet | None, seen: ProbeResult | None) -> None:
         """Keep what proves that a version that went live is served, for the day on which it has to be put back."""
@@ -163,22 +173,32 @@ class Publisher:
         """End what a dead publisher left, and make the engines serve the live version. Call before the first publish.
 
         A version at which serving is pinned counts as the live one. Returns the unfinished publish it ended, or None.
-        Does nothing to the engines where nothing was ever live and nothing is unfinished.
+        Gives engines no weights where nothing was ever live and nothing is unfinished.
 
         Raises:
             PublishFailed: an engine cannot be brought back; an unfinished publish stays unfinished.
             EngineUnreachable: nothing is unfinished, and an engine does not answer.
         """
+        ended = self.end_unswapped()
         last, live = self.store.last_publish(self.model), self.store.live_version(self.model)
         if last is not None and last.state in UNFINISHED:
             try:
                 return self._end(last, live)
             except (EngineError, PublishFailed) as reason:
                 raise PublishFailed(f"publish {last.publish_id} stays {last.state}: {reason}") from reason
+        self.fleet.clear_beside()
         wanted = self.store.pinned(self.model) or (None if live is None else live.version_id)
         if wanted is not None and not self.fleet.serves(self.store.get_version(wanted)):
             self.publish(wanted)
-        return None
+        return self._of(ended) if ended else None
+
+    def end_unswapped(self) -> list[Publish]:
+        """End what a dead publisher left before it swapped anything, here and of the models judged with this one.
+
+        Needs no engine. Returns what it ended.
+        """
+        last = self.store.last_publish(self.model)
+        return self.store.end_unswapped(last.publish_id) if last is not None and last.state in UNSWAPPED else []
 
     def _end(self, last: Publish, live: PolicyVersion | None) -> Publish:
         """Put the live weights back and end an unfinished publish; a judgement that was made is kept."""
@@ -215,7 +235,7 @@ class Publisher:
     def stand_still(self, publish: Publish) -> None:
         """Wait until no proxy dispatches and nothing runs in any engine, unless that may go on.
 
-        Raises PublishFailed, EngineError.
+        Raises PublishFailed, EngineError, Conflict.
         """
         self._wait_for_proxies(publish)
         if not publish.in_flight:
@@ -228,13 +248,14 @@ class Publisher:
                 rehearsal = attempt.first.rehearse(attempt.version.checkpoint_path, probe, noise=self.noise)
             refuse_bad(None if rehearsal is None else rehearsal.seen, attempt.version)
         except (PublishFailed, EngineError) as error:
-            self._fail(attempt.publish, error)
+            self.fail(attempt.publish, error)
         return rehearsal
 
     def drain(self, attempt: Attempt, clock: Stopwatch, *, staged: bool) -> None:
         """Enter draining, wait until proxies and engines stand still, enter swapping; else fail, nothing swapped.
 
-        With `staged`, what can be done before anybody waits is done first.
+        With `staged`, what can be done before anybody waits is done first. It fails, too, where the publish was ended
+        meanwhile because nobody had heard of us.
         """
         publish = attempt.publish
         try:
@@ -245,18 +266,20 @@ class Publisher:
             self.on_state("draining")
             with clock.timed("drain_s"):
                 self.stand_still(publish)
-        except (PublishFailed, EngineError) as error:
+            self.store.advance_publish(publish.publish_id, "swapping")
+        except (PublishFailed, EngineError, Conflict) as error:
             attempt.first.unstage()
-            self._fail(publish, error)
-        self.store.advance_publish(publish.publish_id, "swapping")
+            self.fail(publish, error)
         self.on_state("swapping")
 
-    def _fail(self, publish: Publish, error: Exception) -> NoReturn:
+    def fail(self, publish: Publish, error: Exception) -> NoReturn:
         """Write `failed` and raise PublishFailed: engines serve what they served."""
         probe = getattr(error, "probe", None)
-        self._write_failed(publish, error, probe)
-        what = f"publish {publish.publish_id} of version {publish.version_id} failed, nothing was swapped"
-        raise PublishFailed(f"{what}: {error}", probe=probe) from error
+        stored = self._write_failed(publish, error, probe)
+        what = f"publish {publish.publish_id} of version {publish.version_id} failed"
+        if stored.error != str(error):  # somebody else ended it, for us
+            raise PublishFailed(f"{what}: {stored.error}") from error
+        raise PublishFailed(f"{what}, nothing was swapped: {error}", probe=probe) from error
 
     def _wait_for_proxies(self, publish: Publish) -> None:
         deadline = time.monotonic() + self.settings.drain_timeout_s
@@ -311,12 +334,13 @@ class Publisher:
             attempt.first.unstage()
         self._write_failed(publish, PublishFailed(STOPPED), None)
 
-    def _write_failed(self, publish: Publish, error: Exception, probe: ProbeResult | None) -> None:
+    def _write_failed(self, publish: Publish, error: Exception, probe: ProbeResult | None) -> Publish:
         kept: dict[str, Any] = {} if probe is None else {"result": probe.as_json()}
         if publish.in_flight:
             kept["paused_s"] = self.fleet.pauses.longest_s
-        self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=kept or None)
+        stored = self.store.advance_publish(publish.publish_id, "failed", error=str(error), probe=kept or None)
         self.on_state("failed")
+        return stored
 
     def _of(self, publishes: Sequence[Publish]) -> Publish:
         return next(publish for publish in publishes if publish.model == self.model)

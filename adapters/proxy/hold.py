@@ -24,6 +24,7 @@ from tracegrad.adapters.proxy.courses import HOLDING, Caller, Course, course_of,
 from tracegrad.adapters.proxy.errors import StoreDown
 from tracegrad.adapters.proxy.line import Line
 from tracegrad.tracestore.errors import TraceStoreError
+from tracegrad.tracestore.publishes import BEATS_A_LIFE
 from tracegrad.tracestore.records import ModelState, PublishState
 from tracegrad.tracestore.store import Store
 
@@ -328,7 +329,7 @@ class Hold:
     async def _cycle(self) -> None:
         """Heartbeat if due, read the view, acknowledge what can be acknowledged."""
         began, was_fresh = time.monotonic(), self.fresh
-        beat_due = not self._registered or began - self._beat > self._expires_s / 5
+        beat_due = not self._registered or began - self._beat > self._expires_s / BEATS_A_LIFE
         views = await self._in_thread(partial(self._contact_store, beat_due))
         self._contact = began
         if beat_due:

@@ -163,6 +163,57 @@ def test_a_proxy_that_does_not_drain_fails_the_publish_and_nothing_is_swapped(ho
     assert house.engine.loaded == []
 
 
+def test_a_publisher_that_waits_is_heard_of_all_the_time(house: House) -> None:
+    version = house.version(1.2)
+    house.store.register_proxy("slow", "http://127.0.0.1:2")
+    silences: list[float] = []
+
+    def proxy() -> None:
+        while (view := house.store.publish_view(["main"])["main"]).state != "draining":
+            time.sleep(0.01)
+        for _ in range(20):
+            time.sleep(0.05)
+            house.store.beat_proxy("slow")
+            silences.append(house.store.publish_view(["main"])["main"].silent_s)
+        assert view.publish_id is not None
+        house.store.ack_publish(view.publish_id, "slow")
+
+    thread = threading.Thread(target=proxy)
+    thread.start()
+    settings = msgspec.structs.replace(SETTINGS, drain_timeout_s=20.0)
+    house.publisher(settings, heartbeat_expires_s=0.5).publish(version.version_id, probe(1.2, None))
+    thread.join()
+    assert len(silences) == 20 and max(silences) < 0.6
+
+
+@pytest.mark.parametrize("mode", ["drain", "in_flight"])
+@pytest.mark.parametrize("asleep", ["requested", "draining"])
+def test_a_publisher_that_was_ended_while_it_slept_leaves_the_engines_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch, asleep: str, mode: str
+) -> None:
+    first, second = house.version(1.0), house.version(1.2)
+    publisher = house.publisher(msgspec.structs.replace(SETTINGS, mode=mode))
+    publisher.publish(first.version_id, probe(1.0, None))
+
+    def sleeps(*_: object) -> None:
+        last = house.store.last_publish("main")
+        assert last is not None and house.store.end_unswapped(last.publish_id)
+
+    if asleep == "requested":
+        monkeypatch.setattr(publisher.fleet, "stage", sleeps)
+    else:
+        publisher.on_state = lambda state: sleeps() if state == asleep else None
+    house.engine.events.clear()
+    with pytest.raises(PublishFailed, match=f"failed: its publisher died while it was {asleep}; nothing was swapped"):
+        publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("failed", first.version_id)
+    assert house.engine.events == []
+    monkeypatch.undo()
+    publisher.on_state = house.states.append
+    publisher.publish(second.version_id, probe(1.2, 1.0))
+    assert house.state() == ("live", second.version_id)
+
+
 @pytest.mark.parametrize(("fault", "verdict"), [("ignore_reload", "stale"), ("stale_head", "stale")])
 def test_a_stale_engine_is_caught_and_the_old_weights_come_back(house: House, fault: str, verdict: str) -> None:
     first, second = house.version(1.0), house.version(1.4)

@@ -96,6 +96,23 @@ def test_an_adapter_is_proven_beside_the_one_that_serves_and_a_bad_one_holds_nob
     assert (engine.adapters, engine.adapter_weights["p"]) == ({"p": second.checkpoint_path}, 1.5)
 
 
+def test_an_adapter_whose_publisher_slept_too_long_is_gone_and_was_never_served(
+    store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
+) -> None:
+    own, first, second = publisher(store, engine, "p"), add("p", 1.0), add("p", 1.5)
+    own.publish(first.version_id, probe(1.0))
+    engine.loaded.clear()
+
+    def sleeps(state: str) -> None:
+        last = store.last_publish("p")
+        assert last is not None and (state == "failed" or store.end_unswapped(last.publish_id))
+
+    own.on_state = sleeps
+    with pytest.raises(PublishFailed, match="its publisher died while it was draining"):
+        own.publish(second.version_id, probe(1.5, 1.0))
+    assert (engine.adapters, engine.loaded) == ({"p": first.checkpoint_path}, [second.checkpoint_path])
+
+
 def test_a_switch_that_is_not_made_after_a_good_rehearsal_is_caught(
     store: Store, engine: FakeEngine, add: Callable[[str, float], PolicyVersion]
 ) -> None:

@@ -14,7 +14,7 @@ from tracegrad.tracestore.config import EngineConfig, GateConfig, GateRule, Mode
 from tracegrad.tracestore.evaluations import Evaluator
 from tracegrad.tracestore.gating import evaluator_of
 from tracegrad.tracestore.publishes import REHEARSED
-from tracegrad.tracestore.records import PolicyVersion, PublishState
+from tracegrad.tracestore.records import PolicyVersion, Publish, PublishState
 from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer import gate as gate_module
@@ -141,7 +141,7 @@ def test_one_that_is_not_what_was_trained_is_the_end_of_both_before_anybody_wait
     save_weight(folder, 2.5)
     with pytest.raises(PublishFailed, match="nothing was swapped: the engine does not serve"):
         house.publish(0.9)
-    assert house.seen == []
+    assert "draining" not in {state for states, _ in house.seen for state in states}
     assert (house.serves(house.live), house.states()) == (True, ("failed", "failed"))
     save_weight(folder, NEW)
     house.publish(0.9)
@@ -162,6 +162,36 @@ def test_a_switch_that_fails_after_the_judgement_brings_both_back(house: House) 
     with pytest.raises(PublishFailed, match="out of memory"):
         house.publish(0.9, breaks)
     assert (house.serves(house.live), house.states()) == (True, ("failed", "failed"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_candidates_whose_publisher_slept_too_long_are_unloaded(house: House, which: int) -> None:
+    """The first of them may be `swapping` by then: it is put back by the publisher, which knows that nothing was."""
+    asleep: list[Publish] = []
+
+    def sleeps(state: str) -> None:
+        if state == "draining" and house.states()[which] == state:
+            last = house.store.last_publish(MODELS[which])
+            assert last is not None
+            asleep.extend(house.store.end_unswapped(last.publish_id))
+
+    with pytest.raises(PublishFailed, match="its publisher died while it was draining; nothing was swapped"):
+        house.publish(0.9, sleeps)
+    assert [each.model for each in asleep] == list(MODELS[which:])
+    assert (house.serves(house.live), house.states()) == (True, ("failed", "failed"))
+    assert house.engine.loaded == [version.checkpoint_path for version in house.new.values()], "beside, and no more"
+    house.publish(0.9)
+    assert house.serves(house.new)
+
+
+def test_what_a_killed_publisher_left_beside_is_unloaded_though_its_publish_has_ended(house: House) -> None:
+    with pytest.raises(Died):
+        house.publish(0.9, dies_at("draining", 0))
+    last = house.store.last_publish("planner")
+    assert last is not None and len(house.store.end_unswapped(last.publish_id)) == 2, "as a proxy does"
+    assert not house.serves(house.live)
+    assert [publisher.recover() for publisher in house.publishers().values()] == [None, None]
+    assert house.serves(house.live)
 
 
 def test_an_engine_that_restarted_meanwhile_was_not_judged(house: House) -> None:

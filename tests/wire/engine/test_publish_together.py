@@ -19,6 +19,7 @@ from tracegrad.tracestore.store import Store
 from tracegrad.tracestore.testing.gating import evaluation
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import EngineRefused, PublishFailed, PublishRejected
+from tracegrad.trainer.gate import Gatekeeper
 from tracegrad.trainer.gated import Passage
 from tracegrad.trainer.publish import Publisher
 
@@ -170,7 +171,7 @@ def test_what_is_copied_is_copied_before_anybody_waits(house: House, monkeypatch
     house.seen.clear()
     with pytest.raises(PublishFailed, match="nothing was swapped: no room"):
         house.publish(house.judges(0.9))
-    assert (house.seen, house.states()) == ([], ("failed", "failed"))
+    assert (house.seen, house.states()) == ([("requested", "failed")], ("failed", "failed"))
 
 
 def test_one_that_is_not_what_was_trained_is_the_end_of_all(house: House) -> None:
@@ -270,6 +271,32 @@ def test_a_death_between_two_swaps_or_two_ways_back_is_recovered_too(
         publisher.recover()
     assert house.serves(house.live)
     assert house.states() == ("failed", "failed")
+
+
+@pytest.mark.parametrize(("asleep", "judged"), [("requested", True), ("requested", False), ("draining", True)])
+def test_a_publisher_that_slept_too_long_swaps_none_of_them(
+    house: House, monkeypatch: pytest.MonkeyPatch, asleep: str, judged: bool
+) -> None:
+    """Nor does it where the evaluator was asleep, too, so that the candidates were to be rejected."""
+
+    def sleeps(*_: object) -> None:
+        last = house.store.last_publish("planner")
+        assert last is not None and len(house.store.end_unswapped(last.publish_id)) == 2
+
+    def entered(state: str) -> None:
+        if state == asleep:
+            sleeps()
+
+    on_state = house.judges(0.9, entered) if judged else entered
+    if asleep == "requested":
+        real = Gatekeeper.refuses
+        monkeypatch.setattr(Gatekeeper, "refuses", lambda gate, live: (sleeps(), real(gate, live))[1])
+    for engine in (engine for engines in house.engines.values() for engine in engines):
+        engine.events.clear()
+    with pytest.raises(PublishFailed, match=f"its publisher died while it was {asleep}; nothing"):
+        house.publish(on_state)
+    assert (house.serves(house.live), house.states()) == (True, ("failed", "failed"))
+    assert not any(engine.events for engines in house.engines.values() for engine in engines)
 
 
 def test_replicas_of_all_follow_what_passed_or_go_back_together(make_house: Callable[[int], House]) -> None:

@@ -25,7 +25,7 @@ from tracegrad.adapters.supervisor import ChildSpec, Event, RestartPolicy, Super
 from tracegrad.adapters.tasks import load_tasks
 from tracegrad.tracestore.config import DEFAULT_FILE, Config, check_checkpoint, load_config
 from tracegrad.tracestore.errors import ConfigError, TraceStoreError
-from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.publishes import UNFINISHED, UNSWAPPED
 from tracegrad.tracestore.trainers import NOT_YET
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ def _trains(config: Config, started_at: float) -> bool:
 
 
 def _serves_without_trainer(config: Config) -> bool:
-    """Whether no publish is left half done: proxies hold every call until a trainer ends it."""
+    """Whether no publish is left half swapped: proxies hold every call until a trainer ends it."""
 
-    def none_unfinished(store: "Store") -> bool:
+    def none_half_done(store: "Store") -> bool:
         last = [store.last_publish(model) for model in config.trained_models()]
-        return all(one is None or one.state not in UNFINISHED for one in last)
+        return all(one is None or one.state not in UNFINISHED or one.state in UNSWAPPED for one in last)
 
-    return _said_by_store(config, none_unfinished)
+    return _said_by_store(config, none_half_done)
 
 
 def _said_by_store(config: Config, asked: "Callable[[Store], bool]") -> bool:

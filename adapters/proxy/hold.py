@@ -3,7 +3,8 @@
 A proxy is a row with a heartbeat, registered before the publish state is first read. While engines of a model are about
 to change weights, or none that a call may go to is up, new calls wait here, in line (`courses` says who may go where);
 when none is left with the engines, the drain is acknowledged. Where calls go on through the publish it is acknowledged
-at once, and a call that the new weights sampled waits for the outcome before it is recorded. If our last successful
+at once, and a call that the new weights sampled waits for the outcome before it is recorded. One whose
+publisher is silent is ended here, as long as nothing was swapped: the live version serves on. If our last successful
 contact with the store is older than half of the heartbeat's life, the publisher may soon count us as dead: nothing is
 dispatched, and no version is believed, before we have registered again and read the state again. Refuses (503) to
 dispatch while the store cannot be read. Called by `exchange`; runs inside `app`.
@@ -24,7 +25,7 @@ from tracegrad.adapters.proxy.courses import HOLDING, Caller, Course, course_of,
 from tracegrad.adapters.proxy.errors import StoreDown
 from tracegrad.adapters.proxy.line import Line
 from tracegrad.tracestore.errors import TraceStoreError
-from tracegrad.tracestore.publishes import BEATS_A_LIFE
+from tracegrad.tracestore.publishes import BEATS_A_LIFE, SILENT_LIVES, UNSWAPPED
 from tracegrad.tracestore.records import ModelState, PublishState
 from tracegrad.tracestore.store import Store
 
@@ -352,7 +353,14 @@ class Hold:
             self._store.register_proxy(self.proxy_id, self._url)
         elif beat_due:
             self._store.beat_proxy(self.proxy_id)
-        return self._store.publish_view(self._published)
+        views = self._store.publish_view(self._published)
+        longest_s = SILENT_LIVES * self._expires_s
+        silent = [each for each in views.values() if each.state in UNSWAPPED and each.silent_s > longest_s]
+        for each in silent:
+            assert each.publish_id is not None
+            for ended in self._store.end_unswapped(each.publish_id, silent_s=longest_s):
+                log.error("publish %d of %s has failed: %s", ended.publish_id, ended.model, ended.error)
+        return self._store.publish_view(self._published) if silent else views
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

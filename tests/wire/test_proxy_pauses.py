@@ -24,6 +24,7 @@ from versions import next_version
 from waits import wait_for
 
 from tracegrad.tracestore.store import Store, open_store
+from tracegrad.trainer.heartbeat import Pulse
 
 LONG = (pytest.mark.long, pytest.mark.timeout(900))
 PAUSES = [
@@ -80,7 +81,8 @@ class House:
         publish_id = self.store.request_publish(next_version(self.store)).publish_id
         self.store.advance_publish(publish_id, "draining")
         wait_for(lambda: not self.store.waiting_proxies(publish_id, 10.0), "it is acknowledged")
-        yield
+        with Pulse(lambda: self.store.beat_publishes([publish_id]), name="publish"):
+            yield
         self.store.advance_publish(publish_id, "swapping")
         self.store.advance_publish(publish_id, "live")
 

@@ -74,6 +74,11 @@ class Controller:
         self._rule = lease_rule(config, offline=not around.engines)
         self._metrics = MetricsLog(around.folder.path, around.trackers, around.console.say)
         self._publishing: Publishing | None = None
+        if around.engines:
+            say, on_state, stopped = around.console.say, self._on_publish_state, around.stop.is_set
+            self._publishing = Publishing(
+                config, around.store, around.engines, say=say, on_state=on_state, stopped=stopped
+            )
         self._versions: dict[str, PolicyVersion] = {}
         self._step = 0
         self._refused = 0
@@ -107,6 +112,8 @@ class Controller:
         """Bring the job to where its ledger says it is; return the lease that a former process left unfinished."""
         console, models = self._around.console, self.config.trained_models()
         self._around.phase("loading", self._step)
+        if self._publishing is not None:
+            self._publishing.end_left()
         check_recorded_models(self._store, self.config, self._rule, offline=not self._around.engines)
         self._store.register_job(self._job, models, msgspec.to_builtins(self.config.trainer))
         lease = self._store.reclaim(self._job, self.config.trainer.batch.lease_s)
@@ -117,24 +124,16 @@ class Controller:
         self._find_weights()
         last = self._store.last_checkpoint(self._job)
         self._metrics.reconcile(self._step, last.metrics if last is not None else None)
-        if self._around.engines:
-            self._start_publishing()
+        if self._publishing is not None:
+            if self._publishing.recover() and self._leave_rejected():
+                self._find_weights()
+            self._publishing.prove(self._versions, self._workers, self._around.folder)
+            self._go_back()
         if lease is not None and lease.plan.step != self._step + 1:
             self._store.release(lease)
             lease = None
         self._idle_since = time.monotonic()
         return lease
-
-    def _start_publishing(self) -> None:
-        stopped = self._around.stop.is_set
-        say, on_state = self._around.console.say, self._on_publish_state
-        self._publishing = publishing = Publishing(
-            self.config, self._store, self._around.engines, say=say, on_state=on_state, stopped=stopped
-        )
-        if publishing.recover() and self._leave_rejected():
-            self._find_weights()
-        publishing.prove(self._versions, self._workers, self._around.folder)
-        self._go_back()
 
     def _leave_rejected(self) -> bool:
         rejected = abandon_rejected(self._store, self.config)

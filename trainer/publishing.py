@@ -15,7 +15,8 @@ from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import Abandoned, Pinned, PublishUnderWay
 from tracegrad.tracestore.gating import rejections_in_a_row
 from tracegrad.tracestore.pins import held_at
-from tracegrad.tracestore.records import PolicyVersion
+from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.records import PolicyVersion, Publish
 from tracegrad.tracestore.store import Store
 from tracegrad.trainer.engine_client import EngineClient
 from tracegrad.trainer.engine_errors import PublishRejected
@@ -71,14 +72,31 @@ class Publishing:
 
     # -- start
 
+    def end_left(self) -> None:
+        """End what a dead publisher left, before anything is loaded: calls are held for it, and loading may fail.
+
+        Where nothing had been swapped that needs no engine; else engines are waited for. Raises as `recover`.
+        """
+        for publisher in self._publishers.values():
+            self._say_ended(publisher.end_unswapped())
+        last = [self._store.last_publish(model) for model in self._publishers]
+        if any(publish is not None and publish.state in UNFINISHED for publish in last):
+            self.recover()
+
     def recover(self) -> bool:
-        """Wait for the engines, end what a dead publisher left; return whether there was such."""
+        """Wait for the engines, end what a dead publisher left, and see that they serve what is live.
+
+        Returns whether there was something to be ended.
+        """
         wait_for_engines(self._engines, self._config, self._say, self._stopped)
-        ended = [] if self._stopped() else [publisher.recover() for publisher in self._publishers.values()]
+        found = [] if self._stopped() else [publisher.recover() for publisher in self._publishers.values()]
+        ended = [publish for publish in found if publish is not None]
+        self._say_ended(ended)
+        return bool(ended)
+
+    def _say_ended(self, ended: Sequence[Publish]) -> None:
         for publish in ended:
-            if publish is not None:
-                self._say(f"publish {publish.publish_id} had not finished: it is {publish.state} now")
-        return any(publish is not None for publish in ended)
+            self._say(f"publish {publish.publish_id} had not finished: it is {publish.state} now")
 
     def prove(self, versions: Versions, workers: WorkerGroups, folder: JobFolder) -> None:
         """Make of each model what is to be served live and proven; the workers hold the newest before and after.

@@ -1,9 +1,9 @@
 """What a trainer does before its first lease: find its weights, clear what a kill left, and prove the engines.
 
-Order matters. The unfinished lease is reclaimed by the controller first (a former holder is fenced from then on);
-only then folders without a row are removed, because no one else can commit them any more. An unfinished publish is
-ended before anything is published. Refuses a job whose every version is abandoned. Called by the controller and by
-`publishing`.
+Order matters. An unfinished publish is ended before anything else: calls are held for it. The unfinished lease is
+reclaimed by the controller before weights are looked for (a former holder is fenced from then on); only then folders
+without a row are removed, because no one else can commit them any more. Refuses a job whose every version is abandoned.
+Called by the controller and by `publishing`.
 """
 
 import shutil

@@ -155,6 +155,33 @@ def test_a_death_inside_a_publish_is_ended_by_the_next_start(
     assert [v.step for v in store.list_versions(recorded.MODEL) if v.kind == "step"] == [1, 2]
 
 
+@pytest.mark.parametrize("left_in", ["draining", "swapping"])
+def test_a_trainer_that_dies_while_it_loads_has_ended_what_another_left(
+    configure: Callable[..., Config], store: Store, engine: LlamaEngine, left_in: str
+) -> None:
+    """Calls are held for it; what was swapped is put back from its folder, which needs no weights of ours."""
+
+    class Dies(Exception):
+        pass
+
+    class CannotLoad(Generates):
+        def load(self, path: str, expected_hash: str | None = None) -> int:
+            raise Dies
+
+    config = configure(steps=0, publish=PUBLISH)
+    run(config, store, engine, Generates(config, store))
+    live = store.live_version(recorded.MODEL)
+    assert live is not None
+    left = store.request_publish(add_version(store, "/gone", 1, model=recorded.MODEL).version_id)
+    for state in ("draining", "swapping")[: 1 + (left_in == "swapping")]:
+        store.advance_publish(left.publish_id, state)  # type: ignore[arg-type]
+    engine.loaded.clear()
+    with pytest.raises(Dies):
+        run(config, store, engine, CannotLoad(config, store))
+    assert (publishes(store), engine.version) == ([("failed", 1)], str(live.version_id))
+    assert len(engine.loaded) == (left_in == "swapping"), "nothing had been swapped"
+
+
 @pytest.mark.parametrize("case", [(0, False), (1, False), (0, True)], ids=["all", "half", "rolled back"])
 def test_what_became_too_stale_since_the_lease_is_returned_or_left_out_with_a_count(
     config: Config, configure: Callable[..., Config], store: Store, engine: LlamaEngine, case: tuple[int, bool]

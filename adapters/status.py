@@ -79,7 +79,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         publish = state.publish
         going_on = (
             f"; publish {publish.publish_id} of version {publish.version_id} is {publish.state} "
-            f"since {state.publish_age_s:.0f} s"
+            f"since {state.publish_age_s:.0f} s{_silent(state.silent_s)}"
             if publish is not None and publish.state in UNFINISHED
             else _refused(publish)
         )
@@ -104,6 +104,10 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         waits = "" if trainer.wait_share is None else f"; {trainer.wait_share:.0%} of the time it waited for fresh runs"
         rows.append(("trainer", f"job {trainer.job}{trained}: {_doing(trainer.now)}; {step}; {groups}{waits}"))
     return rows
+
+
+def _silent(seconds: float | None) -> str:
+    return "" if seconds is None else f", its publisher silent since {seconds:.0f} s"
 
 
 def _doing(now: TrainerAtWork | None) -> str:

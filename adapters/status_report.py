@@ -16,7 +16,7 @@ from tracegrad.tracestore.config import Config
 from tracegrad.tracestore.errors import TraceStoreError
 from tracegrad.tracestore.gating import evaluator_of, rejections_in_a_row
 from tracegrad.tracestore.overview import DriftCount, OpenRuns, ProxyRow
-from tracegrad.tracestore.publishes import UNFINISHED
+from tracegrad.tracestore.publishes import SILENT_LIVES, UNFINISHED, UNSWAPPED, silence_s
 from tracegrad.tracestore.records import Backlog, Publish
 from tracegrad.tracestore.rules import lease_rule
 from tracegrad.tracestore.store import Store, open_store
@@ -54,6 +54,8 @@ class ModelState:
     pinned: int | None
     publish: Publish | None
     publish_age_s: float | None
+    silent_s: float | None
+    """For how long its publisher has said nothing, where that is long enough to take it for dead."""
     rejected_in_a_row: int
     paused_share: float | None
     """Share of time in which its engines were drained or paused for publishes; None before a second one."""
@@ -124,7 +126,7 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
     report.open_runs = store.open_runs(config.project)
     report.drift = store.drift_counts(config.project)
     for model in [name for name, each in config.models.items() if each.api is None]:
-        state = _model(store, model)
+        state = _model(store, model, expires_s)
         report.models.append(state)
         if (problem := _publish_problem(state, store, config)) is not None:
             report.problems.append(problem)
@@ -137,8 +139,9 @@ def _read_store(report: Report, config: Config, store: Store) -> None:
         )
 
 
-def _model(store: Store, model: str) -> ModelState:
+def _model(store: Store, model: str, expires_s: float) -> ModelState:
     live, last = store.live_version(model), store.last_publish(model)
+    silence = 0.0 if last is None or last.state not in UNFINISHED else silence_s(last.beat_at, time.time())
     return ModelState(
         model=model,
         live_version=None if live is None else live.version_id,
@@ -147,6 +150,7 @@ def _model(store: Store, model: str) -> ModelState:
         pinned=store.pinned(model),
         publish=last,
         publish_age_s=None if last is None else max(time.time() - last.entered[last.state], 0.0),
+        silent_s=silence if silence > SILENT_LIVES * expires_s else None,
         rejected_in_a_row=rejections_in_a_row(store.list_publishes(model)),
         paused_share=paused_share(store.last_publishes(model, CYCLES)),
     )
@@ -176,6 +180,11 @@ def _publish_problem(state: ModelState, store: Store, config: Config) -> str | N
     if publish.state == "failed":
         kept = "nothing is live" if state.live_version is None else f"version {state.live_version} stays live"
         return f"{what} failed: {publish.error or 'it was given up'}; {kept}; start `tracegrad train` to publish again"
+    if state.silent_s is not None:
+        silent = f"{what} is {publish.state} and its publisher is silent since {state.silent_s:.0f} s"
+        if publish.state in UNSWAPPED:
+            return f"{silent}: nothing was swapped, so a proxy ends it and goes on; where none is up, start one"
+        return f"{silent}: calls are held; start `tracegrad train` (it ends what was left unfinished)"
     limits = config.trainer.publish
     judged_s = LONGEST_REQUESTED_S + (publish.gate["timeout_s"] if publish.gate is not None else 0.0)
     longest = {

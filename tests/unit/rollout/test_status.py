@@ -258,6 +258,7 @@ def test_a_publish_that_hangs_names_who_holds_it_and_one_that_failed_says_why(
     publish_id = long_ago.request_publish(1).publish_id
     long_ago.advance_publish(publish_id, "draining")
     long_ago.close()
+    store.beat_publishes([publish_id])
     _, found, text = ask()
     (problem,) = found["problems"]
     assert problem.startswith(f"publish {publish_id} of main (version 1) is draining since ")
@@ -276,6 +277,30 @@ def test_a_publish_that_hangs_names_who_holds_it_and_one_that_failed_says_why(
     assert "version 1 was rejected: it lost 0.2" in " ".join(text.split())
     store.skip_publish(1, "the model is pinned")
     assert "version 1 was skipped: the model is pinned" in " ".join(ask()[2].split())
+
+
+@pytest.mark.parametrize(
+    ("state", "advice"), [("draining", "so a proxy ends it and goes on"), ("swapping", "start `tracegrad train`")]
+)
+def test_a_publisher_that_is_silent_is_said_at_once(
+    store: Store, engine: fake_engine.FakeEngine, ask: Any, state: str, advice: str
+) -> None:
+    """Not only when a drain or a swap takes longer than it may."""
+    engine.version = str(live_version(store, 0).version_id)
+    store.register_proxy("p", engine.url)
+    publish_id = store.request_publish(1).publish_id
+    for step in ("draining", "swapping")[: 1 + (state == "swapping")]:
+        store.advance_publish(publish_id, step)  # type: ignore[arg-type]
+    assert ask()[1]["problems"] == []
+    sql(store, "update publishes set beat_at = :at", at=time.time() - 31)
+    _, found, text = ask()
+    (problem,) = found["problems"]
+    assert problem.startswith(
+        f"publish {publish_id} of main (version 1) is {state} and its publisher is silent since 3"
+    )
+    assert advice in problem and "its publisher silent since 3" in " ".join(text.split())
+    sql(store, "update publishes set beat_at = null")
+    assert ask()[1]["problems"] == [], "an older trainer's says nothing"
 
 
 def test_a_trainer_that_is_gone_while_runs_wait(store: Store, engine: fake_engine.FakeEngine, ask: Any) -> None:

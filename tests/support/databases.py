@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from needs import lacking
 from sqlalchemy import URL, create_engine, text
 
 from tracegrad.tracestore.database import parse_url
@@ -41,7 +42,7 @@ def postgres_database() -> Iterator[URL]:
     """A database per test process: several workers may share the server."""
     where = os.environ.get("TRACEGRAD_TEST_POSTGRES")
     if not where:
-        pytest.skip("no PostgreSQL: TRACEGRAD_TEST_POSTGRES names none")
+        lacking("no PostgreSQL: TRACEGRAD_TEST_POSTGRES names none")
     server = create_engine(parse_url(where), isolation_level="AUTOCOMMIT")
     name = f"tracegrad_{os.getpid()}"
     with server.connect() as connection:

@@ -1,68 +1,128 @@
-"""Law 3 while the store fails under load: a full disk, and a database that crashes and comes back.
+"""Law 3 while the store fails under load: a full disk, and a database that is killed and comes back.
 
 Whoever cannot be recorded is refused with a 503 that says what to do; nothing that was answered is lost, nothing is
 stored twice, and the same proxy goes on once there is room, or the database, again. With the fake engine.
+
+PostgreSQL has two disks to run full: where its tables are, a statement fails and the server goes on; where its
+write-ahead log is, the server ends, and is started again once there is room.
 """
 
 import asyncio
 import json
 import os
-import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import kill_load
 import pytest
-from own_postgres import OwnPostgres, is_installed
+from needs import lacking
+from own_postgres import OwnPostgres, is_installed, user
+from small_disks import SmallDisk, SmallFiles
 
 from tracegrad.tracestore.store import open_store
 
 PATIENCE_S = 60.0
-DISK_MB = 8
 SEEN = 30
 """Answers that are read before, and again after; and refusals in between."""
+REACHABLE, ROOM = "check that it is reachable", "has room"
 
 
-class SmallDisk:
-    """A disk of a few megabytes (tmpfs), and what fills it. Needs the right to mount."""
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """A store whose disk can be filled and freed; what clients, and the database's own log, then say of it."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        options = ["-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-        if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
-            pytest.skip("no right to mount a tmpfs")
-        stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
-        self.filler = folder / "filler"
-
-    def fill(self, _proxy: int) -> None:
-        with self.filler.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                return
-
-    def free(self, _proxy: int) -> None:
-        self.filler.unlink()
+    store_url: str
+    fill: Callable[[int], None]
+    """Given the process of the proxy, as `free` is."""
+    free: Callable[[int], None]
+    said: str
+    log: Callable[[], str] = str
+    logged: str = ""
 
 
-class SmallFiles:
-    """Where nobody may mount: the proxy's files may not grow any more. SQLite calls that an I/O error."""
+def sqlite_disk(stack: ExitStack, _folder: Path) -> Filling:
+    disk = SmallDisk(stack, size_mb=8)
+    return Filling(
+        store_url=f"sqlite:///{disk.folder}/store.db",
+        fill=lambda _: disk.fill(),
+        free=lambda _: disk.free(),
+        said="database or disk is full",
+    )
 
-    def __init__(self, folder: Path, _stack: ExitStack) -> None:
-        self.folder = folder
 
-    def fill(self, proxy: int) -> None:
-        hard = resource.prlimit(proxy, resource.RLIMIT_FSIZE)[1]
-        largest = max(path.stat().st_size for path in self.folder.iterdir())
-        resource.prlimit(proxy, resource.RLIMIT_FSIZE, (largest, hard))
+def sqlite_files(_stack: ExitStack, folder: Path) -> Filling:
+    """SQLite calls that an I/O error."""
+    files = SmallFiles(lambda: max(path.stat().st_size for path in folder.glob("store.db*")))
+    return Filling(
+        store_url=f"sqlite:///{folder}/store.db",
+        fill=lambda proxy: files.fill([proxy]),
+        free=lambda proxy: files.free([proxy]),
+        said="disk I/O error",
+    )
 
-    def free(self, proxy: int) -> None:
-        hard = resource.prlimit(proxy, resource.RLIMIT_FSIZE)[1]
-        resource.prlimit(proxy, resource.RLIMIT_FSIZE, (hard, hard))
+
+def postgres_tables(stack: ExitStack, _folder: Path) -> Filling:
+    disk = SmallDisk(stack, size_mb=64)
+    database = own_postgres(stack, data=disk.folder / "data")
+    return Filling(
+        store_url=database.url,
+        fill=lambda _: disk.fill(),
+        free=lambda _: disk.free(),
+        said="No space left on device",
+        log=database.words,
+        logged="ERROR:  could not extend file",
+    )
+
+
+def postgres_log(stack: ExitStack, _folder: Path) -> Filling:
+    disk = SmallDisk(stack, size_mb=32)
+    database = own_postgres(stack, log=disk.folder / "log")
+
+    def fill(_proxy: int) -> None:
+        disk.fill()
+        database.use_up_log()
+
+    def free(_proxy: int) -> None:
+        disk.free()
+        database.revive()
+
+    return Filling(
+        store_url=database.url,
+        fill=fill,
+        free=free,
+        said=REACHABLE,
+        log=database.words,
+        logged="PANIC:  could not write to file",
+    )
+
+
+def postgres_files(stack: ExitStack, _folder: Path) -> Filling:
+    """Half a segment of the log is allowed: the server ends."""
+    database = own_postgres(stack)
+    files = SmallFiles(lambda: 2**19, user=user())
+
+    def free(_proxy: int) -> None:
+        files.free(database.processes())
+        database.revive()
+
+    return Filling(
+        store_url=database.url,
+        fill=lambda _: files.fill(database.processes()),
+        free=free,
+        said=REACHABLE,
+        log=database.words,
+        logged="PANIC:  could not write to",
+    )
+
+
+def own_postgres(stack: ExitStack, data: Path | None = None, log: Path | None = None) -> OwnPostgres:
+    if not is_installed():
+        lacking("PostgreSQL's packages are not installed")
+    return stack.enter_context(OwnPostgres(data, log))
 
 
 @pytest.fixture
@@ -127,33 +187,31 @@ def check(store_url: str, finished: kill_load.Finished, advice: str) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("small", [SmallDisk, SmallFiles])
+@pytest.mark.parametrize("fillable", [sqlite_disk, sqlite_files, postgres_tables, postgres_log, postgres_files])
 def test_a_disk_that_is_full_for_a_while(
-    tmp_path: Path, stack: ExitStack, small: Callable[[Path, ExitStack], SmallDisk | SmallFiles]
+    tmp_path: Path, stack: ExitStack, fillable: Callable[[ExitStack, Path], Filling]
 ) -> None:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    disk = small(folder, stack)
-    store_url = f"sqlite:///{folder}/store.db"
-    with served(tmp_path, store_url) as (proxy, url):
-        finished = asyncio.run(fail_under_load(url, lambda: disk.fill(proxy.pid), lambda: disk.free(proxy.pid)))
-    check(store_url, finished, "has room")
+    store = fillable(stack, tmp_path)
+    with served(tmp_path, store.store_url) as (proxy, url):
+        finished = asyncio.run(fail_under_load(url, lambda: store.fill(proxy.pid), lambda: store.free(proxy.pid)))
+    check(store.store_url, finished, ROOM)
+    assert any(store.said in text for _, text in finished.refused), finished.refused[:3]
+    assert store.logged in store.log()
 
 
-@pytest.mark.skipif(not is_installed(), reason="PostgreSQL's packages are not installed")
-def test_a_database_that_crashes_and_comes_back(tmp_path: Path, stack: ExitStack) -> None:
-    database = stack.enter_context(OwnPostgres())
+def test_a_database_that_is_killed_and_comes_back(tmp_path: Path, stack: ExitStack) -> None:
+    database = own_postgres(stack)
     with served(tmp_path, database.url) as (_, url):
         finished = asyncio.run(fail_under_load(url, database.crash, database.revive))
-    check(database.url, finished, "check that it is reachable")
+    check(database.url, finished, REACHABLE)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ or not is_installed(), reason="make test-long")
-def test_a_database_that_crashes_ten_times(tmp_path: Path, stack: ExitStack) -> None:
-    database = stack.enter_context(OwnPostgres())
+@pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long")
+def test_a_database_that_is_killed_ten_times(tmp_path: Path, stack: ExitStack) -> None:
+    database = own_postgres(stack)
     with served(tmp_path, database.url) as (_, url):
         for _ in range(10):
             finished = asyncio.run(fail_under_load(url, database.crash, database.revive))
-            check(database.url, finished, "check that it is reachable")
+            check(database.url, finished, REACHABLE)

@@ -280,5 +280,14 @@ def _refused(error: IntegrityError) -> TraceStoreError:
 
 
 def _plain(error: StatementError) -> str:
-    """Return the driver's words on one line, without the statement and its parameters (they hold prompts)."""
-    return " ".join(str(error.orig).split())
+    """Return the driver's words on one line, without the statement and its parameters (they hold prompts).
+
+    PostgreSQL quotes a line of the statement and the row that a constraint refuses; of a key its values are ids.
+    """
+    driver: Any = error.orig
+    server = getattr(driver, "diag", None)
+    if server is None or server.message_primary is None:  # SQLite's, or of a server that cannot be reached
+        return " ".join(str(driver).split())
+    key = server.message_detail if server.sqlstate in (_UNIQUE_VIOLATION, _FOREIGN_KEY_VIOLATION) else None
+    notes = [f"({note})" for note in (key, server.message_hint) if note]
+    return " ".join(" ".join([server.message_primary, *notes]).split())

@@ -62,3 +62,9 @@ def postgres_url(postgres_database: URL) -> str:
         connection.execute(text("CREATE SCHEMA public"))
     engine.dispose()
     return postgres_database.render_as_string(hide_password=False)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty store on each backend in turn."""
+    return str(request.getfixturevalue("store_url" if request.param == "sqlite" else "postgres_url"))

@@ -1,5 +1,5 @@
-"""A database for tests of the store on PostgreSQL: a fixture of `databases`."""
+"""Databases for tests of the store, on both backends: fixtures of `databases`."""
 
-from databases import postgres_database
+from databases import either_url, empty_file, postgres_database, postgres_url, store_url
 
-__all__ = ["postgres_database"]
+__all__ = ["either_url", "empty_file", "postgres_database", "postgres_url", "store_url"]

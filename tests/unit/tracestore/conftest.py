@@ -1,5 +1,5 @@
 """Databases for tests of the store: fixtures of `databases`."""
 
-from databases import empty_file, postgres_database, postgres_url, store_url
+from databases import either_url, empty_file, postgres_database, postgres_url, store_url
 
-__all__ = ["empty_file", "postgres_database", "postgres_url", "store_url"]
+__all__ = ["either_url", "empty_file", "postgres_database", "postgres_url", "store_url"]

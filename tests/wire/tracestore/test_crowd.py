@@ -21,16 +21,16 @@ long = (
     pytest.mark.timeout(1800),
     pytest.mark.skipif("TRACEGRAD_LONG" not in os.environ, reason="make test-long"),
 )
-HOW_MANY = [pytest.param(20, id="short"), pytest.param(2_000, id="long", marks=long)]
 
 
-def crowd_trains_each_run_once(url: str, groups: int) -> None:
+@pytest.mark.parametrize("groups", [pytest.param(20, id="short"), pytest.param(2_000, id="long", marks=long)])
+def test_eight_processes_train_each_run_once(either_url: str, groups: int) -> None:
     seed = os.environ.get("TRACEGRAD_SEED", str(time.time_ns() % 1_000_000))
     print(f"seed {seed}: TRACEGRAD_SEED={seed} repeats its choices")
-    store = open_store(url)
+    store = open_store(either_url)
     store.register_job(JOB, [MODEL], {})
     wanted = {run_id for number in range(groups) for run_id in ready_group(store, f"g{number}")}
-    command = [sys.executable, str(PROGRAM), url, seed, str(PROCESSES), JOB]
+    command = [sys.executable, str(PROGRAM), either_url, seed, str(PROCESSES), JOB]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     assert [line["error"] for line in lines if "error" in line] == [], ended.stderr
@@ -56,13 +56,3 @@ def check(store: Store, wanted: set[str], committed: list[str]) -> None:
     assert held == 0
     assert store.consumption(JOB).conserved
     assert store.check() == []
-
-
-@pytest.mark.parametrize("groups", HOW_MANY)
-def test_eight_processes_on_sqlite(store_url: str, groups: int) -> None:
-    crowd_trains_each_run_once(store_url, groups)
-
-
-@pytest.mark.parametrize("groups", HOW_MANY)
-def test_eight_processes_on_postgresql(postgres_url: str, groups: int) -> None:
-    crowd_trains_each_run_once(postgres_url, groups)

@@ -38,7 +38,7 @@ UNITS = 64
 STEPS_PER_PUBLISH = 4
 MAX_STALENESS = 64
 """In steps: more than what waits, and far fewer than there are in all, so that a lease looks at a bounded number."""
-GIVE_UP_S = 3_000.0
+GIVE_UP_S = 7_000.0
 
 
 def say(**what: Any) -> None:
@@ -84,7 +84,7 @@ def write(url: str, runs: int, written: Any, trained: Any) -> None:
                 say(who="writer", runs=written.value, resident_bytes=resident_bytes())
 
 
-def train(url: str, runs: int, keep_s: float, trained: Any) -> None:
+def train(url: str, runs: int, keep_s: float, written: Any, trained: Any) -> None:
     store = open_store(url, create=False)
     rule = make_rule(min_group=1, max_staleness=MAX_STALENESS)
     deadline = time.monotonic() + GIVE_UP_S
@@ -92,12 +92,13 @@ def train(url: str, runs: int, keep_s: float, trained: Any) -> None:
     kept: set[str] = set()
     """Trained and not deleted yet: what waits for training is not this soak's to delete."""
     while trained.value < runs and time.monotonic() < deadline:
+        last = written.value >= runs
+        if not last and written.value - trained.value < UNITS:
+            time.sleep(0.02)
+            continue
+        wanted = min(UNITS, max(1, store.backlog(JOB, rule).ready_groups)) if last else UNITS
         began = time.perf_counter()
-        rest = store.backlog(JOB, rule).ready_groups if runs - trained.value < AHEAD else UNITS
-        lease = None
-        if rest:
-            wanted = min(UNITS, rest)
-            lease = store.lease(JOB, rule, groups=wanted, lease_s=600.0, step=step + 1, epoch=0, seed=step)
+        lease = store.lease(JOB, rule, groups=wanted, lease_s=600.0, step=step + 1, epoch=0, seed=step)
         if lease is None:
             time.sleep(0.02)
             continue
@@ -115,7 +116,7 @@ def train(url: str, runs: int, keep_s: float, trained: Any) -> None:
             deletion = store.delete_runs(trained_ones, busy="skip")
             deleted += len(deletion.stubs)
             kept.difference_update(trained_ones)
-        if step % 4 == 0:
+        if step % 2 == 0:
             say(who="trainer", runs=trained.value, resident_bytes=resident_bytes(), lease_ms=lease_ms, deleted=deleted)
     assert trained.value >= runs, "the soak did not come to its end"
 
@@ -127,7 +128,7 @@ def main(url: str, runs: int, keep_s: float) -> int:
     store.close()
     written, trained = Value("q", 0), Value("q", 0)
     pids = []
-    for work in (lambda: write(url, runs, written, trained), lambda: train(url, runs, keep_s, trained)):
+    for work in (lambda: write(url, runs, written, trained), lambda: train(url, runs, keep_s, written, trained)):
         pid = os.fork()
         if pid == 0:
             status = 1

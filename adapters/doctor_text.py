@@ -146,11 +146,11 @@ def _job(each: JobReport) -> Iterator[tuple[str, str]]:
     if excluded:
         yield "", f"excluded: {_listed(by_size)}"
     if each.trained_lags:
-        yield "", f"trained tokens by steps of age: {_lags(each.trained_lags)}"
+        yield "", f"trained tokens by age in updates: {_lags(each.trained_lags)}"
     if each.waiting is not None and each.waiting.by_lag:
         bound = each.waiting.max_staleness
         allowed = f"at most {bound}" if bound < 1_000_000 else "any"
-        yield "", f"waiting groups by steps of age ({allowed}): {_lags(each.waiting.by_lag)}"
+        yield "", f"waiting groups by age in updates ({allowed}): {_lags(each.waiting.by_lag)}"
     if (flat := each.flat_groups) is not None and flat.compared:
         yield "", f"groups that it compares: in {flat.flat} of {flat.compared} all members have the same reward"
     for lease in each.leases:

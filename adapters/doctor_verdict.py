@@ -290,10 +290,9 @@ def _waiting(report: Report) -> Iterator[Finding]:
         waiting = each.waiting
         if waiting is not None and waiting.too_stale:
             words = words_of(reasons.TOO_STALE)
-            live = ", ".join(str(step) for step in sorted({*waiting.live.values()}))
             text = (
-                f"{waiting.too_stale} groups wait for job {each.job.job_id!r} and are too stale for it (sampled more "
-                f"than {waiting.max_staleness} steps before the live one, {live}); {words.do}"
+                f"{waiting.too_stale} groups wait for job {each.job.job_id!r} and are too stale for it (sampled by "
+                f"weights more than {waiting.max_staleness} updates behind the live ones); {words.do}"
             )
             yield Finding(level="problem", code="too stale", text=text)
 

@@ -210,7 +210,7 @@ class BatchConfig(Section, frozen=True, kw_only=True):
     runs: RunsConfig = RunsConfig()
     groups: int = 8
     max_staleness: int = 1
-    """A run is too stale when the live step minus the oldest step that sampled it exceeds this."""
+    """A run is too stale when the weights that sampled it are more updates behind the live ones of their model."""
     min_group: int = 2
     """A group with fewer closed, rewarded members than this is not leased for group advantages."""
     row_tokens: int = 2048

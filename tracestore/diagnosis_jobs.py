@@ -78,8 +78,9 @@ class JobDiagnosis(Noun):
         """
         made = policy_versions.alias("made")
         trained, sampled = made.c.parent_id, policy_versions.c.version_id
+        ordinal = func.coalesce(made.c.updates, ledger.c.step)
         chosen = (
-            select(trained, ledger.c.step, sampled, policy_versions.c.step, func.sum(consumption.c.trained_tokens))
+            select(trained, ordinal, sampled, policy_versions.c.updates, func.sum(consumption.c.trained_tokens))
             .join_from(
                 consumption,
                 ledger,
@@ -97,13 +98,13 @@ class JobDiagnosis(Noun):
             .outerjoin(made, made.c.version_id == step_versions.c.version_id)
             .join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched)
             .where(consumption.c.job_id == job_id, consumption.c.trained_tokens > 0, calls_within(extent))
-            .group_by(trained, ledger.c.step, sampled, policy_versions.c.step)
+            .group_by(trained, ordinal, sampled, policy_versions.c.updates)
         )
         by_lag: dict[int, int] = defaultdict(int)
         with self._db.read() as connection:
             versions = descent(connection)
-            for weights, step, sampler, its_step, tokens in connection.execute(chosen):
-                lag = abs(step - 1 - its_step) if weights is None else versions.apart(weights, sampler)
+            for weights, made_by, sampler, its_own, tokens in connection.execute(chosen):
+                lag = abs(made_by - 1 - its_own) if weights is None else versions.apart(weights, sampler)
                 by_lag[lag] += int(tokens)
         return dict(sorted(by_lag.items()))
 
@@ -125,7 +126,7 @@ class JobDiagnosis(Noun):
             aged = ripe.subquery("aged")
             rows = connection.execute(select(aged.c.lag, func.count()).group_by(aged.c.lag).order_by(aged.c.lag))
             by_lag = {int(steps): int(groups) for steps, groups in rows}
-            return WaitingGroups(live=live.steps, max_staleness=rule.max_staleness, by_lag=by_lag)
+            return WaitingGroups(max_staleness=rule.max_staleness, by_lag=by_lag)
 
     def held_leases(self, job_id: str) -> list[HeldLease]:
         """Return the leases of a job that have not ended, the oldest first."""

@@ -143,10 +143,8 @@ class HeldLease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaitingGroups:
-    """What a job could lease but for age, by its last rule. `by_lag`: live step less the oldest that sampled, or 0."""
+    """What a job could lease but for age, by its last rule. `by_lag`: see `branches`; 0 at least."""
 
-    live: Mapping[str, int]
-    """Model -> the step of its live version."""
     max_staleness: int
     by_lag: Mapping[int, int] = field(default_factory=dict)
 

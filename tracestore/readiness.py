@@ -157,11 +157,11 @@ def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live: Live) -
     The recent versions are looked up here and named: of a subquery PostgreSQL's planner would assume that its versions
     sampled as much as others did, and would read all calls.
     """
-    since = {model: live.steps.get(model, 0) - rule.max_staleness for model in rule.models}
-    if all(step <= 0 for step in since.values()):
+    since = {model: live.updates.get(model, 0) - rule.max_staleness for model in rule.models}
+    if all(updates <= 0 for updates in since.values()):
         return true()
     named = select(policy_versions.c.version_id).where(
-        or_(*(and_(policy_versions.c.model == model, policy_versions.c.step >= step) for model, step in since.items()))
+        or_(*(and_(policy_versions.c.model == model, policy_versions.c.updates >= n) for model, n in since.items()))
     )
     recent = list(connection.execute(named).scalars())
     near = union(
@@ -190,7 +190,7 @@ def beside(run_id: str | None) -> ColumnElement[bool] | None:
 def members(job_id: str, rule: LeaseRule, now: float, live: Live, among: ColumnElement[bool] | None = None) -> Subquery:
     """Return one row per run that the rule allows (`among` those, or all): its unit, and what decides about it.
 
-    `lag` of a run: the step that is live minus the one that sampled, of its call that is the most of them behind; NULL
+    `lag` of a run: the updates of what is live minus those of what sampled, of its call that is furthest behind; NULL
     where nothing is live.
     """
     counted = and_(calls.c.run_id == runs.c.run_id, calls_that_count(rule))
@@ -201,7 +201,7 @@ def members(job_id: str, rule: LeaseRule, now: float, live: Live, among: ColumnE
     trainable = and_(whole, exists().where(counted, is_exact()))
     eligible = and_(whole, is_rewarded(rule), exists().where(counted, is_exact()))
     lag = (
-        select(func.max(_live_step(rule, live.steps) - live.counted_step()))
+        select(func.max(_live_updates(rule, live.updates) - live.counted_updates()))
         .select_from(calls.join(policy_versions, policy_versions.c.version_id == calls.c.version_dispatched))
         .where(counted)
         .scalar_subquery()
@@ -228,14 +228,14 @@ def members(job_id: str, rule: LeaseRule, now: float, live: Live, among: ColumnE
     )
 
 
-def _live_step(rule: LeaseRule, live: Mapping[str, int]) -> ColumnElement[int]:
-    """The step that is live for the call of the row: that of its model."""
+def _live_updates(rule: LeaseRule, live: Mapping[str, int]) -> ColumnElement[int]:
+    """The updates of what is live for the call of the row: of its model."""
     if not live:
         return literal(None, Integer)
     if len(rule.trained) == 1:  # what other models recorded counts as if it had
         return literal(live[rule.models[0]], Integer)
     return case(
-        *((calls.c.model == model, literal(step)) for model, step in live.items()), else_=literal(None, Integer)
+        *((calls.c.model == model, literal(updates)) for model, updates in live.items()), else_=literal(None, Integer)
     )
 
 
@@ -270,7 +270,7 @@ def is_large_enough(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
 
 
 def is_fresh(unit: Subquery, rule: LeaseRule) -> ColumnElement[bool]:
-    """Whether the oldest step that sampled the unit is within the bound. Nothing live: nothing is stale."""
+    """Whether the oldest weights that sampled the unit are within the bound. Nothing live: nothing is stale."""
     return func.coalesce(unit.c.lag, 0) <= rule.max_staleness
 
 

@@ -293,6 +293,8 @@ class PolicyVersion:
     checkpoint_path: str
     checkpoint_hash: str
     step: int
+    updates: int
+    """How many times its model was trained; `step` is its job's."""
     job_id: str | None
     abandoned: bool = False
     created_at: float = 0.0
@@ -392,7 +394,7 @@ class LeaseRule:
 
     `trained`: the models of the job, at least one, each with its roles; a run is taken for all of them at once, as soon
     as a call of it counts for one. `recorded_models` are further models whose calls count, for whom their role is:
-    their tokenizer must be that model's. `max_staleness` is in steps of the live version of the model that sampled;
+    their tokenizer must be that model's. `max_staleness` is in updates of the model that sampled (see `branches`);
     `min_group` is the fewest closed, rewarded members;
     with `reward_names` a member needs every one of them, else any reward; with `reward_sources` only rewards that come
     from one of these count, for readiness and for credit. A run is taken `grace_s` after it ended at the earliest, and

@@ -37,7 +37,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0018"
+HEAD = "0019"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -185,6 +185,7 @@ policy_versions = Table(
     _word("checkpoint_path"),
     _word("checkpoint_hash"),
     _number("step"),
+    Column("updates", Integer, nullable=False, server_default="0"),
     Column("job_id", String, ForeignKey("jobs.job_id")),
     Column("abandoned", Boolean(create_constraint=False), nullable=False),
     _time("created_at"),

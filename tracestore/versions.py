@@ -155,15 +155,20 @@ def add(
     job_id: str | None,
     now: float,
 ) -> PolicyVersion:
-    """Insert a version inside a transaction. Raises InvalidRecord."""
+    """Insert a version inside a transaction. Raises InvalidRecord.
+
+    Of weights that descend from nothing known the number of updates is taken to be that of their step.
+    """
     if job_id is not None and connection.execute(select(jobs.c.job_id).where(jobs.c.job_id == job_id)).first() is None:
         raise InvalidRecord(f"a version of {model!r} names the unknown job {job_id!r}: register_job first")
+    updates = step
     if parent_id is not None:
-        parent = connection.execute(
-            select(policy_versions.c.model).where(policy_versions.c.version_id == parent_id)
-        ).scalar()
-        if parent != model:
-            raise InvalidRecord(f"a version of {model!r} names the parent {parent_id}, which is of {parent!r}")
+        chosen = select(policy_versions.c.model, policy_versions.c.updates)
+        parent = connection.execute(chosen.where(policy_versions.c.version_id == parent_id)).one_or_none()
+        if parent is None or parent.model != model:
+            whose = None if parent is None else parent.model
+            raise InvalidRecord(f"a version of {model!r} names the parent {parent_id}, which is of {whose!r}")
+        updates = parent.updates + (kind == "step")
     row = {
         "model": model,
         "kind": kind,
@@ -171,6 +176,7 @@ def add(
         "checkpoint_path": checkpoint_path,
         "checkpoint_hash": checkpoint_hash,
         "step": step,
+        "updates": updates,
         "job_id": job_id,
         "abandoned": False,
         "created_at": now,
@@ -188,6 +194,7 @@ def _version(row: Any) -> PolicyVersion:
         checkpoint_path=row.checkpoint_path,
         checkpoint_hash=row.checkpoint_hash,
         step=row.step,
+        updates=row.updates,
         job_id=row.job_id,
         abandoned=row.abandoned,
         created_at=row.created_at,

@@ -251,7 +251,7 @@ class Controller:
                 lease,
                 self._rule,
                 scope=config.algorithm.credit.scope,
-                steps={model: version.step for model, version in self._versions.items()},
+                updates={model: version.updates for model, version in self._versions.items()},
                 say=self._around.console.say,
             )
             if stale and not shares.n_trained_tokens:

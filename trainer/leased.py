@@ -22,12 +22,12 @@ _COMMIT_PAUSE_S = 1.0
 
 
 def leased_shares(
-    store: Store, lease: Lease, rule: LeaseRule, *, scope: Scope, steps: Mapping[str, int], say: Callable[[str], None]
+    store: Store, lease: Lease, rule: LeaseRule, *, scope: Scope, updates: Mapping[str, int], say: Callable[[str], None]
 ) -> tuple[Shares, frozenset[str]]:
     """Return what the lease has to train for each model, and the runs that have become too stale meanwhile.
 
     Staleness counts from the live versions, as readiness counts it: while a pin or a gate holds serving back, what the
-    live version samples must not be leased and returned for ever. Ages count from `steps`, the weights' own by model.
+    live version samples must not be leased and returned for ever. Ages count from `updates`, the weights' own by model.
     """
     live = store.live(rule.models)
     leased = store.lease_traces(lease, rule)
@@ -38,9 +38,9 @@ def leased_shares(
             rule.models,
             lambda traces, model: build_batch(traces, rule.of(model), scope=scope, models=models),
         ),
-        lambda version: live.abandoned[version] if version in live.abandoned else store.get_version(version).step,
-        steps=steps,
-        live=live.steps,
+        lambda version: live.abandoned[version] if version in live.abandoned else store.get_version(version).updates,
+        updates=updates,
+        live=live.updates,
         max_staleness=rule.max_staleness,
     )
     if stale:

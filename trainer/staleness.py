@@ -18,26 +18,26 @@ from tracegrad.trainer.shares import Shares
 
 def without_stale_runs(
     shares: Shares,
-    step_of: Callable[[int], int],
+    updates_of: Callable[[int], int],
     *,
-    steps: Mapping[str, int],
+    updates: Mapping[str, int],
     live: Mapping[str, int],
     max_staleness: int,
 ) -> tuple[Shares, frozenset[str]]:
     """Return the shares without over-stale runs and with the age of each version, and the ids of those runs.
 
-    `step_of`: policy version -> the step it counts as (asked once for each; see `tracestore.branches`). `steps`: model
-    -> the step of its weights that are about to be trained: ages count from it. A run is too stale for a model when
-    ``live - oldest`` exceeds `max_staleness`, as readiness counts; where nothing of the model is live, `steps` stands
-    for it.
+    `updates_of`: policy version -> the updates it counts as (asked once for each; see `tracestore.branches`).
+    `updates`: model -> those of its weights that are about to be trained: ages count from them. A run is too stale for
+    a model when ``live - oldest`` exceeds `max_staleness`, as readiness counts; where nothing of the model is live,
+    `updates` stands for it.
     """
     aged: dict[str, Samples] = {}
     stale: set[str] = set()
     for model, samples in shares.by_model.items():
-        step = steps[model]
+        own = updates[model]
         versions = {version for choice in samples.choices for version in choice.token_versions}
-        ages = {version: step - step_of(version) for version in sorted(versions)}
-        ahead = step - live.get(model, step)
+        ages = {version: own - updates_of(version) for version in sorted(versions)}
+        ahead = own - live.get(model, own)
         old = {version for version, age in ages.items() if age - ahead > max_staleness}
         stale |= {choice.run_id for choice in samples.choices if not old.isdisjoint(choice.token_versions)}
         aged[model] = replace(samples, version_ages=ages)

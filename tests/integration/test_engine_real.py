@@ -69,6 +69,7 @@ def as_version(version_id: int, path: Path) -> PolicyVersion:
         checkpoint_path=str(path),
         checkpoint_hash=path.name,
         step=1,
+        updates=1,
         job_id=None,
     )
 

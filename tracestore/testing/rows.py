@@ -158,11 +158,16 @@ def live_version(store: Store, step: int = 0, model: str = MODEL) -> PolicyVersi
         step=step,
         job_id=None,
     )
+    go_live(store, version)
+    return version
+
+
+def go_live(store: Store, version: PolicyVersion) -> None:
+    """Publish a version."""
     publish_id = store.request_publish(version.version_id).publish_id
     store.advance_publish(publish_id, "draining")
     store.advance_publish(publish_id, "swapping")
     store.advance_publish(publish_id, "live")
-    return version
 
 
 def take(store: Store, *, groups: int = 1, step: int = 1, epoch: int = 0, lease_s: float = 60, **rule: Any) -> Lease:

@@ -88,7 +88,7 @@ class SeveralModelsContract:
         assert lease is not None and lease.plan.run_ids == ("old-0",)
         waits = store.waiting_groups(JOB, Extent())
         assert waits is not None
-        assert (waits.live, waits.by_lag) == ({"p": 0, "w": 3}, {3: 1})
+        assert waits.by_lag == {3: 1}
 
     def test_a_job_trains_the_same_models_always(self, store: Store) -> None:
         """Neither another registration, nor a lease, nor a commit is of other models."""

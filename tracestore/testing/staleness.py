@@ -1,8 +1,9 @@
 """What every backend must show of staleness: how old what a version sampled is."""
 
 from tracegrad.tracestore.branches import Live
+from tracegrad.tracestore.records import VersionKind
 from tracegrad.tracestore.store import Store
-from tracegrad.tracestore.testing.rows import JOB, MODEL, add_group, finish_run, live_version, make_rule
+from tracegrad.tracestore.testing.rows import JOB, MODEL, add_group, finish_run, go_live, live_version, make_rule
 
 
 def ready_within(store: Store, bound: int) -> int:
@@ -14,7 +15,7 @@ class StalenessContract:
     """Law 8: staleness is bounded."""
 
     def test_stale_groups_are_not_leased(self, store: Store) -> None:
-        """live step - oldest step that sampled the group <= max_staleness; a version that is not live is no measure."""
+        """Updates of what is live - of the oldest that sampled <= max_staleness; what is not live is no measure."""
         old = live_version(store, step=0)
         runs = add_group(store)
         finish_run(store, runs[0], version=old.version_id)
@@ -28,7 +29,7 @@ class StalenessContract:
         assert ready_within(store, 3) == 1
 
     def test_what_abandoned_weights_sampled_is_as_old_as_they_are_far_from_what_is_live(self, store: Store) -> None:
-        """Step 8 that left the line at step 5 counts as step 2; a branch that has no kept ancestor, by its own."""
+        """Of two updates after the fifth, it counts as the third; a branch that has no kept ancestor, by its own."""
         base = live_version(store, step=5)
         branch = [base.version_id]
         for step in (6, 8):
@@ -47,8 +48,36 @@ class StalenessContract:
         assert ready_within(store, 0) == 1
         for version_id in branch[1:]:
             store.abandon_version(version_id)
-        assert [ready_within(store, bound) for bound in (2, 3)] == [0, 1]
-        assert store.live([MODEL]) == Live({MODEL: 5}, {branch[1]: 4, branch[2]: 2})
+        assert [ready_within(store, bound) for bound in (1, 2)] == [0, 1]
+        assert store.live([MODEL]) == Live({MODEL: 5}, {branch[1]: 4, branch[2]: 3})
         assert store.live(["other"]) == Live({})
         store.abandon_version(base.version_id)
         assert store.live([MODEL]).abandoned == {}
+
+    def test_steps_that_trained_other_models_make_nothing_older(self, store: Store) -> None:
+        """The model's first update is made by step 7 of its job: what the weights before it sampled is one update old.
+
+        A canary is no update.
+        """
+        first = live_version(store)
+        runs = add_group(store)
+        finish_run(store, runs[0], version=first.version_id)
+        made = [first]
+        kinds: tuple[tuple[VersionKind, int], ...] = (("canary", 0), ("step", 7), ("step", 9))
+        for kind, step in kinds:
+            version = store.add_version(
+                model=MODEL,
+                kind=kind,
+                parent_id=made[-1].version_id,
+                checkpoint_path="",
+                checkpoint_hash=f"{kind}-{step}",
+                step=step,
+                job_id=None,
+            )
+            made.append(version)
+        assert [version.updates for version in made] == [0, 0, 1, 2]
+        go_live(store, made[2])
+        finish_run(store, runs[1], version=made[2].version_id)
+        assert [ready_within(store, bound) for bound in (0, 1)] == [0, 1]
+        go_live(store, made[3])
+        assert [ready_within(store, bound) for bound in (1, 2)] == [0, 1]

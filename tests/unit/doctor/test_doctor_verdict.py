@@ -265,8 +265,9 @@ def test_a_healthy_store_gets_no_word() -> None:
         (
             "problem",
             "too stale",
-            "2 groups wait for job 'main' and are too stale for it (sampled more than 1 steps before the live one, 9)",
-            {"jobs": [job(waiting=WaitingGroups(live={"small": 9}, max_staleness=1, by_lag={0: 1, 1: 1, 2: 2}))]},
+            "2 groups wait for job 'main' and are too stale for it (sampled by weights more than 1 updates behind the "
+            "live ones)",
+            {"jobs": [job(waiting=WaitingGroups(max_staleness=1, by_lag={0: 1, 1: 1, 2: 2}))]},
         ),
         (
             "note",
@@ -339,7 +340,7 @@ def test_every_reason_is_explained_for_a_run(reason: str) -> None:
         "run failed": {"runs": [RunCount(purpose="train", status="failed", runs=1, unrewarded=1, empty=0)]},
         "failed call": {"calls": CallCounts(calls=4, failed=4)},
         "aborted": {"calls": CallCounts(calls=4, aborted=4)},
-        "too stale": {"jobs": [job(0, waiting=WaitingGroups(live={"small": 9}, max_staleness=1, by_lag={5: 1}))]},
+        "too stale": {"jobs": [job(0, waiting=WaitingGroups(max_staleness=1, by_lag={5: 1}))]},
     }
     if reason.startswith(QUARANTINED):
         changes: dict[str, Any] = {"quarantines": [Tally(what=quarantine, count=4)]}
@@ -378,7 +379,7 @@ def test_the_lines_of_a_report() -> None:
                 10,
                 excluded={"greedy": 5, "aborted": 2},
                 trained_lags={0: 8, 1: 2},
-                waiting=WaitingGroups(live={"small": 4}, max_staleness=1, by_lag={0: 3, 2: 1}),
+                waiting=WaitingGroups(max_staleness=1, by_lag={0: 3, 2: 1}),
                 flat_groups=FlatGroups(compared=3, flat=2),
                 leases=[HeldLease(lease_id=3, job_id="main", step=5, runs=8, expired_s=-20.0, expires_at=0.0)],
                 steps=[step(reward=0.25, ratio_mean=1.0, clip_fraction=0.015, kl=None, stale_tokens=12)],
@@ -403,8 +404,8 @@ def test_the_lines_of_a_report() -> None:
         "groups: 3: 1 short of runs, 1 running; in 1 of 2 all rewards are equal",
         "job main: model small: 17 sampled tokens = 10 trained + 7 excluded",
         ": excluded: 5 greedy, 2 aborted",
-        ": trained tokens by steps of age: 0: 8, 1: 2",
-        ": waiting groups by steps of age (at most 1): 0: 3, 2: 1",
+        ": trained tokens by age in updates: 0: 8, 1: 2",
+        ": waiting groups by age in updates (at most 1): 0: 3, 2: 1",
         ": groups that it compares: in 2 of 3 all members have the same reward",
         ": lease 3 for step 5: 8 runs, 20 s left",
         told[-3],

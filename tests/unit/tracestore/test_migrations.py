@@ -1,6 +1,5 @@
 """Opening: from nothing, by many at once, a newer schema, and the migration against the metadata."""
 
-import json
 import math
 import sqlite3
 import struct
@@ -11,29 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import first_revision
 import pytest
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
+from old_stores import script, to_revision, url_of
 from sqlalchemy import create_engine, inspect
 from sqlalchemy.engine.default import DefaultDialect
 
-import tracegrad.tracestore.migrate
 from tracegrad.tracestore.errors import (
     ConfigError,
-    Conflict,
     InvalidRecord,
     LeaseLost,
     SchemaMismatch,
     StoreUnavailable,
 )
-from tracegrad.tracestore.gating import GateTerms, unjudged
 from tracegrad.tracestore.records import Attribution, BatchPlan, LateAttribution, Lease, Run
 from tracegrad.tracestore.schema import HEAD, metadata
-from tracegrad.tracestore.store import Store, open_store
-from tracegrad.tracestore.testing.chains import asked, stored_units, twice
+from tracegrad.tracestore.store import open_store
 from tracegrad.tracestore.testing.rows import (
     JOB,
     MODEL,
@@ -44,14 +37,8 @@ from tracegrad.tracestore.testing.rows import (
     make_commit,
     make_reward,
     make_rule,
-    ready_group,
     sql,
-    train,
 )
-
-
-def url_of(path: Path) -> str:
-    return f"sqlite:///{path}"
 
 
 @pytest.fixture
@@ -59,12 +46,6 @@ def migrated(tmp_path: Path) -> Path:
     path = tmp_path / "store.db"
     open_store(url_of(path)).close()
     return path
-
-
-def script() -> ScriptDirectory:
-    config = Config()
-    config.set_main_option("script_location", str(Path(tracegrad.tracestore.migrate.__file__).parent / "migrations"))
-    return ScriptDirectory.from_config(config)
 
 
 def test_head_is_the_last_revision() -> None:
@@ -161,35 +142,6 @@ def test_migrations_make_what_the_metadata_says_on_postgresql(postgres_url: str)
         made["indexes"] |= {name: (said.replace(" WITH (fillfactor='100')", ""),) for name, said in full.items()}
         for kind, objects in direct.items():
             assert objects and made[kind] == objects, kind
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def first_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a store as the first revision's code left it (see `first_revision`)."""
-    url = url_of(tmp_path / "store.db")
-    if request.param == "postgres":
-        url = request.getfixturevalue("postgres_url")
-    to_revision(url, "0001")
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        first_revision.fill(connection)
-    engine.dispose()
-    return url
-
-
-def to_revision(url: str, revision: str) -> None:
-    from alembic import command
-
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        config = Config()
-        config.set_main_option("script_location", script().dir)
-        config.attributes["connection"] = connection
-        known = [found.revision for found in script().walk_revisions()]
-        now = MigrationContext.configure(connection).get_current_revision()
-        back = now is not None and (revision == "base" or known.index(revision) > known.index(now))
-        (command.downgrade if back else command.upgrade)(config, revision)
-    engine.dispose()
 
 
 def test_a_store_of_the_first_revision_is_migrated_with_its_data(
@@ -300,159 +252,12 @@ def test_a_migration_that_is_stopped_leaves_the_store_as_it_was(
     store.close()
 
 
-def test_what_a_rule_decided_is_called_inferred_by_the_revision_before(first_store: str) -> None:
-    store = open_store(first_store)
-    store.append_calls([make_call("ruled", None, attribution=Attribution(role="b", role_source="rule"))])
-    store.attribute_late([LateAttribution(source="rule", call_id="c", role="b")], "p")
-    store.attribute_late([LateAttribution(source="langsmith", call_id="c", run_id="other")], "p")
-    store.close()
-    to_revision(first_store, "0002")
-    store = open_store(first_store)  # and up again
-    (conflict,) = store.attribution_conflicts()  # the fact is of project p again
-    assert (conflict.said, conflict.said_source) == ("other", "langsmith")
-    engine = create_engine(first_store)
-    with engine.connect() as connection:
-        said = connection.exec_driver_sql("SELECT role_source FROM calls WHERE call_id = 'ruled'").scalar()
-    engine.dispose()
-    assert said == "inferred"
-    store.close()
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_of(tmp_path / "store.db") if request.param == "sqlite" else request.getfixturevalue("postgres_url")
-
-
-def test_prompts_become_chains_and_back_without_a_change(empty_url: str) -> None:
-    """Conversations, groups, several pages of calls, two projects, a stub; read before, between and after."""
-    store = open_store(empty_url)
-    runs = ready_group(store)
-    train(store)
-    store.delete_runs(runs)
-    talk = [f"turn{number}" for number in range(8)]
-    store.append_calls(
-        [
-            asked(f"c{number}-{n}", f"r{number}", [*talk[:n], f"mine{number}"], project="pq"[number % 2])
-            for number in range(30)
-            for n in range(8)
-        ]
-    )
-    store.append_calls([make_call("none", None, role=None, prompt_ids=None), make_call("empty", "e", prompt_ids=())])
-    before = [store.trace(f"r{number}") for number in range(30)], store.get_call("none"), store.get_call("empty")
-    weight = chained(store)
-    store.close()
-    to_revision(empty_url, "0009")
-    engine = create_engine(empty_url)
-    with engine.connect() as connection:
-        assert "blocks" not in inspect(connection).get_table_names()
-        row = connection.exec_driver_sql(
-            "SELECT length(prompt_ids), n_prompt, request FROM call_payloads WHERE call_id = 'c7-3'"
-        ).one()
-        assert row[0] == 4 * row[1] and row[2].startswith('{"messages":[{"role":"user","content":"turn0 turn0')
-    engine.dispose()
-    store = open_store(empty_url)
-    assert (
-        [store.trace(f"r{number}") for number in range(30)],
-        store.get_call("none"),
-        store.get_call("empty"),
-    ) == before
-    assert chained(store) <= weight, "they share what they shared"
-    assert store.check() == []
-    assert store.get_run(runs[0]).error == "content deleted"
-    store.append_calls([asked("new", "r1", [*talk, "more"], project="q")])
-    store.delete_runs([f"r{number}" for number in range(30)], busy="force")
-    assert chained(store) == 0
-    store.close()
-
-
-def test_blocks_that_lie_twice_become_one_on_the_way_back(empty_url: str) -> None:
-    """Two writers of PostgreSQL may store one block at the same moment; the revision before had no room for that."""
-    store = open_store(empty_url)
-    store.append_calls([asked("a", "r", ["x", "y"]), asked("b", "r", ["x", "y", "z"])])
-    before = store.trace("r")
-    twice(store)
-    store.append_calls([asked("c", "r", ["x", "y", "z", "w"])])
-    kept = store.get_call("c")
-    assert store.check() == []
-    store.close()
-    to_revision(empty_url, "0011")
-    engine = create_engine(empty_url)
-    with engine.connect() as connection:
-        counted = "SELECT count(*), count(DISTINCT hash) FROM blocks"
-        assert len(set(connection.exec_driver_sql(counted).one())) == 1
-    engine.dispose()
-    store = open_store(empty_url)
-    assert store.check() == []
-    assert [*store.trace("r").calls[:2]] == [*before.calls] and store.get_call("c") == kept
-    store.delete_runs(["r"], busy="force")
-    assert chained(store) == 0
-    store.close()
-
-
-def chained(store: Store) -> int:
-    return sum(stored_units(store))
-
-
-def test_a_call_of_two_versions_is_quarantined_by_the_revision_before(first_store: str) -> None:
-    store = open_store(first_store)
-    two = replace(make_choice(0, (4, 5)), version_spans=((0, 1), (1, 2)))
-    store.append_calls([make_call("two", "r", choices=(two,)), make_call("one", "r")])
-    store.close()
-    to_revision(first_store, "0014")
-    store = open_store(first_store)
-    assert [(c.call_id, c.quarantine) for c in store.trace("r").calls] == [
-        ("c", None),
-        ("two", "version changed"),
-        ("one", None),
-    ]
-    store.close()
-
-
 def test_every_revision_can_be_taken_back(first_store: str) -> None:
     open_store(first_store).close()
     to_revision(first_store, "base")
     engine = create_engine(first_store)
     assert inspect(engine).get_table_names() == ["alembic_version"]
     engine.dispose()
-
-
-def test_the_copies_of_a_migration_leave_no_dangling_row(tmp_path: Path) -> None:
-    """A row that names no call, as a program without foreign keys can write it, stops the migration whole."""
-    path = tmp_path / "store.db"
-    to_revision(url_of(path), "0002")
-    with sqlite3.connect(path) as connection:
-        connection.execute(
-            "INSERT INTO call_payloads (call_id, request, requested, effective) VALUES ('x', '{}', '{}', '{}')"
-        )
-    before = ddl(path)
-    with pytest.raises(SchemaMismatch, match="call_payloads without their calls"):
-        open_store(url_of(path))
-    assert ddl(path) == before
-
-
-def test_a_job_of_one_model_goes_on_as_one_of_several(empty_url: str) -> None:
-    """Its model, its rule, its steps and their versions; going back keeps the first model of each."""
-    store = open_store(empty_url)
-    ready_group(store)
-    ready_group(store, "next")
-    version = train(store, roles=("answerer",))
-    before = [store.list_jobs(), store.last_checkpoint(JOB), store.version_origin(version.version_id), store.queue(JOB)]
-    store.close()
-    to_revision(empty_url, "0010")
-    engine = create_engine(empty_url)
-    with engine.connect() as connection:
-        model, rule = connection.exec_driver_sql("SELECT model, rule FROM jobs").one()
-        made = connection.exec_driver_sql("SELECT version_id FROM checkpoints").scalar()
-    engine.dispose()
-    assert (model, made) == ("main", version.version_id)
-    assert {"model": "main", "roles": ["answerer"]}.items() <= json.loads(rule).items()
-    store = open_store(empty_url)
-    origin = store.version_origin(version.version_id)
-    assert [store.list_jobs(), store.last_checkpoint(JOB), origin, store.queue(JOB)] == before
-    assert train(store, step=2).step == 2
-    with pytest.raises(Conflict):  # a version is made by one step
-        sql(store, "UPDATE step_versions SET version_id = :one", one=version.version_id)
-    store.close()
 
 
 def test_opening_again_changes_nothing(migrated: Path) -> None:
@@ -524,42 +329,15 @@ def test_processes_that_open_an_empty_file_at_once_all_succeed(tmp_path: Path) -
     store.close()
 
 
-def test_publishes_come_through_with_their_acknowledgements_and_go_back(first_store: str) -> None:
-    """A drain that is waited for stays so, ids are not used again, and the gate's states have names that were known."""
-    rows = (
-        "INSERT INTO policy_versions (model, kind, checkpoint_path, checkpoint_hash, step, abandoned, created_at)"
-        " VALUES ('m', 'initial', '/w', 'w', 0, false, 1.0)",
-        *(
-            f"INSERT INTO publishes (version_id, model, state, requested_at) VALUES (3, 'm', '{state}', 1.0)"
-            for state in ("live", "draining", "failed")
-        ),
-        *(f"INSERT INTO proxies VALUES ('{name}', 'http://p', 1.0, 1e12)" for name in ("acked", "waits")),
-        "INSERT INTO publish_acks (publish_id, proxy_id, acked_at) VALUES (2, 'acked', 1.0)",
-        "DELETE FROM publishes WHERE publish_id = 3",
-    )
-    engine = create_engine(first_store)
-    with engine.begin() as connection:
-        for statement in rows:
-            connection.exec_driver_sql(statement)
-    store = open_store(first_store)
-    assert [(p.publish_id, p.state, p.gate) for p in store.list_publishes("m")] == [
-        (1, "live", None),
-        (2, "draining", None),
-    ]
-    assert store.waiting_proxies(2, 1.0) == ["waits"]
-    assert store.end_unswapped(2, silent_s=1.0) == [], "an older trainer's has no heartbeat: it is not silent"
-    store.advance_publish(2, "failed")
-    terms = GateTerms(share=0.0, engines=("http://e",), timeout_s=1.0).as_json()
-    rejected = store.request_publish(3, gate=terms)
-    assert rejected.publish_id == 4
-    store.advance_publish(rejected.publish_id, "rejected", decision=unjudged("nobody came").as_json())
-    store.skip_publish(3, "pinned")
-    store.pin_version(3, "by hand")
-    store.close()
-    to_revision(first_store, "0007")
-    with engine.connect() as connection:
-        found = connection.exec_driver_sql("SELECT publish_id, state FROM publishes ORDER BY publish_id").all()
-        acked = connection.exec_driver_sql("SELECT proxy_id FROM publish_acks").scalars().all()
-    engine.dispose()
-    assert [tuple(row) for row in found] == [(1, "live"), (2, "failed"), (4, "failed")]
-    assert acked == ["acked"]
+def test_the_copies_of_a_migration_leave_no_dangling_row(tmp_path: Path) -> None:
+    """A row that names no call, as a program without foreign keys can write it, stops the migration whole."""
+    path = tmp_path / "store.db"
+    to_revision(url_of(path), "0002")
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO call_payloads (call_id, request, requested, effective) VALUES ('x', '{}', '{}', '{}')"
+        )
+    before = ddl(path)
+    with pytest.raises(SchemaMismatch, match="call_payloads without their calls"):
+        open_store(url_of(path))
+    assert ddl(path) == before

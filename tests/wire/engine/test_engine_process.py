@@ -42,6 +42,7 @@ def version(version_id: int, path: Path) -> PolicyVersion:
         checkpoint_path=str(path),
         checkpoint_hash="h",
         step=1,
+        updates=1,
         job_id=None,
     )
 

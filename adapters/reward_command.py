@@ -52,7 +52,9 @@ def reward(
 
     \b
         def brevity(trace, task):
-            return {"brevity": 1.0 / len(trace.calls[-1].choices[0].token_ids)}
+            last = [call for call in trace.calls if call.attribution.role == "writer"][-1]
+            text = last.choices[0].message["content"]
+            return {"brevity": 1.0 / len(text.split())}
 
     Rewards are appended; the newest of a name counts. Jobs that train from now on see them, those that have trained
     a run already do so in their next epoch.

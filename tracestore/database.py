@@ -211,7 +211,7 @@ def _postgres_engine(url: URL) -> Engine:
     try:
         engine = create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=56)
     except ImportError as error:
-        raise ConfigError("PostgreSQL needs psycopg: pip install 'tracegrad[postgres]'") from error
+        raise ConfigError("PostgreSQL needs psycopg: pip install 'psycopg[binary]'") from error
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _entry: ConnectionPoolEntry) -> None:

@@ -94,7 +94,7 @@ def _arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow: pip install 'tracegrad[parquet]'") from error
+        raise ConfigError("Parquet needs pyarrow: pip install pyarrow") from error
     return pyarrow
 
 

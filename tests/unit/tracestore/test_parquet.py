@@ -304,5 +304,5 @@ def test_without_pyarrow_it_says_what_to_install(store: Store, tmp_path: Path, m
         return known(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install 'tracegrad\[parquet\]'"):
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
         export_to(store, tmp_path / "out", Chosen())

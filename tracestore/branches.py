@@ -4,34 +4,50 @@ Along one line of versions that is the difference of their updates: how often th
 not it: a step may train one model of several, and the next that trains the other is then steps on, but one update. A
 version that was abandoned (rolled back, rejected) lies on another branch: weights of 12 updates that left the line at 5
 are as far from 5 as those of -2 would be, and so they are counted; by their own number they would pass for fresher than
-what is live. What was trained long ago is measured along the descent of the two versions instead: it is the same
-measure, and no later rollback changes it.
+what is live. So it is with another line, of another job or store: what both began with is taken to be the same, so 12
+updates there count as -12. What was trained long ago is measured along the descent of the two versions instead: it is
+the same measure, and no later rollback changes it.
 Read only. Called by `leases`, `jobs`, `standing` and `diagnosis_jobs`; by the trainer through `Store`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Connection, case, func, select
+from sqlalchemy import ColumnElement, Connection, and_, case, false, func, literal, or_, select
 
 from tracegrad.tracestore.noun import Noun
+from tracegrad.tracestore.records import PolicyVersion
 from tracegrad.tracestore.schema import policy_versions, publishes
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """`updates`: model -> the updates of its live version, without those of which nothing is live.
+    """`updates`: model -> the updates of its live version, without those of which nothing is live; `lines`: its line.
 
-    `abandoned`: abandoned version -> the updates it counts as; every other counts as its own.
+    `abandoned`: abandoned version -> the updates it counts as; every other of its line counts as its own.
     """
 
     updates: Mapping[str, int]
+    lines: Mapping[str, int] = field(default_factory=dict)
     abandoned: Mapping[int, int] = field(default_factory=dict)
 
+    def counted(self, version: PolicyVersion) -> int:
+        """Return the updates that a version counts as."""
+        if self.lines.get(version.model, version.line) != version.line:
+            return -version.updates
+        return self.abandoned.get(version.version_id, version.updates)
+
     def counted_updates(self) -> ColumnElement[int]:
-        """The updates that the version of a row of `policy_versions` counts as."""
-        own = policy_versions.c.updates
-        return case(dict(self.abandoned), value=policy_versions.c.version_id, else_=own) if self.abandoned else own
+        """The same of a row of `policy_versions`."""
+        own, version_id = policy_versions.c.updates, policy_versions.c.version_id
+        elsewhere = [and_(policy_versions.c.model == model, line_of() != line) for model, line in self.lines.items()]
+        abandoned = [(version_id == one, literal(updates)) for one, updates in self.abandoned.items()]
+        return case((or_(false(), *elsewhere), -own), *abandoned, else_=own)
+
+
+def line_of() -> ColumnElement[int]:
+    """The line of a row of `policy_versions`."""
+    return func.coalesce(policy_versions.c.line, policy_versions.c.version_id)
 
 
 class Branches(Noun):
@@ -51,12 +67,13 @@ def live_of(connection: Connection, models: Sequence[str]) -> Live:
         .group_by(publishes.c.model)
     )
     chosen = (
-        select(publishes.c.model, policy_versions.c.updates)
+        select(publishes.c.model, policy_versions.c.updates, line_of())
         .join(policy_versions, policy_versions.c.version_id == publishes.c.version_id)
         .where(publishes.c.publish_id.in_(newest))
     )
-    updates = {str(model): int(count) for model, count in connection.execute(chosen)}
-    return Live(updates, _abandoned_updates(connection, models))
+    rows = connection.execute(chosen).all()
+    updates = {str(model): int(count) for model, count, _ in rows}
+    return Live(updates, {str(model): int(line) for model, _, line in rows}, _abandoned_updates(connection, models))
 
 
 def _abandoned_updates(connection: Connection, models: Sequence[str]) -> dict[int, int]:
@@ -89,7 +106,7 @@ class Descent:
     def apart(self, one: int, other: int) -> int:
         """Return the updates back to where their lines part, and on: 0 for a version and itself, never below.
 
-        Of weights that descend from nothing common only the numbers are known: then the difference of their updates.
+        Of two lines the sum of both: what they began with is taken to be the same.
         """
         left: int | None = one
         right: int | None = other
@@ -99,7 +116,7 @@ class Descent:
             else:
                 right = self.parents[right]
         if left is None or right is None:
-            return abs(self.updates[one] - self.updates[other])
+            return self.updates[one] + self.updates[other]
         return self.updates[one] + self.updates[other] - 2 * self.updates[left]
 
 

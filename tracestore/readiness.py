@@ -29,7 +29,7 @@ from sqlalchemy import (
     union,
 )
 
-from tracegrad.tracestore.branches import Live
+from tracegrad.tracestore.branches import Live, line_of
 from tracegrad.tracestore.records import LeaseRule, ModelCalls
 from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import (
@@ -160,9 +160,12 @@ def in_reach(connection: Connection, job_id: str, rule: LeaseRule, live: Live) -
     since = {model: live.updates.get(model, 0) - rule.max_staleness for model in rule.models}
     if all(updates <= 0 for updates in since.values()):
         return true()
-    named = select(policy_versions.c.version_id).where(
-        or_(*(and_(policy_versions.c.model == model, policy_versions.c.updates >= n) for model, n in since.items()))
-    )
+    recent_of = []
+    for model, updates in since.items():
+        recent_of.append(policy_versions.c.model == model)
+        if updates > 0:  # of the live line, then: what another line sampled counts as less than none
+            recent_of[-1] &= (policy_versions.c.updates >= updates) & (line_of() == live.lines[model])
+    named = select(policy_versions.c.version_id).where(or_(*recent_of))
     recent = list(connection.execute(named).scalars())
     near = union(
         select(calls.c.run_id).where(calls.c.version_dispatched.in_(recent), calls.c.run_id.is_not(None)),

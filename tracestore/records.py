@@ -295,6 +295,8 @@ class PolicyVersion:
     step: int
     updates: int
     """How many times its model was trained; `step` is its job's."""
+    line: int
+    """The first version that it descends from, or itself."""
     job_id: str | None
     abandoned: bool = False
     created_at: float = 0.0

@@ -186,6 +186,7 @@ policy_versions = Table(
     _word("checkpoint_hash"),
     _number("step"),
     Column("updates", Integer, nullable=False, server_default="0"),
+    _number("line", null=True),
     Column("job_id", String, ForeignKey("jobs.job_id")),
     Column("abandoned", Boolean(create_constraint=False), nullable=False),
     _time("created_at"),

@@ -157,18 +157,19 @@ def add(
 ) -> PolicyVersion:
     """Insert a version inside a transaction. Raises InvalidRecord.
 
-    Of weights that descend from nothing known the number of updates is taken to be that of their step.
+    Of weights that descend from nothing known the number of updates is taken to be that of their step; a line of
+    versions begins with them.
     """
     if job_id is not None and connection.execute(select(jobs.c.job_id).where(jobs.c.job_id == job_id)).first() is None:
         raise InvalidRecord(f"a version of {model!r} names the unknown job {job_id!r}: register_job first")
-    updates = step
+    updates, line = step, None
     if parent_id is not None:
-        chosen = select(policy_versions.c.model, policy_versions.c.updates)
+        chosen = select(policy_versions.c.model, policy_versions.c.updates, policy_versions.c.line)
         parent = connection.execute(chosen.where(policy_versions.c.version_id == parent_id)).one_or_none()
         if parent is None or parent.model != model:
             whose = None if parent is None else parent.model
             raise InvalidRecord(f"a version of {model!r} names the parent {parent_id}, which is of {whose!r}")
-        updates = parent.updates + (kind == "step")
+        updates, line = parent.updates + (kind == "step"), parent.line or parent_id
     row = {
         "model": model,
         "kind": kind,
@@ -177,6 +178,7 @@ def add(
         "checkpoint_hash": checkpoint_hash,
         "step": step,
         "updates": updates,
+        "line": line,
         "job_id": job_id,
         "abandoned": False,
         "created_at": now,
@@ -195,6 +197,7 @@ def _version(row: Any) -> PolicyVersion:
         checkpoint_hash=row.checkpoint_hash,
         step=row.step,
         updates=row.updates,
+        line=row.line or row.version_id,
         job_id=row.job_id,
         abandoned=row.abandoned,
         created_at=row.created_at,

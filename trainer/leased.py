@@ -38,7 +38,7 @@ def leased_shares(
             rule.models,
             lambda traces, model: build_batch(traces, rule.of(model), scope=scope, models=models),
         ),
-        lambda version: live.abandoned[version] if version in live.abandoned else store.get_version(version).updates,
+        lambda version: live.counted(store.get_version(version)),
         updates=updates,
         live=live.updates,
         max_staleness=rule.max_staleness,

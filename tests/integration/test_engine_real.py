@@ -70,6 +70,7 @@ def as_version(version_id: int, path: Path) -> PolicyVersion:
         checkpoint_hash=path.name,
         step=1,
         updates=1,
+        line=version_id,
         job_id=None,
     )
 

@@ -56,7 +56,9 @@ class ReadinessContract:
         """Groups of every mixture of old, recent, failed and open members: as many are ready as among all runs."""
         chance, two = random.Random(4), tuple(ModelCalls(model=model) for model in (MODEL, "other"))
         rule = make_rule(min_group=1, trained=two)
-        versions = {model: [live_version(store, step, model).version_id for step in range(4)] for model in rule.models}
+        made = {model: [live_version(store, step, model) for step in (0, 1, 0, 1, 2, 3)] for model in rule.models}
+        versions = {model: [version.version_id for version in line] for model, line in made.items()}
+        lines = [{model: line[which].line for model, line in made.items()} for which in (0, -1)]
         for number in range(40):
             for run_id in add_group(store, f"g{number}", size=chance.randint(1, 3)):
                 for call in range(chance.randint(0, 2)):
@@ -75,7 +77,7 @@ class ReadinessContract:
         for step in (None, 1, 2, 3, 4, 6):
             for bound, other in ((0, 0), (1, 3), (2, 6), (0, None)):
                 known = {MODEL: step, "other": other}
-                live = Live({model: each for model, each in known.items() if each is not None})
+                live = Live({m: each for m, each in known.items() if each is not None}, chance.choice(lines))
                 chosen = replace(rule, max_staleness=bound)
                 with store._db.read() as connection:
                     near, everything = (

@@ -148,18 +148,23 @@ def first_version(store: Store, model: str = MODEL) -> int:
 
 
 def live_version(store: Store, step: int = 0, model: str = MODEL) -> PolicyVersion:
-    """Add a version and publish it."""
-    version = store.add_version(
-        model=model,
-        kind="initial" if step == 0 else "step",
-        parent_id=None,
-        checkpoint_path=f"/checkpoints/{step}",
-        checkpoint_hash=f"hash-{step}",
-        step=step,
-        job_id=None,
-    )
-    go_live(store, version)
-    return version
+    """Add a version and publish it. It goes on from the newest of fewer updates of the live line."""
+    live = store.live_version(model)
+    line = [] if live is None else [one for one in store.list_versions(model) if one.line == live.line]
+    parent = next((one for one in reversed(line) if one.updates < step and not one.abandoned), None)
+    for number in range(step if parent is None else parent.updates + 1, step + 1):
+        parent = store.add_version(
+            model=model,
+            kind="initial" if number == 0 else "step",
+            parent_id=None if parent is None else parent.version_id,
+            checkpoint_path=f"/checkpoints/{number}",
+            checkpoint_hash=f"hash-{number}",
+            step=number,
+            job_id=None,
+        )
+    assert parent is not None
+    go_live(store, parent)
+    return parent
 
 
 def go_live(store: Store, version: PolicyVersion) -> None:

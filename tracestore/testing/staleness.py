@@ -49,7 +49,7 @@ class StalenessContract:
         for version_id in branch[1:]:
             store.abandon_version(version_id)
         assert [ready_within(store, bound) for bound in (1, 2)] == [0, 1]
-        assert store.live([MODEL]) == Live({MODEL: 5}, {branch[1]: 4, branch[2]: 3})
+        assert store.live([MODEL]) == Live({MODEL: 5}, {MODEL: base.line}, {branch[1]: 4, branch[2]: 3})
         assert store.live(["other"]) == Live({})
         store.abandon_version(base.version_id)
         assert store.live([MODEL]).abandoned == {}
@@ -81,3 +81,30 @@ class StalenessContract:
         assert [ready_within(store, bound) for bound in (0, 1)] == [0, 1]
         go_live(store, made[3])
         assert [ready_within(store, bound) for bound in (1, 2)] == [0, 1]
+
+    def test_what_another_line_of_versions_sampled_is_as_old_as_both_are_long(self, store: Store) -> None:
+        """A new job that begins anew with the base weights: what 3 updates of another line sampled is 3 old, then 4.
+
+        By its number it would be fresher than what is live. Online and at the step alike.
+        """
+        other = [live_version(store, step).version_id for step in (0, 3)]
+        for name, version_id in zip(("base", "trained"), other, strict=True):
+            for run_id in add_group(store, name):
+                finish_run(store, run_id, version=version_id)
+        anew = live_version(store)
+        assert anew.line == anew.version_id
+        assert [ready_within(store, bound) for bound in (0, 2, 3)] == [1, 1, 2]
+        live = store.live([MODEL])
+        assert [live.counted(store.get_version(one)) for one in (*other, anew.version_id)] == [0, -3, 0]
+        made = store.add_version(
+            model=MODEL,
+            kind="step",
+            parent_id=anew.version_id,
+            checkpoint_path="",
+            checkpoint_hash="",
+            step=1,
+            job_id=None,
+        )
+        go_live(store, made)
+        assert made.line == anew.version_id
+        assert [ready_within(store, bound) for bound in (0, 1, 3, 4)] == [0, 1, 1, 2]

@@ -206,6 +206,7 @@ def test_staleness_is_counted_in_updates_of_a_model_that_some_steps_left_out(eit
         )
         made.append(version)
     assert [version.updates for version in made] == [0, 0, 0, 1, 2, 1, 3, 2, 2, 4]
+    assert [version.line - made[0].version_id for version in made] == [0, 1, 0, 0, 0, 1, 0, 1, 0, 9]
     store.close()
     to_revision(either_url, "0018")
     store = open_store(either_url)

@@ -43,6 +43,7 @@ def version(version_id: int, path: Path) -> PolicyVersion:
         checkpoint_hash="h",
         step=1,
         updates=1,
+        line=version_id,
         job_id=None,
     )
 

@@ -186,10 +186,10 @@ class Publishes(Noun):
 
     def beat_publishes(self, publish_ids: Sequence[int]) -> None:
         """Say that the publisher of these is alive; those that have ended stay as they are."""
-        mine = publishes.c.publish_id.in_(publish_ids)
+        unfinished = update(publishes).where(publishes.c.state.in_(UNFINISHED))
         with self._db.write() as connection:
-            unfinished = publishes.c.state.in_(UNFINISHED)
-            connection.execute(update(publishes).where(mine, unfinished).values(beat_at=self._db.now()))
+            for each in sorted(publish_ids):  # one by one, in the order in which all lock them who move several
+                connection.execute(unfinished.where(publishes.c.publish_id == each).values(beat_at=self._db.now()))
 
     def end_unswapped(self, publish_id: int, *, silent_s: float | None = None) -> list[Publish]:
         """Move a publish that has swapped nothing to failed, because its publisher is gone; return what was moved.

@@ -3,11 +3,11 @@
 A proxy is a row with a heartbeat, registered before the publish state is first read. While engines of a model are about
 to change weights, or none that a call may go to is up, new calls wait here, in line (`courses` says who may go where);
 when none is left with the engines, the drain is acknowledged. Where calls go on through the publish it is acknowledged
-at once, and a call that the new weights sampled waits for the outcome before it is recorded. One whose
-publisher is silent is ended here, as long as nothing was swapped: the live version serves on. If our last successful
-contact with the store is older than half of the heartbeat's life, the publisher may soon count us as dead: nothing is
-dispatched, and no version is believed, before we have registered again and read the state again. Refuses (503) to
-dispatch while the store cannot be read. Called by `exchange`; runs inside `app`.
+at once, and a call that the new weights sampled waits for the outcome before it is recorded. A publish
+whose publisher is silent is ended here, as long as nothing was swapped: the live version serves on. If our last
+successful contact with the store is older than half of the heartbeat's life, the publisher may soon count us as dead:
+nothing is dispatched, and no version is believed, before we have registered again and read the state again. Refuses
+(503) to dispatch while the store cannot be read. Called by `exchange`; runs inside `app`.
 """
 
 import asyncio

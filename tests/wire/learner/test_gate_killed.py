@@ -41,14 +41,12 @@ class House:
     what is live.
     """
 
-    def __init__(self, folder: Path, steps: int, stack: ExitStack, *, beside: bool) -> None:
+    def __init__(self, folder: Path, store: str, steps: int, stack: ExitStack, *, beside: bool) -> None:
         self.path = folder / "config.yaml"
         base = recorded.random_llama(folder / "base")
         gate = GATE | {"rejected": {"stop_after": None}, "share": 0.5 if beside else 0.0}
         settings = {"steps": steps, "publish": PUBLISH}
-        one = recorded.configuration(
-            base, folder / "out", store=f"sqlite:///{folder}/store.db", batch={"max_staleness": 99}, **settings
-        )
+        one = recorded.configuration(base, folder / "out", store=store, batch={"max_staleness": 99}, **settings)
         scorer = Learner(one)
         scorer.create(str(folder / "sampler"))
         mode = "adapter per role" if beside else "adapter and full model"
@@ -110,9 +108,9 @@ class House:
 
 
 @pytest.fixture
-def make_house(tmp_path: Path) -> Iterator[Callable[..., House]]:
+def make_house(tmp_path: Path, either_url: str) -> Iterator[Callable[..., House]]:
     with ExitStack() as stack:
-        yield lambda steps, *, beside: House(tmp_path, steps, stack, beside=beside)
+        yield lambda steps, *, beside: House(tmp_path, either_url, steps, stack, beside=beside)
 
 
 def kill_at(house: House, stages: Sequence[PublishState]) -> int:
@@ -126,7 +124,9 @@ def kill_at(house: House, stages: Sequence[PublishState]) -> int:
     return len(stages)
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("either_url", "beside"), [("sqlite", False), ("sqlite", True), ("postgres", True)], indirect=["either_url"]
+)
 def test_killed_at_each_stage_of_the_gate_all_models_or_none_are_live(
     make_house: Callable[..., House], beside: bool
 ) -> None:

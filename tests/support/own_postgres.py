@@ -71,7 +71,8 @@ class OwnPostgres:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_for(lambda: all(map(gone, pids)), "PostgreSQL's processes are gone", PATIENCE_S)
-        self._pid_file.unlink()  # a zombie that nobody reaps would count as a server that runs
+        for lock in (self._pid_file, *self._words.parent.glob(".s.PGSQL.*.lock")):
+            lock.unlink()  # they name a zombie, until somebody reaps it: a server that runs
 
     def revive(self) -> None:
         """Wait until it serves: by itself, or, where it has ended, started again. It recovers from its log."""
@@ -103,7 +104,7 @@ class OwnPostgres:
     def _do(self, command: str) -> str:
         assert self._shell.stdin is not None
         assert self._shell.stdout is not None
-        self._shell.stdin.write(f"{command}; echo; echo done $?\n")
+        self._shell.stdin.write(f"{command}; status=$?; echo; echo done $status\n")
         self._shell.stdin.flush()
         said = []
         while not (line := self._shell.stdout.readline().strip()).startswith("done "):

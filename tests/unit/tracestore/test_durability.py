@@ -91,12 +91,19 @@ def test_the_log_is_copied_while_no_commit_waits(tmp_path: Path, monkeypatch: py
     assert copier() == before
 
 
-def test_settings_of_every_connection_to_postgresql(postgres_url: str) -> None:
+@pytest.mark.parametrize(("default", "commits"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+def test_settings_of_every_connection_to_postgresql(postgres_url: str, default: str, commits: str) -> None:
+    """Whoever turned waiting for the disk off did not think of law 3; whoever asked for more gets it."""
+    store = open_store(postgres_url)
+    sql(store, f"ALTER DATABASE {store._db.url.database} SET synchronous_commit = {default}")
+    store.close()
     store = open_store(postgres_url)
     with store._db.write() as first, store._db.read() as second:
         for connection in (first, second):
             assert connection.exec_driver_sql("SHOW jit").scalar() == "off"
             assert connection.exec_driver_sql("SHOW default_toast_compression").scalar() == "lz4"
+            assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == commits
+    sql(store, f"ALTER DATABASE {store._db.url.database} RESET synchronous_commit")
     store.close()
 
 

@@ -64,8 +64,6 @@ def test_any_interleaving_on_sqlite(tmp_path: Path, empty_file: Path, how_long: 
 @pytest.mark.parametrize("how_long", [pytest.param(SHORTER, id="short"), HOW_LONG[1]])
 def test_any_interleaving_on_postgresql(postgres_url: str, how_long: settings) -> None:
     store = open_store(postgres_url)
-    with store._db.write() as connection:  # this is about interleavings, not about the disk
-        connection.execute(text(f"ALTER DATABASE {store._db.url.database} SET synchronous_commit = off"))
 
     def emptied() -> str:
         """Take every row away: quicker than a new schema."""

@@ -175,7 +175,8 @@ def _apply(connection: Connection, fact: Row[Any], seqs: Sequence[int]) -> bool:
     if fact.span_id is not None:
         known = select(spans.c.span_id).where(spans.c.run_id == fact.run_id, spans.c.span_id == fact.span_id)
         if connection.execute(known).first() is not None:
-            took |= _fill(connection, and_(named, calls.c.run_id == fact.run_id), "span_id", {"span_id": fact.span_id})
+            here = and_(named, calls.c.run_id == fact.run_id)
+            took |= _fill(connection, here, "span_id", {"span_id": fact.span_id, "span_by": fact.seq})
     return took
 
 

@@ -9,7 +9,7 @@ Called by the proxy (through `group_commit`) and by `Store`.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Double, bindparam, case, select
+from sqlalchemy import Connection, Double, bindparam, case, func, select
 
 from tracegrad.tracestore.blocks import KnownBlocks
 from tracegrad.tracestore.codec import encode_json
@@ -259,8 +259,9 @@ def _as_it_came(column: Any) -> Any:
 
 
 _TAKEN_BY = {
-    **dict.fromkeys(("run_id", "run_source", "span_id"), calls.c.placed_by),
+    **dict.fromkeys(("run_id", "run_source"), calls.c.placed_by),
     **dict.fromkeys(("role", "role_source"), calls.c.role_by),
+    "span_id": func.coalesce(calls.c.span_by, calls.c.placed_by),  # a call that had no run had no span
 }
 
 

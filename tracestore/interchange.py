@@ -48,7 +48,7 @@ _PARTS = 8
 _UNCOUNTED_BYTES = 64 << 10
 """What the request of a call is taken for whose prompt has no token ids."""
 _ANSWER = [one.name for one in fields(Answer)]
-_NOT_CARRIED = {"seq", "placed_by", "role_by", "job_id"}
+_NOT_CARRIED = {"seq", "placed_by", "role_by", "span_by", "job_id"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Leases: a trainer's fenced, time-limited hold on whole groups.
 
-The batch plan (order of the runs, seed) commits with the lease. Every claim has a new token; only the newest may renew,
+The batch plan (order of the runs, seed) commits with the lease, and so do the outlines of the runs' spans, which parts
+that come later would change. Every claim has a new token; only the newest may renew,
 release or commit. A run is held at most once per job (a unique key), and an `eval` run never (a CHECK).
 A lease that expired stays the job's until it is reclaimed or released: its groups are not handed out twice.
 Called by the trainer, through `Store`; `claimed` by `ledger` too.
@@ -21,6 +22,7 @@ from tracegrad.tracestore.readiness import in_reach, is_ready, members, of_units
 from tracegrad.tracestore.records import BatchPlan, Lease, LeaseRule
 from tracegrad.tracestore.runs import has_content
 from tracegrad.tracestore.schema import attributions, calls, holds, jobs, leases, rewards, runs
+from tracegrad.tracestore.spans import outlines_of
 
 
 class Leases(Noun):
@@ -106,10 +108,12 @@ class Leases(Noun):
             "expires_at": now + lease_s,
         }
         stored = connection.execute(insert(connection, leases).values(**row).returning(leases)).one()
+        outlines = outlines_of(connection, plan.run_ids)
+        common = {"job_id": job_id, "lease_id": stored.lease_id}
         connection.execute(
             insert(connection, holds),
             [
-                {"job_id": job_id, "run_id": run_id, "lease_id": stored.lease_id, "purpose": purpose}
+                {**common, "run_id": run_id, "purpose": purpose, "spans": outlines[run_id]}
                 for run_id, purpose in taken.items()
             ],
         )

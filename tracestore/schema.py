@@ -37,7 +37,7 @@ from sqlalchemy import (
 from tracegrad.tracestore.codec import JsonText
 from tracegrad.tracestore.records import PublishState
 
-HEAD = "0019"
+HEAD = "0020"
 """The migration that makes exactly these tables."""
 
 metadata = MetaData(
@@ -226,6 +226,7 @@ calls = Table(
     _word("retry_of", null=True),
     Column("placed_by", BigInteger),
     Column("role_by", BigInteger),
+    Column("span_by", BigInteger),
     _word("continues", null=True),
     _number("continues_choice", null=True),
     _word("drift", null=True),
@@ -267,8 +268,8 @@ attributions = Table(
     Index(None, "run_id"),
     sqlite_autoincrement=True,
 )
-"""What was said of calls after they were stored. `calls` takes over what it does not know: `placed_by` and `role_by`
-name the row that gave it its run and its role (NULL: known when it was stored)."""
+"""What was said of calls after they were stored. `calls` takes over what it does not know: `placed_by`, `role_by` and
+`span_by` name the row that gave it its run, its role and its span (NULL: known when it was stored)."""
 
 langsmith_runs = Table(
     "langsmith_runs",
@@ -350,6 +351,7 @@ holds = Table(
     _key("run_id"),
     _number("lease_id"),
     _word("purpose"),
+    Column("spans", JsonText),  # of the run when it was leased, by `outlines_of`; NULL: before revision 0020
     ForeignKeyConstraint(["lease_id", "job_id"], ["leases.lease_id", "leases.job_id"]),
     ForeignKeyConstraint(["run_id", "purpose"], ["runs.run_id", "runs.purpose"]),
     _never_eval(),

@@ -1,8 +1,8 @@
 """Spans: what ran inside a run, told in parts by calls, hooks and posted run trees.
 
 A part writes what it knows; what an earlier part said is kept where a later one says nothing. Refuses what is not JSON;
-an unknown run is opened as a live one. Called by `calls` and `attributions`, and by the proxy
-through `Store`; the graph they form is derived in `edges`.
+an unknown run is opened as a live one. A lease keeps outlines of them, for parts come after it. Called by `calls`,
+`attributions` and `leases`, and by the proxy through `Store`; the graph they form is derived in `edges`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, Text, case, func, literal_column, or_, select, type_coerce
 
 from tracegrad.tracestore.codec import JsonText, encode_json
@@ -19,11 +20,12 @@ from tracegrad.tracestore.hot import HotStatement, run_hot
 from tracegrad.tracestore.noun import Noun
 from tracegrad.tracestore.records import Span
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
-from tracegrad.tracestore.schema import calls, spans
+from tracegrad.tracestore.schema import calls, holds, spans
 
 _FIELDS = tuple(field.name for field in fields(Span))
 _KEY = ("run_id", "span_id")
 _VALUES = attrgetter(*_FIELDS)
+_OUTLINE = tuple(name for name in _FIELDS if name not in ("run_id", "input", "output", "error"))
 _JSON = [place for place, name in enumerate(_FIELDS) if isinstance(spans.c[name].type, JsonText)]
 
 
@@ -91,12 +93,39 @@ def _row(part: Span) -> list[Any]:
 
 def spans_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[Span]]:
     """Return run id -> its spans, ordered as `Spans.list_spans` says."""
-    unknown_last = case((spans.c.started_at.is_(None), 1), else_=0)
-    order = (unknown_last, spans.c.started_at, func.coalesce(spans.c.superstep, -1), spans.c.span_id)
     found: dict[str, list[Span]] = {}
-    for row in connection.execute(select(spans).where(spans.c.run_id.in_(run_ids)).order_by(*order)):
+    for row in connection.execute(select(spans).where(spans.c.run_id.in_(run_ids)).order_by(*_order())):
         found.setdefault(row.run_id, []).append(_span(row))
     return found
+
+
+def outlines_of(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return each of the run ids -> its spans in that order, as JSON: what is known of them but input, output, error.
+
+    That is all the graph of a run is made of; what a node read and returned is most of what a span weighs.
+    """
+    found: dict[str, list[dict[str, Any]]] = {run_id: [] for run_id in run_ids}
+    columns = [spans.c[name] for name in ("run_id", *_OUTLINE)]
+    for run_id, *values in connection.execute(select(*columns).where(spans.c.run_id.in_(run_ids)).order_by(*_order())):
+        said = zip(_OUTLINE, values, strict=True)
+        found[run_id].append({name: value for name, value in said if value is not None})
+    return found
+
+
+def leased_spans(connection: Connection, lease_id: int, run_ids: Sequence[str]) -> dict[str, list[Span]]:
+    """Return run id -> its outlined spans when it was leased, of those that the lease holds and has outlines of."""
+    kept = select(holds.c.run_id, holds.c.spans).where(
+        holds.c.lease_id == lease_id, holds.c.run_id.in_(run_ids), holds.c.spans.is_not(None)
+    )
+    return {
+        row.run_id: [msgspec.convert({"run_id": row.run_id, **said}, Span) for said in row.spans]
+        for row in connection.execute(kept)
+    }
+
+
+def _order() -> tuple[Any, ...]:
+    unknown_last = case((spans.c.started_at.is_(None), 1), else_=0)
+    return unknown_last, spans.c.started_at, func.coalesce(spans.c.superstep, -1), spans.c.span_id
 
 
 def span_of(connection: Connection, run_id: str, span_id: str) -> Span | None:

@@ -34,7 +34,7 @@ from tracegrad.tracestore.records import (
 from tracegrad.tracestore.rewards import current_rewards
 from tracegrad.tracestore.runs import run_of
 from tracegrad.tracestore.schema import calls, choices, leases, runs
-from tracegrad.tracestore.spans import span_of, spans_of
+from tracegrad.tracestore.spans import leased_spans, span_of, spans_of
 
 
 class Traces(Noun):
@@ -66,23 +66,25 @@ class Traces(Noun):
             return found
 
     def lease_traces(self, lease: Lease, rule: LeaseRule | None = None) -> list[RunTrace]:
-        """Return the runs of a lease as they stood when it was made: later calls and rewards are not in it.
+        """Return the runs of a lease as they stood when it was made: what came later is not in it.
 
         With the rule of the lease, the rewards are those that count by it. A reclaimed lease therefore gives the same
-        data as the first claim did. Raises NotFound.
+        data as the first claim did. Spans are without input, output and error; once the lease is over, its runs have
+        the spans that are known now. Raises NotFound.
         """
         with self._db.read() as connection:
             row = connection.execute(select(leases).where(leases.c.lease_id == lease.lease_id)).one_or_none()
             if row is None:
                 raise NotFound(f"no lease {lease.lease_id}: lease again")
-            until = _Until(row.calls_through, row.rewards_through, row.attributions_through)
+            until = _Until(row.lease_id, row.calls_through, row.rewards_through, row.attributions_through)
             return _traces(connection, lease.plan.run_ids, until, rule)
 
 
 @dataclass(frozen=True, slots=True)
 class _Until:
-    """The last call, reward and late attribution that a lease knows."""
+    """A lease, and the last call, reward and late attribution that it knows."""
 
+    lease_id: int
     calls: int
     rewards: int
     attributions: int
@@ -107,7 +109,8 @@ def _traces(
         found.update(
             (row.run_id, run_of(row)) for row in connection.execute(select(runs).where(runs.c.run_id.in_(some)))
         )
-        spans.update(spans_of(connection, some))
+        held = {} if until is None else leased_spans(connection, until.lease_id, some)
+        spans |= held | spans_of(connection, [run_id for run_id in some if run_id not in held])
         known = {(run_id, span.span_id): span for run_id in some for span in spans.get(run_id, ())}
         stood = true() if until is None else stood_when_leased(until.calls, until.attributions)
         for call in _calls(connection, and_(calls.c.run_id.in_(some), stood), until, known):
@@ -144,10 +147,14 @@ def _calls(
         payload = payloads.get(row.seq)
         if payload is None:
             continue  # the stub of a deleted run's
-        span = known[row.run_id, row.span_id] if row.span_id is not None else None
-        role_by = row.role_by
-        knows_role = until is None or role_by is None or role_by <= until.attributions
-        yield _call(row, payload, span, tuple(sampled[row.seq]), knows_role=knows_role)
+        knows_span = row.span_id is not None and _knows(until, row.span_by)
+        span = known[row.run_id, row.span_id] if knows_span else None
+        yield _call(row, payload, span, tuple(sampled[row.seq]), knows_role=_knows(until, row.role_by))
+
+
+def _knows(until: _Until | None, fact: int | None) -> bool:
+    """Whether what a call took from a late fact (None: it took nothing) is known yet."""
+    return until is None or fact is None or fact <= until.attributions
 
 
 def _choices(connection: Connection, columns: Select[Any], within: Any) -> dict[int, list[Choice]]:

@@ -59,11 +59,17 @@ class Leasing(Lives):
         """The data of a lease are those of the moment it was made in, whoever reads them, and when."""
         seen: dict[str, object] = {}
         rewards = {}
-        for trace in self.store.lease_traces(lease):
+        known = self.model.leases[lease.lease_id]
+        traces = self.store.lease_traces(lease)
+        if known.state == "held":  # the model knows no spans: the first look is the measure
+            spans = [(trace.spans, [call.attribution.span for call in trace.calls]) for trace in traces]
+            known.spans = spans if known.spans is None else known.spans
+            same(spans, known.spans)
+        for trace in traces:
             seen |= {call.call_id: (trace.run.run_id, call.attribution.role) for call in trace.calls}
             for reward in trace.rewards:
                 rewards[trace.run.run_id, reward.name, reward.role, reward.call_id] = reward.value
-        same({**seen, "": rewards}, self.model.leases[lease.lease_id].saw)
+        same({**seen, "": rewards}, known.saw)
 
     def _renew(self, lease: Lease) -> None:
         known = self.model.leases[lease.lease_id]

@@ -37,7 +37,7 @@ class Interleavings(Recording, Leasing):
         act=st.sampled_from(
             ["roll out"] * 3
             + ["append"] * 4
-            + ["tree", "tree", "late", "late", "reward", "resolve", "end", "again", "open"]
+            + ["tree", "tree", "late", "late", "span", "span", "reward", "resolve", "end", "again", "open"]
         ),
         run=PICK,
         other=PICK,
@@ -66,6 +66,8 @@ class Interleavings(Recording, Leasing):
             self._attribute_late(other % 5 - 2, run_id if placed == "known" else None, role, fate)
         elif act == "resolve":
             self._resolve_attributions(fate)
+        elif act == "span" and run_id is not None:
+            self._tell_span(run_id, other, fate)
         elif act == "again":
             self._append_again(other)
         elif run_id is not None and act == "reward":

@@ -65,6 +65,7 @@ class ALease:
     step: int
     epoch: int
     saw: dict[str, object]
+    spans: object = None
     token: int = 1
     state: str = "held"
     version_id: int | None = None

@@ -12,7 +12,7 @@ from store_lives import ALONE, GROUPS, PROJECT, Cut, Lives, pick, refused
 from store_model import ACall, AFact, AReward, ARun
 
 from tracegrad.tracestore.errors import Conflict
-from tracegrad.tracestore.records import Group, LateAttribution, Run, Task
+from tracegrad.tracestore.records import Group, LateAttribution, Run, Span, Task
 from tracegrad.tracestore.testing.rows import MODEL, live_version, make_call, make_reward
 
 
@@ -88,9 +88,16 @@ class Recording(Lives):
         """A fact about one of the last calls, or one that comes before its call."""
         source: Any = "langsmith" if ahead % 2 else "hook"
         completion_id = f"chatcmpl-call{max(self.numbers['call'] + ahead, 1)}"
-        fact = LateAttribution(source=source, completion_id=completion_id, run_id=run_id, role=role)
+        span_id = None if run_id is None else f"span-{role}"
+        fact = LateAttribution(source=source, completion_id=completion_id, run_id=run_id, role=role, span_id=span_id)
         if self.do(fate, lambda: self.store.attribute_late([fact])) is not Cut:
             self.model.tell(AFact(source, completion_id, run_id, role), self.clock.now)
+
+    def _tell_span(self, run_id: str, superstep: int, fate: str) -> None:
+        """A part of the span that most calls are in: now and then the first that is heard of it."""
+        part = Span(span_id="span-answerer", run_id=run_id, name="answerer", superstep=superstep)
+        if not self.model.runs[run_id].deleted and self.do(fate, lambda: self.store.put_spans([part])) is not Cut:
+            self.model.touch(run_id, self.clock.now)
 
     def _resolve_attributions(self, fate: str) -> None:
         if self.do(fate, self.store.resolve_attributions) is not Cut:

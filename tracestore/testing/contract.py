@@ -17,6 +17,7 @@ from tracegrad.tracestore.testing.diagnosis_groups import GroupDiagnosisContract
 from tracegrad.tracestore.testing.gating import EvaluationContract, GateContract, PinContract
 from tracegrad.tracestore.testing.judged_together import JudgedTogetherContract
 from tracegrad.tracestore.testing.keys import KeyContract
+from tracegrad.tracestore.testing.leased_spans import LeasedSpanContract
 from tracegrad.tracestore.testing.ledger import LedgerContract
 from tracegrad.tracestore.testing.overview import OverviewContract
 from tracegrad.tracestore.testing.placing import (
@@ -48,6 +49,7 @@ class StoreContract(
     ReadinessContract,
     StalenessContract,
     LeaseContract,
+    LeasedSpanContract,
     LedgerContract,
     SeveralModelsContract,
     ProvenanceContract,

@@ -9,10 +9,10 @@ from sqlalchemy import create_engine, inspect
 
 from tracegrad.tracestore.errors import Conflict
 from tracegrad.tracestore.gating import GateTerms, unjudged
-from tracegrad.tracestore.records import Attribution, LateAttribution, PolicyVersion, VersionKind
+from tracegrad.tracestore.records import Attribution, LateAttribution, PolicyVersion, Span, VersionKind
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.chains import asked, stored_units, twice
-from tracegrad.tracestore.testing.rows import JOB, make_call, make_choice, ready_group, sql, train
+from tracegrad.tracestore.testing.rows import JOB, make_call, make_choice, ready_group, sql, take, train
 
 
 def test_what_a_rule_decided_is_called_inferred_by_the_revision_before(first_store: str) -> None:
@@ -211,4 +211,29 @@ def test_staleness_is_counted_in_updates_of_a_model_that_some_steps_left_out(eit
     to_revision(either_url, "0018")
     store = open_store(either_url)
     assert store.list_versions() == made
+    store.close()
+
+
+def test_a_lease_of_the_revision_before_reads_its_spans_as_they_are(either_url: str) -> None:
+    """It kept none. What came late stays, and a call that took its span late is the one it was appended as."""
+    store = open_store(either_url)
+    ready_group(store)
+    first = take(store)
+    spanless = make_call("spanless", None, role=None, version=1)
+    store.append_calls([spanless])
+    fact = LateAttribution(source="langsmith", call_id="spanless", run_id="g-0", span_id="span-answerer")
+    store.attribute_late([fact])
+    store.close()
+    to_revision(either_url, "0019")
+    store = open_store(either_url)
+    store.put_spans([Span(span_id="tool", run_id="g-0", name="search", kind="tool", output="found")])
+    lease = store.reclaim(JOB, 60)
+    assert lease is not None
+    newest = store.trace("g-0")
+    assert store.lease_traces(lease)[0].spans == newest.spans
+    assert {call.call_id: call.attribution.span for call in newest.calls}["spanless"] in newest.spans
+    store.append_calls([spanless])
+    assert lease.plan == first.plan
+    store.release(lease)
+    assert [span.output for span in store.lease_traces(take(store))[0].spans] == [None, None]
     store.close()

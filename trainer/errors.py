@@ -8,7 +8,7 @@ TrainerError
 ├── EngineError          the engine cannot be started, reached, or lacks what training needs
 ├── PublishError         new weights did not reach the engine, or could not be shown to have reached it
 ├── CheckpointError      a checkpoint is incomplete, or its hash is not the one in the ledger
-├── StepRefused          an update was not finite or not bounded: the weights stay as they were
+├── StepRefused          an update, or what it left, was not finite or not bounded: nothing of it is committed
 │   └── NothingToTrain   no choice of the batch may be trained: its runs are put aside
 ├── TrackingError        an experiment tracker is not installed, cannot be opened, or refused a step's numbers
 ├── WorkerFailed         a worker failed in a way that has no name here, or there is no room for it
@@ -50,7 +50,7 @@ class CheckpointError(TrainerError):
 
 
 class StepRefused(TrainerError):
-    """An update was not finite or not bounded: the weights stay as they were."""
+    """An update, or what it left, was not finite or not bounded: nothing of it is committed."""
 
 
 class NothingToTrain(StepRefused):

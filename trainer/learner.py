@@ -245,7 +245,8 @@ class Learner:
 
         Raises:
             NothingToTrain: no choice may be trained; the message says why, and of how many tokens.
-            StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before.
+            StepRefused: see `tracegrad.trainer.ppo`; weights and optimizer are as before, but for one update that
+                left what is not finite: load before going on.
         """
         begun = self._begin(plan, samples, probe_tokens) if told is None else self._going_on(plan)
         self._begun = None

@@ -30,7 +30,7 @@ from tracegrad.trainer.edge_logprobs import edge_logprobs
 from tracegrad.trainer.errors import UnsupportedModel
 from tracegrad.trainer.kept_sets import KeptSets, renormalised
 from tracegrad.trainer.ranks import ALONE, Ranks
-from tracegrad.trainer.sharding import computed, let_go, place, shard_head, shard_model
+from tracegrad.trainer.sharding import computed, let_go, own_part, place, shard_head, shard_model
 from tracegrad.trainer.tree_attention import NAME as TREE
 from tracegrad.trainer.tree_attention import adopt, mask_of
 
@@ -208,6 +208,19 @@ class Policy(nn.Module):
         for name, parameter in own.items():
             place(parameter, state[name])
 
+    @torch.no_grad()
+    def not_finite(self) -> list[str]:
+        """Return the names of masters and of the value head's parameters that hold a NaN or an infinity.
+
+        All ranks call it, and each is told of what any of them holds.
+        """
+        held = {**self.lm_state(), **{f"value_head.{name}": value for name, value in self.value_state().items()}}
+        parts = [own_part(tensor) for tensor in held.values()]
+        # The extremes are NaN where one number is: one pass over the weights, and no copy of them.
+        ends = [torch.stack(torch.aminmax(part)) if part.numel() else part.new_zeros(2) for part in parts]
+        wrong = (~torch.isfinite(torch.stack(ends)).all(-1)).tolist() if ends else []
+        return [name for name, count in zip(held, self.ranks.sums(*map(float, wrong)), strict=True) if count]
+
     @property
     def attention_cost(self) -> float:
         """Multiply-adds of dense attention per token^2 over those of the weights per token: see `packing.pack`.
@@ -311,23 +324,38 @@ class Policy(nn.Module):
         return renormalised(logprobs_SV, slot_E, logprobs_E, entropy_E, kept)
 
     @torch.no_grad()
+    def computes_numbers(self) -> bool:
+        """Whether what the weights compute on the contexts of `verify` is finite, entropies and values included.
+
+        Finite weights may be so large that it is not. All ranks call it.
+        """
+        outputs = self.edge_outputs(probe_row(_forked_contexts(self.lm)), with_entropy=True)
+        said = (outputs.logprobs_E, outputs.values_E, outputs.entropy_E)
+        return all(bool(torch.isfinite(part_E).all()) for part_E in said if part_E is not None)
+
+    @torch.no_grad()
     def verify(self) -> None:
         """Compare packed edges with the model's own forward pass on two forked contexts.
 
         Raises:
-            UnsupportedModel: a log-probability is off by more than rounding (1e-3 nats in fp32, 0.25 in bf16).
+            UnsupportedModel: a log-probability is off by more than rounding (1e-3 nats in fp32, 0.25 in bf16), or the
+                model's own are not finite.
         """
-        vocabulary = self.lm.get_output_embeddings().weight.shape[0]
-        ids = [(7 * place * place + 3 * place + 1) % vocabulary for place in range(24)]
-        contexts = [ids[:16], ids[:8] + ids[16:24], ids[4:12]]
-        row = probe_row(contexts)
-        packed_E = self.edge_outputs(row, with_values=False).logprobs_E
+        contexts = _forked_contexts(self.lm)
+        packed_E = self.edge_outputs(probe_row(contexts), with_values=False).logprobs_E
         own = []
         for context in contexts:
             ids_BT = torch.tensor([context], device=self.device)
             logits_TV = self.lm(input_ids=ids_BT, use_cache=False).logits[0].float()
             own.append(torch.log_softmax(logits_TV[-2], dim=-1)[context[-1]])
-        worst = float((packed_E - torch.stack(own)).abs().max())
+        own_E = torch.stack(own)
+        if not bool(torch.isfinite(own_E).all()):
+            raise UnsupportedModel(
+                f"{self.lm.config.model_type}: the model's own log-probabilities are not finite: its weights are "
+                f"damaged, or too large for {self.precision}; name another checkpoint, or go back to a version before "
+                "it with `tracegrad rollback`"
+            )
+        worst = float((packed_E - own_E).abs().max())
         if not worst <= (1e-3 if self.precision == "fp32" else 0.25):
             raise UnsupportedModel(
                 f"{self.lm.config.model_type}: packed and plain log-probabilities differ by {worst:.3g} nats; "
@@ -382,6 +410,13 @@ def _take_masters(lm: Any, precision: Precision, ranks: Ranks) -> dict[str, nn.P
     for name, weight in lm.named_parameters():
         weight.register_post_accumulate_grad_hook(_into_master(masters[name]))
     return masters
+
+
+def _forked_contexts(lm: Any) -> list[list[int]]:
+    """Two contexts with a common beginning, and one apart."""
+    vocabulary = lm.get_output_embeddings().weight.shape[0]
+    ids = [(7 * place * place + 3 * place + 1) % vocabulary for place in range(24)]
+    return [ids[:16], ids[:8] + ids[16:24], ids[4:12]]
 
 
 def round_weights(lm: Any) -> None:

@@ -5,7 +5,8 @@ no critic that pass is the update's own forward: nothing is computed twice); cre
 `minibatches` updates over packed rows, each loss divided by the count of trained tokens of its minibatch, whatever
 rows it lies in. It refuses, leaving weights and optimizer as they were: a loss or gradient that is not finite, a
 gradient that explodes, an update in which every token is rejected, nothing to train, and rows that do not select every
-trained token exactly once per epoch (law 5).
+trained token exactly once per epoch (law 5). It refuses also what the updates leave where that is not finite, or
+computes what is not; a single update cannot be taken back then: load before going on.
 Everything random comes from the plan's seed. Of several ranks each computes some of an update's rows; all else they do
 alike, on the whole batch. Called by the learner.
 """
@@ -135,6 +136,7 @@ class PpoStep:
                 _check_mask(plan.step, [row for part in rows for row in part], samples)
                 for part in rows:
                     facts = self._update(plan.step, Minibatch.of(part), fixed, seen, history or StepHistory())
+            self._check_weights(plan.step)
         arrays = StepArrays(
             starts=token_starts(choices),
             credit=credit,
@@ -261,6 +263,23 @@ class PpoStep:
         self._policy.refresh()
         return {"loss": total, "grad_norm": norm, "lr": lr}
 
+    def _check_weights(self, step: int) -> None:
+        """Refuse weights that are not finite, and such as do not compute finite numbers. Ranks alike.
+
+        Finite gradients do not rule them out: a learning rate, a rounding or a memory may be at fault. What a start
+        would find wrong with a checkpoint must not be in one.
+        """
+        settings, said = self._config.optimizer, ""
+        if wrong := self._policy.not_finite():
+            said = f"not finite in {len(wrong)} of the parameters, first in {wrong[0]}"
+        elif not self._policy.computes_numbers():
+            said = "finite, but what they compute is not"
+        if said:
+            raise StepRefused(
+                f"step {step}: after the update the weights are {said}; nothing of the step is kept. Lower "
+                f"trainer.optimizer.lr ({settings.lr:g}) or critic_lr ({settings.critic_lr:g})"
+            )
+
     @property
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -295,7 +314,11 @@ class PpoStep:
 
     @contextmanager
     def _unchanged_on_failure(self, updates: int) -> Iterator[None]:
-        """Put weights and optimizer back when the block raises. One update changes nothing before it is checked."""
+        """Put weights and optimizer back when the block raises.
+
+        One update changes nothing before its gradient is checked, and a second copy of weights and moments is dear:
+        where what it leaves is refused, whoever called loads the last checkpoint.
+        """
         kept = _Snapshot(self._policy, self._optimizer) if updates > 1 else None
         done = False
         try:

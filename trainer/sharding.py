@@ -63,6 +63,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be divided: a share, perhaps empty, or the whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def place(target: Tensor, value: Tensor) -> None:
     """Overwrite a tensor that may be divided with a whole value, or with one that is divided alike."""

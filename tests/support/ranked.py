@@ -126,6 +126,34 @@ class Canary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ruined:
+    """Train a step whose update leaves an infinity in what the last rank alone holds; the answer is the refusal."""
+
+    config: Any
+    samples: Any
+    plan: Any
+
+    def __call__(self, ranks: "Ranks") -> str:
+        from tracegrad.trainer.errors import StepRefused
+        from tracegrad.trainer.learner import Learner
+        from tracegrad.trainer.sharding import own_part
+
+        learner = Learner(self.config, ranks=ranks)
+        learner.start()
+
+        def ruin(*_: Any) -> None:
+            if ranks.rank == ranks.size - 1:
+                own_part(learner.policy.lm_state()["model.norm.weight"])[-1] = float("inf")
+
+        learner._optimizer_or_raise().register_step_post_hook(ruin)
+        try:
+            learner.step(self.plan, self.samples, version_id=1)
+        except StepRefused as error:
+            return str(error)
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Live:
     """Train until a step from the last checkpoint under `root`, or from the base, with a checkpoint after each step."""
 

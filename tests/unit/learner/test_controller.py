@@ -145,6 +145,15 @@ def test_a_refused_step_stops_training_and_commits_nothing(configure: Configure,
     assert store.reclaim("test", 60.0) is None, "the lease is returned, so that mended rewards are seen"
 
 
+def test_a_step_that_ruins_the_weights_is_not_committed_and_the_job_goes_on(configure: Configure, store: Store) -> None:
+    ruinous = configure(optimizer={"lr": 1e39})
+    with pytest.raises(StepRefused, match="step 1: after the update"):
+        train(ruinous, store)
+    assert store.last_checkpoint("test") is None
+    train(configure(), store)
+    assert store.last_checkpoint("test").step == 4  # type: ignore[union-attr]
+
+
 def test_a_stop_ends_after_the_step_at_hand(configure: Configure, store: Store) -> None:
     config, stop = configure(), Event()
 

@@ -211,6 +211,47 @@ def test_not_finite_is_refused_and_nothing_moves(learner: MakeLearner, updates: 
     apply(made, plan, samples)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        ({"lr": 1e39}, r"step 1: after the update the weights are not finite in \d+ of the parameters, first in m"),
+        ({"lr": 1e20}, r"the weights are finite, but what they compute is not.*Lower trainer.optimizer.lr \(1e\+20\)"),
+        ({"critic_lr": 1e39}, r"not finite in 2 of the parameters, first in value_head\..*critic_lr \(1e\+39\)"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_update_that_ruins_the_weights_is_refused(
+    learner: MakeLearner, optimizer: dict[str, float], says: str, precision: str
+) -> None:
+    """Loss and gradient are finite, and so are weights of 1e20, whose squares are beyond the end of fp32 (3.4e38)."""
+    made = learner(optimizer=optimizer, precision=precision)
+    with pytest.raises(StepRefused, match=says):
+        apply(made, *samples_of(made))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_the_last_of_several_updates_ruins_are_put_back(learner: MakeLearner, precision: str) -> None:
+    made = learner(optimizer={"minibatches": 4}, precision=precision)
+    apply(made, *samples_of(made, groups=4))
+    before, moments = weights(made), moment_sum(made)
+    updates: list[int] = []
+
+    def ruin(*_: Any) -> None:
+        updates.append(1)
+        if len(updates) == 4:
+            made.policy.lm_masters()["model.norm.weight"].data[3] = float("nan")
+
+    hook = made._optimizer_or_raise().register_step_post_hook(ruin)
+    again = samples_of(made, groups=4, seed=2)
+    with pytest.raises(StepRefused, match=r"not finite in 1 of the parameters, first in model\.norm\.weight"):
+        apply(made, *again)
+    assert len(updates) == 4
+    assert equal(before, weights(made))
+    assert moment_sum(made) == moments
+    hook.remove()
+    apply(made, *again)
+
+
 def moment_sum(made: Learner) -> float:
     parameters = [p for group in made._optimizer.param_groups for p in group["params"]]
     return sum(float(made._optimizer.state[p]["exp_avg_sq"].sum()) for p in parameters if p in made._optimizer.state)

@@ -316,6 +316,17 @@ def test_models_that_would_be_evaluated_wrongly_are_refused():
         Policy(eager).verify()
 
 
+def test_weights_that_compute_no_numbers_are_named_as_such():
+    policy = build(TIED_LLAMA, precision="fp32")
+    assert policy.not_finite() == []
+    with torch.no_grad():
+        policy.lm_masters()["model.norm.weight"][5] = -torch.inf
+        policy.value_masters()["output.bias"][0] = torch.nan
+    assert policy.not_finite() == ["model.norm.weight", "value_head.output.bias"]
+    with pytest.raises(UnsupportedModel, match="own log-probabilities are not finite: its weights are damaged"):
+        policy.verify()
+
+
 @pytest.mark.parametrize(
     "lm",
     [

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import recorded_runs as recorded
-from ranked import Canary, Crew, Train
+from ranked import Canary, Crew, Ruined, Train
 from safetensors.numpy import load_file
 
 from tracegrad.tracestore.config import Config, parse_config
@@ -234,3 +234,9 @@ def test_probe_canary_and_refusal_are_those_of_one_worker(
                 np.testing.assert_allclose(other.logprobs, one.logprobs, rtol=0.0, atol=1e-5)
         assert each["probe"] == each["after"] == each["again"], "the weights are as they were"
         assert "not finite" in each["refused"]
+
+
+def test_what_one_rank_alone_holds_is_refused_by_all(crew: Crew, base: Path, samples: Samples) -> None:
+    said = crew.run(3, Ruined(config=full(base), samples=samples, plan=PLANS[0]))
+    assert "not finite in 1 of the parameters, first in model.norm.weight" in said[0]
+    assert said[1:] == said[:1] * 2

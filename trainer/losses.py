@@ -75,8 +75,11 @@ def objective(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     kept_E = correction.rejected_E == KEPT
     term_E = torch.where(kept_E, correction.weight_E * policy.loss_E, 0.0)
     if inputs.reference_logprobs_E is not None and loss.kl_in == "loss":
-        penalty_E = kl_estimate(loss.kl_estimator, inputs.policy_logprobs_E, inputs.reference_logprobs_E)
-        term_E = term_E + loss.kl_coef * torch.where(kept_E, penalty_E, 0.0)
+        # Rejected edges are taken out before the exponential: 0 times the gradient of an infinity is NaN.
+        sampled_E, other_E = (
+            torch.where(kept_E, each_E, 0.0) for each_E in (inputs.policy_logprobs_E, inputs.reference_logprobs_E)
+        )
+        term_E = term_E + loss.kl_coef * kl_estimate(loss.kl_estimator, sampled_E, other_E)
     if inputs.entropy_E is not None and loss.entropy_coef:
         term_E = term_E - loss.entropy_coef * torch.where(kept_E, inputs.entropy_E, 0.0)
     if inputs.values_E is not None and inputs.old_values_E is not None and inputs.targets_E is not None:

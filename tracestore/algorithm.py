@@ -8,11 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from tracegrad.tracestore.section import Section
-
-_AtLeastZero = Annotated[float, msgspec.Meta(ge=0.0)]
-_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-_Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+from tracegrad.tracestore.section import AtLeastZero, Count, Positive, Section, Share
 
 UNGROUPED = frozenset({"gae", "reinforce++"})
 """Values of `trainer.algorithm.credit.advantage` under which no run is compared with others of its group."""
@@ -37,22 +33,22 @@ class LossConfig(Section, frozen=True, kw_only=True):
     """What is minimised (`trainer.algorithm.loss`). Defaults: PPO's clipped surrogate with a value head."""
 
     objective: Objective = "ppo"
-    clip_low: _AtLeastZero | None = None
+    clip_low: AtLeastZero | None = None
     """How far below 1 the ratio counts. None: the objective's own (ppo 0.2, cispo 1.0: no bound, gspo 0.0003)."""
-    clip_high: _AtLeastZero | None = None
+    clip_high: AtLeastZero | None = None
     """How far above 1 the ratio counts. None: the objective's own (ppo 0.2, cispo 4.0, gspo 0.0004)."""
-    dual_clip: _Positive | None = 3.0
+    dual_clip: Positive | None = 3.0
     """Bound on the ratio where the advantage is negative; not for cispo, whose weights are bounded anyway."""
-    value_clip: _Positive | None = 0.2
-    value_coef: _AtLeastZero = 0.5
-    kl_coef: _AtLeastZero = 0.0
+    value_clip: Positive | None = 0.2
+    value_coef: AtLeastZero = 0.5
+    kl_coef: AtLeastZero = 0.0
     """Of the KL penalty to the model's own checkpoint, the reference. Above 0 a second copy of the model is held."""
     kl_estimator: KlEstimator = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    entropy_coef: _AtLeastZero = 0.0
+    entropy_coef: AtLeastZero = 0.0
     aggregate: Literal["tokens", "sequences", "constant"] = "tokens"
     """Mean over all tokens, mean over choices of their means, or sums over a constant length (`aggregate_tokens`)."""
-    aggregate_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    aggregate_tokens: Count | None = None
     """The constant length of `aggregate: constant`: the most tokens an answer may have."""
 
     @property
@@ -66,8 +62,8 @@ class Rejection(Section, frozen=True, kw_only=True):
     """Tokens whose ratio proximal / behaviour lies outside count nothing; they stay in the denominators."""
 
     level: Level = "token"
-    low: _Positive | None = None
-    high: _Positive | None = None
+    low: Positive | None = None
+    high: Positive | None = None
 
 
 class CorrectionConfig(Section, frozen=True, kw_only=True):
@@ -77,7 +73,7 @@ class CorrectionConfig(Section, frozen=True, kw_only=True):
     """What the surrogate's ratio is taken against: the weights at the start of the step, or what was recorded."""
     weights: Literal["off"] | Level = "token"
     """Weigh each token by proximal / behaviour, at this level."""
-    cap: _Positive | None = 2.0
+    cap: Positive | None = 2.0
     """The largest weight. None: not bounded, for use with `reject`."""
     reject: tuple[Rejection, ...] = ()
     """In order; the first that holds is the one counted."""
@@ -94,16 +90,16 @@ class CreditConfig(Section, frozen=True, kw_only=True):
     """Which calls of a group are compared: those of one role at one place in the graph, or all of the role."""
     normalise: Literal["role", "model", "batch", "off"] | None = None
     """Whose tokens share mean 0 and deviation 1. None: a role's under gae and reinforce++, off where cells compare."""
-    gamma: _Share = 1.0
+    gamma: Share = 1.0
     """Discount for each sampled token inside a call."""
-    gae_lambda: _Share = 0.95
-    critic_lambda: _Share | None = None
+    gae_lambda: Share = 0.95
+    critic_lambda: Share | None = None
     """Lambda of the critic's targets, inside calls and between them (VAPO: 1). None: that of the advantages."""
-    length_adaptive: _Positive | None = None
+    length_adaptive: Positive | None = None
     """VAPO's alpha: lambda = 1 - 1 / (alpha length) inside a call, in place of `gae_lambda`."""
-    turn_gamma: _Share = 1.0
+    turn_gamma: Share = 1.0
     """Discount for each call between a call and the reward."""
-    turn_lambda: _Share = 1.0
+    turn_lambda: Share = 1.0
     """Lambda from a call to the one after it; below 1 it trusts the critic's value of that call."""
     bootstrap: Literal["own", "all"] = "own"
     """Along the graph, whose critics' values count: the model's own, other models' calls being stepped over; or all."""
@@ -119,11 +115,11 @@ class CreditConfig(Section, frozen=True, kw_only=True):
 class RefusalConfig(Section, frozen=True, kw_only=True):
     """When a step is refused although every number in it is finite. A refused step changes no weight."""
 
-    grad_norm_factor: _Positive | None = 100.0
+    grad_norm_factor: Positive | None = 100.0
     """A gradient explodes where its norm is above this many times the usual (median) one and `max_grad_norm`."""
     grad_norm_history: Annotated[int, msgspec.Meta(ge=5)] = 20
     """How many steps' norms are remembered; the first five are never refused."""
-    silent_steps: Annotated[int, msgspec.Meta(ge=1)] | None = 20
+    silent_steps: Count | None = 20
     """Stop after so many steps in a row in which no run earned anything. None: never."""
 
 

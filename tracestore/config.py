@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 
 from tracegrad.tracestore.algorithm import AlgorithmConfig
 from tracegrad.tracestore.config_checks import check
+from tracegrad.tracestore.config_text import read_yaml, yaml_text
 from tracegrad.tracestore.errors import ConfigError
-from tracegrad.tracestore.section import Section, explained
+from tracegrad.tracestore.section import AtLeastZero, Count, Natural, Positive, Section, Share, explained
 from tracegrad.tracestore.tracking import TrackingConfig
 
 DEFAULT_FILE = Path("tracegrad.yaml")
@@ -24,15 +24,7 @@ DEFAULT_FILE = Path("tracegrad.yaml")
 Allowed = Literal["chat_template", "media_urls", "media_kwargs", "embeds", "priority"]
 """What clients may send to an engine only where the operator says so."""
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its own type for times: ours are text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):
@@ -66,9 +58,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     """Further arguments, after tracegrad's own."""
     env: Mapping[str, str] = {}
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    max_model_len: int = 2048
-    max_num_seqs: int = 32
-    start_timeout_s: float = 600.0
+    max_model_len: Count = 2048
+    max_num_seqs: Count = 32
+    start_timeout_s: Positive = 600.0
     log: str | None = None
     transfer: TransferConfig = TransferConfig()
 
@@ -90,7 +82,7 @@ class AdapterConfig(Section, frozen=True, kw_only=True):
     of: str
     """The model whose checkpoint it lies on, whose engines serve it."""
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)] = 16
-    alpha: Annotated[float, msgspec.Meta(gt=0.0)] = 32.0
+    alpha: Positive = 32.0
     """What the adapter adds is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get one (`q_proj`, ...). Empty: every linear layer but the head."""
@@ -121,10 +113,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 class SamplingOverride(Section, frozen=True, kw_only=True):
     """What the proxy sets on the calls of runs with purpose `train`; `None` leaves the client's value."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
+    temperature: AtLeastZero | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    """0 and -1: every token, as vLLM reads them."""
+    max_tokens: Count | None = None
 
 
 class AccessConfig(Section, frozen=True, kw_only=True):
@@ -140,12 +133,12 @@ class AccessConfig(Section, frozen=True, kw_only=True):
 class LimitsConfig(Section, frozen=True, kw_only=True):
     """How much one request may be."""
 
-    max_body_bytes: int = 32 * 1024 * 1024
+    max_body_bytes: Count = 32 * 1024 * 1024
     """As sent, and unpacked where it is compressed."""
-    max_header_bytes: int = 64 * 1024
-    max_messages: int = 10_000
-    max_tools: int = 1_000
-    max_kept: Annotated[int, msgspec.Meta(ge=0)] = 256
+    max_header_bytes: Count = 64 * 1024
+    max_messages: Count = 10_000
+    max_tools: Count = 1_000
+    max_kept: Natural = 256
     """How many of the likeliest tokens the engine is asked for at most where top-p, top-k or min-p cut the others off,
     so that what was left is on record and can be trained on; 0: none. What `tracegrad engine` starts allows as many,
     another vLLM 20 unless it has `--max-logprobs`."""
@@ -155,17 +148,17 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
     """The OpenAI-compatible front. On loopback it needs no API keys, elsewhere it does."""
 
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Processes that listen on the port."""
     log: Literal["text", "json"] = "text"
     sampling: Mapping[str, SamplingOverride] = {}
     """Role (or `*`) -> the sampling override of purpose `train`."""
-    idle_close_s: float = 300.0
-    poll_s: float = 0.05
-    heartbeat_expires_s: float = 10.0
-    upstream_timeout_s: float = 600.0
-    hold_timeout_s: float = 600.0
+    idle_close_s: Positive = 300.0
+    poll_s: Positive = 0.05
+    heartbeat_expires_s: Positive = 10.0
+    upstream_timeout_s: Positive = 600.0
+    hold_timeout_s: AtLeastZero = 600.0
     """How long a request waits for a publish or for an engine that is down, at most; less where its client says so."""
     access: AccessConfig = AccessConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -174,20 +167,20 @@ class ProxyConfig(Section, frozen=True, kw_only=True):
 class OptimizerConfig(Section, frozen=True, kw_only=True):
     """AdamW on fp32 master weights."""
 
-    lr: float = 1e-5
-    critic_lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    max_grad_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    warmup_steps: int = 0
-    epochs: int = 1
-    minibatches: int = 1
+    lr: AtLeastZero = 1e-5
+    critic_lr: AtLeastZero = 1e-4
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    weight_decay: AtLeastZero = 0.0
+    max_grad_norm: Positive = 1.0
+    warmup_steps: Natural = 0
+    epochs: Count = 1
+    minibatches: Count = 1
 
 
 class RunsConfig(Section, frozen=True, kw_only=True):
     """Which runs a job takes, and which of their rewards count."""
 
-    purposes: tuple[Literal["train", "live"], ...] = ("train", "live")
+    purposes: Annotated[tuple[Literal["train", "live"], ...], msgspec.Meta(min_length=1)] = ("train", "live")
     roles: tuple[str, ...] = ()
     """Only calls of these roles train. Empty: every role that the role map gives to a model of the job."""
     since: str | None = None
@@ -195,9 +188,9 @@ class RunsConfig(Section, frozen=True, kw_only=True):
     until: str | None = None
     reward_sources: tuple[str, ...] = ()
     """Only rewards from these sources count, such as `langsmith` for feedback. Empty: from every one."""
-    grace_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    grace_s: AtLeastZero = 0.0
     """A run is trained so long after its end at the earliest: rewards that come meanwhile are in."""
-    epoch: Annotated[int, msgspec.Meta(ge=0)] = 0
+    epoch: Natural = 0
     """A run trains once in each epoch of a job: raise it to train everything once more, with its newest rewards."""
     recorded_models: tuple[str, ...] = ()
     """Offline only: other models whose calls train, by their roles in the present role map. They must have the
@@ -208,16 +201,16 @@ class BatchConfig(Section, frozen=True, kw_only=True):
     """What one step trains, and how it is laid into rows."""
 
     runs: RunsConfig = RunsConfig()
-    groups: int = 8
-    max_staleness: int = 1
+    groups: Count = 8
+    max_staleness: Natural = 1
     """A run is too stale when the weights that sampled it are more updates behind the live ones of their model."""
-    min_group: int = 2
+    min_group: Count = 2
     """A group with fewer closed, rewarded members than this is not leased for group advantages."""
-    row_tokens: int = 2048
+    row_tokens: Count = 2048
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass instead of keeping them: less memory, more time."""
-    lease_s: float = 600.0
-    poll_s: float = 0.25
+    lease_s: Positive = 600.0
+    poll_s: Positive = 0.25
 
 
 class GateRule(Section, frozen=True, kw_only=True):
@@ -225,7 +218,7 @@ class GateRule(Section, frozen=True, kw_only=True):
 
     minimum: float | None = None
     """The least mean score."""
-    max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    max_drop: AtLeastZero | None = None
     """How much worse than the live version the mean score may be: by task, and at `confidence`."""
     confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.9
     """One-sided, of "not worse by more than max_drop"; 0.5 compares the means alone. Few tasks at a high confidence
@@ -239,7 +232,7 @@ class RejectedConfig(Section, frozen=True, kw_only=True):
 
     then: Literal["continue", "return"] = "continue"
     """Train on from the rejected version, or from the live one, whose optimizer state comes back with it."""
-    stop_after: Annotated[int, msgspec.Meta(ge=1)] | None = 3
+    stop_after: Count | None = 3
     """So many rejections in a row end the trainer: the live version falls ever further behind what is trained."""
 
 
@@ -255,13 +248,13 @@ class GateConfig(Section, frozen=True, kw_only=True):
     rule: GateRule
     score: str = "reward"
     """Which of the rewards decides."""
-    samples: Annotated[int, msgspec.Meta(ge=1)] = 1
+    samples: Count = 1
     """Runs per task; they are averaged."""
-    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 16
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    concurrency: Count = 16
+    timeout_s: Positive = 600.0
     """How long the evaluation may take, and so how long a single engine may be closed to others. Then the candidate is
     rejected."""
-    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    share: Share = 0.0
     """Share of the other runs that the candidate serves while it is judged. With one engine 0 makes them wait and 1
     lets all through; with replicas, and of an adapter with one engine, the rest of the runs stays with the live one."""
     rejected: RejectedConfig = RejectedConfig()
@@ -272,13 +265,13 @@ class PublishConfig(Section, frozen=True, kw_only=True):
 
     mode: Literal["drain", "in_flight"] = "drain"
     """drain: calls end before engines change weights. in_flight: they go on under the new ones, each token known."""
-    probe_tokens: int = 512
-    probe_bound: float = 0.1
+    probe_tokens: Count = 512
+    probe_bound: Positive = 0.1
     """Bound on mean |trainer - engine| logprob over the probe's tokens (nats). Rounding of bf16 alone gives 0.03-0.05;
     in fp32 0.001 holds."""
     canary: bool = True
-    drain_timeout_s: float = 300.0
-    swap_timeout_s: float = 120.0
+    drain_timeout_s: Positive = 300.0
+    swap_timeout_s: Positive = 120.0
     gate: GateConfig | None = None
 
 
@@ -289,7 +282,7 @@ class WorkersConfig(Section, frozen=True, kw_only=True):
     """Several share weights, gradients and optimizer state (FSDP2) and divide the rows of each step."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: each worker has one GPU to itself."""
-    threads: Annotated[int, msgspec.Meta(ge=1)] = 2
+    threads: Count = 2
     """CPU cores of each."""
 
 
@@ -299,8 +292,8 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     job: str = "main"
     model: str = ""
     """The one model that this job trains. Empty: every model that is `trained`."""
-    steps: int = 100
-    seed: int = 0
+    steps: Natural = 100
+    seed: Natural = 0
     output: str = "out"
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32: everything in float32. bf16: float32 master weights, rounded to bfloat16 to compute with."""
@@ -309,7 +302,7 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     publish: PublishConfig = PublishConfig()
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
 
 
 class RoleRule(Section, frozen=True, kw_only=True):
@@ -416,13 +409,7 @@ def load_config(path: str | Path) -> Config:
         ConfigError: the file cannot be read, has unknown keys or wrong types, or names an unknown model.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; name another file with --config") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    return parse_config(raw or {}, origin=str(path), base=path.resolve().parent)
+    return parse_config(read_yaml(path) or {}, origin=str(path), base=path.resolve().parent)
 
 
 def parse_config(raw: Mapping[str, Any], *, origin: str = "configuration", base: Path | None = None) -> Config:
@@ -456,7 +443,7 @@ def check_checkpoint(name: str, model: ModelConfig) -> None:
 
 def dump_config(config: Config) -> str:
     """Return `config` as YAML: what `--show-config` prints; `parse_config` reads it back to an equal value."""
-    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+    return yaml_text(msgspec.to_builtins(config))
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:

@@ -1,10 +1,16 @@
-"""What a configuration may not say although every key and type in it is right: names that nothing has, sections that
-exclude each other, expressions and times that are none. Every refusal names the key and what to write instead; an
+"""What a configuration may not say although every key and type in it is right: names that nothing has or that cannot be
+folders, numbers that are not finite, engines that are none or are two models', sections that exclude each other,
+expressions and times that are none. Every refusal names the key and what to write instead; an
 unknown name comes with the near misses. Called by `tracestore.config`, once for each file.
 """
 
+import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
 
 from tracegrad.tracestore.algorithm import wrong_algorithm
 from tracegrad.tracestore.errors import ConfigError
@@ -14,6 +20,9 @@ from tracegrad.tracestore.section import near_misses
 if TYPE_CHECKING:
     from tracegrad.tracestore.config import Config, ModelConfig
 
+_FOLDER = re.compile(r"\w[\w.:@+ -]{0,99}")
+_LARGEST_SEED = 2**63 - 1
+_PORTS = {"http": 80, "https": 443}
 _FINGERPRINT = re.compile("fp_[0-9a-f]{16}")
 
 
@@ -21,9 +30,13 @@ def check(config: "Config", origin: str) -> None:
     """Refuse what the sections say of one another that cannot hold.
 
     Raises:
-        ConfigError: an unknown model or role, a model with sections that exclude each other, a wrong expression.
+        ConfigError: an unknown model or role, a model with sections that exclude each other, a wrong expression, a
+            number that is not finite, a name that is no folder's, an engine without an address or of two models.
     """
+    _check_numbers(config, origin)
+    _check_names(config, origin)
     _check_models(config, origin)
+    _check_engines(config, origin)
     _check_adapters(config, origin)
     _check_roles(config, origin)
     _check_rules(config, origin)
@@ -33,6 +46,64 @@ def check(config: "Config", origin: str) -> None:
     _check_runs(config, origin)
     if (wrong := wrong_algorithm(config.trainer.algorithm)) is not None:
         raise ConfigError(f"{origin}: trainer.algorithm.{wrong}")
+
+
+def _check_numbers(config: "Config", origin: str) -> None:
+    for place, number in _numbers(msgspec.to_builtins(config), ""):
+        if not math.isfinite(number):
+            raise ConfigError(f"{origin}: {place} is {number}: write a finite number")
+    if config.trainer.seed > _LARGEST_SEED:
+        raise ConfigError(f"{origin}: trainer.seed is {config.trainer.seed}: write one up to {_LARGEST_SEED}")
+
+
+def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Yield (dotted place, number) for every float of the configuration."""
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from _numbers(inner, f"{place}[{number}]")
+
+
+def _check_names(config: "Config", origin: str) -> None:
+    folders = {f"models.{name}, which is trained,": name for name, model in config.models.items() if model.trained}
+    for what, name in {**folders, f"trainer.job {config.trainer.job!r}": config.trainer.job}.items():
+        if not _FOLDER.fullmatch(name):
+            raise ConfigError(
+                f"{origin}: {what} names a folder: begin with a letter, a digit or _, and go on with these or with "
+                ". : @ + - and spaces, 100 characters in all at most"
+            )
+
+
+def _check_engines(config: "Config", origin: str) -> None:
+    taken: dict[tuple[str, int, str], str] = {}
+    for name, model in config.models.items():
+        for number, each in enumerate(model.each_engine()):
+            where, url = f"models.{name}.{f'replicas[{number - 1}]' if number else 'engine.url'}", each.engine.url
+            address = _address(url)
+            if address is None:
+                raise ConfigError(f"{origin}: {where} is {url!r}: write http://HOST:PORT")
+            if taken.setdefault(address, name) != name:
+                raise ConfigError(
+                    f"{origin}: {where} is {url}, the engine of models.{taken[address]}: an engine serves one model "
+                    "and its adapters, so give each model engines of its own"
+                )
+
+
+def _address(url: str) -> tuple[str, int, str] | None:
+    """Return host, port and path of an http URL, None of anything else."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    if port is None or not parts.hostname or parts.scheme not in _PORTS or parts.query or parts.fragment:
+        return None
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    return host, port, parts.path.rstrip("/")
 
 
 def _check_models(config: "Config", origin: str) -> None:

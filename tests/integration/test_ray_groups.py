@@ -53,7 +53,7 @@ def configured(folder: Path, per_group: int) -> Config:
     models = {
         "base": {"checkpoint": llama, "trained": False, "engine": engine},
         "p": {"adapter": {"of": "base", "rank": 4}},
-        "solo": {"checkpoint": llama, "engine": engine},
+        "solo": {"checkpoint": llama, "engine": {**engine, "url": "http://127.0.0.1:8001"}},
     }
     workers = {"threads": 1, "per_group": per_group}
     trainer: dict[str, Any] = {"precision": "fp32", "workers": workers, "optimizer": {"lr": 1e-3, "critic_lr": 1e-3}}

@@ -38,7 +38,14 @@ def mapped(config: Config, mode: str, base: Path, **trainer: Any) -> Config:
     models, roles = MODES[mode]
     raw = msgspec.to_builtins(config)
     raw["models"] = {
-        name: model if "adapter" in model else {**model, "checkpoint": str(base)} for name, model in models.items()
+        name: model
+        if "adapter" in model
+        else {
+            **model,
+            "checkpoint": str(base),
+            "engine": {**model["engine"], "url": f"http://127.0.0.1:{8000 + number}"},
+        }
+        for number, (name, model) in enumerate(models.items())
     }
     raw["trainer"] |= {"model": "", **trainer}
     return parse_config({**raw, "roles": roles})

@@ -177,7 +177,7 @@ def test_which_runs_a_job_takes_is_checked_when_it_is_read(tmp_path: Path) -> No
 
 def test_the_lease_rule_takes_roles_from_the_map_and_from_the_job() -> None:
     """`*` means every role but those of other models; what the job names is fewer; other models' calls offline only."""
-    models = {"small": {"checkpoint": "w"}, "big": {"checkpoint": "v"}}
+    models = {"small": {"checkpoint": "w"}, "big": {"checkpoint": "v", "engine": SECOND}}
     raw = {
         **runs(recorded_models=["old"]),
         "models": models,
@@ -196,14 +196,19 @@ def test_the_lease_rule_takes_roles_from_the_map_and_from_the_job() -> None:
 
 
 BASE = {"checkpoint": "w", "trained": False}
+SECOND, THIRD = {"url": "http://127.0.0.1:8001"}, {"url": "http://127.0.0.1:8002"}
 MODES = {
     "full sharing": ({"all": {"checkpoint": "w"}}, {"*": "all"}),
     "partial sharing": (
-        {"thinks": {"checkpoint": "a"}, "writes": {"checkpoint": "b"}},
+        {"thinks": {"checkpoint": "a"}, "writes": {"checkpoint": "b", "engine": SECOND}},
         {"planner": "thinks", "critic": "thinks", "writer": "writes"},
     ),
     "full separation": (
-        {"p": {"checkpoint": "a"}, "c": {"checkpoint": "b"}, "w": {"checkpoint": "c"}},
+        {
+            "p": {"checkpoint": "a"},
+            "c": {"checkpoint": "b", "engine": SECOND},
+            "w": {"checkpoint": "c", "engine": THIRD},
+        },
         {"planner": "p", "critic": "c", "writer": "w"},
     ),
     "adapter per role": (

@@ -50,7 +50,10 @@ def base(llama: Path, tmp_path: Path) -> Path:
 def split(config: Config, base: Path, model: str, **runs: Any) -> Config:
     """The other role map: a model for each role. The job is named after its model."""
     raw = msgspec.to_builtins(config)
-    raw["models"] |= {name: {"checkpoint": str(base), "engine": {"dtype": "float32"}} for name in ("plan_m", "write_m")}
+    raw["models"] |= {
+        name: {"checkpoint": str(base), "engine": {"dtype": "float32", "url": f"http://127.0.0.1:{port}"}}
+        for name, port in (("plan_m", 8001), ("write_m", 8002))
+    }
     raw["models"][recorded.MODEL]["checkpoint"] = str(base)
     raw["roles"] = {"planner": "plan_m", "writer": "write_m"}
     raw["trainer"] |= {"job": f"job-{model}", "model": model}
@@ -112,7 +115,10 @@ def test_two_models_become_one(configure: Configure, base: Path, tmp_path: Path,
     """Recorded by a model for each role, trained as one; a role that the map gives elsewhere stays out."""
     both = configure(base, job="both", steps=9, batch={"runs": {"recorded_models": ["plan_m", "write_m"]}})
     raw = msgspec.to_builtins(both)
-    raw["models"] |= {name: {"checkpoint": str(base)} for name in ("plan_m", "write_m")}
+    raw["models"] |= {
+        name: {"checkpoint": str(base), "engine": {"url": f"http://127.0.0.1:{port}"}}
+        for name, port in (("plan_m", 8001), ("write_m", 8002))
+    }
     train(parse_config(raw), make_store)
     assert trained_calls(make_store, "both") == {r: every_call(make_store, r) for r in recorded.ROLES}
     raw["roles"] = {"*": "tiny", "writer": "write_m"}

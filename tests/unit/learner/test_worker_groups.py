@@ -46,7 +46,7 @@ def config(llama: Path, configure: Callable[..., Config]) -> Config:
         "base": {"checkpoint": str(llama), "trained": False, "engine": {"dtype": "float32"}},
         "p": {"adapter": {"of": "base", "rank": 4}},
         "w": {"adapter": {"of": "base", "rank": 2, "targets": ["q_proj", "v_proj"]}},
-        "solo": {"checkpoint": str(llama), "engine": {"dtype": "float32"}},
+        "solo": {"checkpoint": str(llama), "engine": {"dtype": "float32", "url": "http://127.0.0.1:8001"}},
     }
     return mapped(parse_config({**raw, "models": models, "roles": {}, "trainer": {**raw["trainer"], "model": ""}}))
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_is_served_in_place_of_the_trained_model(tmp_path: Path) ->
         "store": "sqlite:////data/real.db",
         "models": {
             "a": {"checkpoint": "/a", "engine": {"dtype": "float32"}},
-            "b": {"checkpoint": "/b", "engine": {"external": True}},
+            "b": {"checkpoint": "/b", "engine": {"url": "http://127.0.0.1:9", "external": True}},
         },
         "roles": {"x": "a", "y": "b"},
         "trainer": {"model": "a"},
@@ -143,7 +143,7 @@ def test_the_folder_of_a_step_serves_all_its_models(tmp_path: Path) -> None:
         (step / model / file).write_text("{}")
     models = {
         "a": {"checkpoint": "/a"},
-        "base": {"checkpoint": "/b", "trained": False},
+        "base": {"checkpoint": "/b", "trained": False, "engine": {"url": "http://127.0.0.1:9"}},
         "p": {"adapter": {"of": "base"}},
     }
     config = parse_config({"models": models, "roles": {"x": "a", "y": "p"}})

@@ -144,7 +144,8 @@ def test_replicas_can_share() -> None:
 
 def test_an_adapter_without_replicas_shares_its_engine_which_has_room_for_both() -> None:
     """Candidates of adapters are judged together, each beside what is live; else one is rehearsed at a time."""
-    models = {"base": {"checkpoint": "w", "trained": False}, "other": {"checkpoint": "v", "trained": False}}
+    other = {"checkpoint": "v", "trained": False, "engine": {"url": "http://127.0.0.1:8"}}
+    models = {"base": {"checkpoint": "w", "trained": False}, "other": other}
     models |= {name: {"adapter": {"of": "base"}} for name in "pq"}
     room = {}
     for share in (0.0, 0.5, 1.0):
@@ -162,6 +163,6 @@ def test_it_is_for_all_models_of_a_job_and_an_adapter_has_its_bases_replicas() -
     models = {"base": base, "p": {"adapter": {"of": "base"}}, "q": {"adapter": {"of": "base"}}}
     publish = {"publish": {"gate": {**GATE, "share": 0.5}}}
     assert parse_config({"models": models, "trainer": publish}).trained_models() == ("p", "q")
-    models["alone"] = {"checkpoint": "v"}
+    models["alone"] = {"checkpoint": "v", "engine": {"url": "http://127.0.0.1:8"}}
     with pytest.raises(ConfigError, match="or add replicas to alone"):
         parse_config({"models": models, "trainer": publish})

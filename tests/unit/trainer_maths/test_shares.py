@@ -14,7 +14,7 @@ from tracegrad.trainer.shares import Shares, share
 
 BASE = {"checkpoint": "w", "trained": False}
 JUDGE = {"trained": False, "api": {"url": "https://x/v1", "key_env": "K", "model": "m"}}
-FULL = {"checkpoint": "w"}
+FULL, SECOND, THIRD = ({"checkpoint": "w", "engine": {"url": f"http://127.0.0.1:800{n}"}} for n in range(3))
 
 
 def adapter(**settings):
@@ -23,8 +23,8 @@ def adapter(**settings):
 
 MODES = {
     "full sharing": ({"all": FULL}, {"planner": "all", "writer": "all", "critic": "all"}),
-    "partial sharing": ({"a": FULL, "b": FULL}, {"planner": "a", "critic": "a", "writer": "b"}),
-    "full separation": ({"p": FULL, "w": FULL, "c": FULL}, {"planner": "p", "writer": "w", "critic": "c"}),
+    "partial sharing": ({"a": FULL, "b": SECOND}, {"planner": "a", "critic": "a", "writer": "b"}),
+    "full separation": ({"p": FULL, "w": SECOND, "c": THIRD}, {"planner": "p", "writer": "w", "critic": "c"}),
     "adapter per role": (
         {"base": BASE, "p": adapter(), "w": adapter(rank=4)},
         {"planner": "p", "writer": "w", "critic": "base"},

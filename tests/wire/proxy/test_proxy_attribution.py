@@ -77,9 +77,11 @@ def test_a_call_of_nobody_is_recorded_without_a_run(proxy: SimpleNamespace, stor
 
 
 def config_with(roles: dict[str, str], *models: str) -> Any:
-    return parse_config(
-        {"models": {name: {"checkpoint": "x"} for name in models}, "roles": roles, "trainer": {"model": models[0]}}
-    )
+    served = {
+        name: {"checkpoint": "x", "engine": {"url": f"http://127.0.0.1:{8000 + number}"}}
+        for number, name in enumerate(models)
+    }
+    return parse_config({"models": served, "roles": roles, "trainer": {"model": models[0]}})
 
 
 def test_the_role_map_decides_then_the_name_then_the_only_model() -> None:

@@ -199,8 +199,8 @@ def test_a_model_can_be_looked_up(proxy: SimpleNamespace, direct: httpx.Client) 
 
 def test_an_id_may_have_slashes(start_proxy: Callable[..., SimpleNamespace], engine_url: str, engine_app: Any) -> None:
     engine_app.name = "acme/small-7b"
-    models = {"acme/small-7b": {"checkpoint": "none", "engine": {"url": engine_url}}}
-    proxy = start_proxy(models=models, roles={"*": "acme/small-7b"}, trainer={"model": "acme/small-7b"})
+    models = {"acme/small-7b": {"checkpoint": "none", "trained": False, "engine": {"url": engine_url}}}
+    proxy = start_proxy(models=models, roles={"*": "acme/small-7b"}, trainer={})
     for path in ("/v1/models/acme/small-7b", "/v1/models/acme%2Fsmall-7b", "/run/r/v1/models/acme/small-7b"):
         assert proxy.client.get(path).json()["id"] == "acme/small-7b"
     assert sdk(proxy).models.retrieve("acme/small-7b").id == "acme/small-7b"

@@ -99,7 +99,8 @@ def test_an_evaluation_a_frozen_model_and_who_does_not_want_it_are_not_asked(
     store.open_run(Run(run_id="judged", purpose="eval"))
     ask(start_proxy(), "judged", top_k=5)
     model = {"checkpoint": "none", "engine": {"url": engine_url}}
-    frozen = {"models": {"main": {**model, "trained": False}, "other": model}}
+    other = {"checkpoint": "none", "engine": {"url": "http://127.0.0.1:9"}}
+    frozen = {"models": {"main": {**model, "trained": False}, "other": other}}
     ask(start_proxy(**frozen), top_k=5)
     ask(start_proxy(proxy={"limits": {"max_kept": 0}}), top_k=5)
     assert [sent.get("top_logprobs") for sent in engine_app.requests] == [None] * 3

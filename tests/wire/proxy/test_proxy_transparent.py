@@ -178,8 +178,11 @@ def test_only_listed_paths_exist(proxy: SimpleNamespace, engine_app: Any) -> Non
 
 
 def test_an_unknown_model_is_a_404_with_near_misses(start_proxy: Callable[..., SimpleNamespace]) -> None:
-    engine = {"checkpoint": "none", "engine": {"url": "http://127.0.0.1:9"}}
-    proxy = start_proxy(models={"planner-7b": engine, "writer-7b": engine}, roles={}, trainer={"model": "planner-7b"})
+    models = {
+        name: {"checkpoint": "none", "engine": {"url": f"http://127.0.0.1:{port}"}}
+        for name, port in (("planner-7b", 9), ("writer-7b", 10))
+    }
+    proxy = start_proxy(models=models, roles={}, trainer={"model": "planner-7b"})
     answer = proxy.client.post("/v1/chat/completions", json={**ASK, "model": "planer-7b"})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")

@@ -61,7 +61,8 @@ class Attributions(Noun):
             held = _hold(connection, run_ids, [_names(project, fact) for fact in facts])
             if run_ids:
                 open_or_touch(connection, run_ids, self._db.now())
-            for fact in facts:
+            ordered = sorted(facts, key=lambda fact: (fact.call_id or "", fact.completion_id or ""))
+            for fact in ordered:  # two may tell the same of calls that are yet to come, and hold nothing in common
                 stored = _append(connection, fact, project, self._db.now())
                 if stored is not None:
                     _apply(connection, stored, held[_names(project, fact)])

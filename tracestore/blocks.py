@@ -21,7 +21,7 @@ from sqlalchemy import Connection, bindparam, func, select
 
 from tracegrad.tracestore.chains import IDS_A_UNIT, Chain, content_of, first_word
 from tracegrad.tracestore.database import Database
-from tracegrad.tracestore.errors import KeyTaken, MissingRow
+from tracegrad.tracestore.errors import KeyTaken, MissingRow, TransactionRollback
 from tracegrad.tracestore.hot import HotInsert, HotStatement, run_hot, run_insert
 from tracegrad.tracestore.paths import Forks, forks_of, paths_of
 from tracegrad.tracestore.payload_schema import blocks
@@ -68,7 +68,7 @@ class KnownBlocks:
     def write_with(
         self, database: Database, work: "Callable[[Connection, KnownBlocks, bool], Mapping[bytes, int]]"
     ) -> None:
-        """Do `work` in one transaction, from the start again where a block is gone or a call has come meanwhile.
+        """Do `work` in one transaction, again from the start where a block is gone, a call has come, or for a deadlock.
 
         `work` is handed what it may believe and whether this is another attempt, and returns the blocks it used.
         Raises what `Database.write` does.
@@ -81,6 +81,9 @@ class KnownBlocks:
                 if attempt:
                     raise
                 self.forget()
+            except TransactionRollback:
+                if attempt + 1 == _ATTEMPTS:
+                    raise
             except KeyTaken as error:
                 if error.table != calls.name or attempt + 1 == _ATTEMPTS:
                     raise

@@ -33,6 +33,7 @@ from tracegrad.tracestore.errors import (
     SchemaMismatch,
     StoreUnavailable,
     TraceStoreError,
+    TransactionRollback,
 )
 from tracegrad.tracestore.hot import run_plain
 
@@ -41,6 +42,7 @@ _WRITES = "tracegrad_writes"
 _WAL_PAGES = 16_384
 """How long the log becomes (64 MB) before a commit copies it into the file itself: see `checkpointer`."""
 _UNIQUE_VIOLATION, _FOREIGN_KEY_VIOLATION = "23505", "23503"
+_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED = "40001", "40P01"
 _SETTINGS = """
     SELECT set_config(name, wanted.setting, false)
     FROM pg_settings JOIN (VALUES
@@ -86,6 +88,7 @@ class Database:
 
         Raises:
             StoreUnavailable: the database cannot be reached or cannot commit.
+            TransactionRollback: PostgreSQL ended it in favour of another; whoever can do all of it again may.
             KeyTaken: a unique key has that value already.
             MissingRow: a foreign key leads nowhere.
             InvalidRecord: another constraint refuses the row.
@@ -259,6 +262,8 @@ def _translated(url: URL) -> Iterator[None]:
         raise InvalidRecord(f"the database refused a value: {_plain(error)}") from error
     except DBAPIError as error:
         where = url.render_as_string(hide_password=True)
+        if getattr(error.orig, "sqlstate", None) in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED):
+            raise TransactionRollback(f"the store {where} ended a transaction: {_plain(error)}; try again") from error
         raise StoreUnavailable(
             f"the store {where} is unavailable: {_plain(error)}; check that it is reachable and has room"
         ) from error

@@ -4,6 +4,7 @@ TraceStoreError
 ├── ConfigError            the configuration is wrong: unknown key, unknown role or model
 ├── SchemaMismatch         the database's revision is not the code's
 ├── StoreUnavailable       the database cannot be reached or cannot commit (disk full, down)
+│   └── TransactionRollback    the database ended the transaction, so that another could go on: it can be run again
 ├── NotFound               no such row
 ├── Conflict               the row exists and says something else, or the state forbids the change
 │   ├── Abandoned          those weights were rolled back: nothing is built on them or published of them
@@ -30,6 +31,10 @@ class SchemaMismatch(TraceStoreError):
 
 class StoreUnavailable(TraceStoreError):
     """The database cannot be reached, or refused to commit."""
+
+
+class TransactionRollback(StoreUnavailable):
+    """A deadlock, or another transaction changed what this one saw: nothing is written, and the same work may pass."""
 
 
 class NotFound(TraceStoreError):

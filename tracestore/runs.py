@@ -21,6 +21,7 @@ from tracegrad.tracestore.tasks import find_group, is_task
 
 ACTIVE_WITHIN_S = 1.0
 """How much later than `active_at` the last call of a run may have come."""
+_AT_ONCE = 400
 
 
 class Runs(Noun):
@@ -94,13 +95,17 @@ class Runs(Noun):
             runs.c.active_at < now - idle_s - ACTIVE_WITHIN_S,
         )
         with self._db.read() as connection:
-            if connection.execute(select(runs.c.run_id).where(*idle).limit(1)).first() is None:
-                return 0
+            found = list(connection.execute(select(runs.c.run_id).where(*idle).order_by(runs.c.run_id)).scalars())
+        if not found:
+            return 0
+        closed = 0
         with self._db.write() as connection:
-            closed = connection.execute(
-                update(runs).where(*idle).values(status="closed", ended_by="idle", ended_at=now)
-            )
-            return int(closed.rowcount)
+            for start in range(0, len(found), _AT_ONCE):
+                some = found[start : start + _AT_ONCE]
+                lock_runs(connection, some)  # an update alone would lock them in the order of its index
+                still = update(runs).where(runs.c.run_id.in_(some), *idle)
+                closed += connection.execute(still.values(status="closed", ended_by="idle", ended_at=now)).rowcount
+        return closed
 
     def get_run(self, run_id: str) -> Run:
         """Return one run. Raises NotFound."""

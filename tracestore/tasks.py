@@ -36,7 +36,7 @@ class Tasks(Noun):
             return
         with self._db.write() as connection:
             now = self._db.now()
-            for task in tasks:
+            for task in sorted(tasks, key=lambda task: task.task_id):  # in one order: no ring of two writers
                 _put_task(connection, task, now)
 
     def put_groups(self, groups: Sequence[Group]) -> None:
@@ -50,7 +50,7 @@ class Tasks(Noun):
             return
         with self._db.write() as connection:
             now = self._db.now()
-            for group in groups:
+            for group in sorted(groups, key=lambda group: group.group_id):
                 _put_group(connection, group, now)
 
     def get_task(self, task_id: str) -> Task:

@@ -3,16 +3,17 @@
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, text
 
-from tracegrad.tracestore import attributions, calls
-from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable
-from tracegrad.tracestore.records import LateAttribution
-from tracegrad.tracestore.runs import lock_runs
+from tracegrad.tracestore import attributions, calls, tasks
+from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable, TransactionRollback
+from tracegrad.tracestore.records import Group, LateAttribution, Task
+from tracegrad.tracestore.runs import lock_runs, open_or_touch
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.contract import StoreContract
 from tracegrad.tracestore.testing.rows import (
@@ -98,6 +99,69 @@ if POSTGRES:
             deleting.join(20)
             with pytest.raises(LeaseLost, match="acknowledged"):
                 store.commit_step(lease, make_commit(entries))
+
+        def test_closing_idle_runs_and_appending_to_them_wait_in_no_ring(self, store: Store, clock: Clock) -> None:
+            """The idle ones lie in the order of their last calls, "b" first."""
+            for run_id in ("b", "a"):
+                store.append_calls([make_call(f"c-{run_id}", run_id)])
+                clock.advance(10)
+            clock.advance(100)
+            with ThreadPoolExecutor() as threads:
+                with store._db.write() as connection:
+                    lock_runs(connection, ["a"])
+                    closing = threads.submit(store.close_idle_runs, "default", 50.0)
+                    wait([closing], timeout=0.3)
+                    lock_runs(connection, ["b"])
+                    open_or_touch(connection, {"b": "default"}, clock.now)
+                assert closing.result(20) == 1
+            assert (store.get_run("a").status, store.get_run("b").status) == ("closed", "open")
+
+        @pytest.mark.parametrize("kind", ["tasks", "groups", "facts"])
+        def test_two_that_write_the_same_in_opposite_orders_wait_in_no_ring(self, store: Store, kind: str) -> None:
+            """Two rollouts of one task file, two proxies that are told of one trace."""
+            tasks_ = [Task(task_id=name, input={}) for name in ("a", "b")]
+            groups = [Group(group_id=name, task_id=name, planned_size=1, purpose="train") for name in ("a", "b")]
+            facts = [LateAttribution(source="langsmith", completion_id=name, role="x") for name in ("a", "b")]
+            if kind == "groups":
+                store.put_tasks(tasks_)
+            given, put_one, put_all = {
+                "tasks": (tasks_, tasks._put_task, store.put_tasks),
+                "groups": (groups, tasks._put_group, store.put_groups),
+                "facts": (
+                    facts,
+                    lambda connection, fact, now: attributions._append(connection, fact, "default", now),
+                    store.attribute_late,
+                ),
+            }[kind]
+            with ThreadPoolExecutor() as threads:
+                with store._db.write() as connection:
+                    put_one(connection, given[0], 1.0)
+                    putting = threads.submit(put_all, given[::-1])
+                    wait([putting], timeout=0.3)
+                    put_one(connection, given[1], 1.0)
+                assert putting.result(20) is None
+
+        @pytest.mark.parametrize("state", ["40P01", "40001"])
+        def test_calls_that_the_server_rolled_back_are_appended_again(
+            self, store: Store, monkeypatch: pytest.MonkeyPatch, state: str
+        ) -> None:
+            """Whoever waits for them hears nothing of it, unless it happens again and again."""
+            opened, ended = calls.open_or_touch, []
+
+            def end(connection: Any, *given: Any) -> None:
+                opened(connection, *given)
+                if len(ended) < most:
+                    ended.append(state)
+                    connection.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{state}'; END $$")
+
+            monkeypatch.setattr(calls, "open_or_touch", end)
+            most = 3
+            store.append_calls([make_call("c", "r")])
+            assert [call.call_id for call in store.trace("r").calls] == ["c"] and len(ended) == 3
+            most = 1_000
+            with pytest.raises(TransactionRollback, match="ended a transaction: x; try again"):
+                store.append_calls([make_call("d", "r")])
+            assert len(ended) < 20
 
         @pytest.mark.parametrize("call", ["of the run", "placed meanwhile", "stored meanwhile", "resolved"])
         def test_a_fact_on_its_way_changes_no_lease(

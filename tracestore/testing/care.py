@@ -136,6 +136,7 @@ class RemovalContract:
         store.attribute_late([LateAttribution(source="langsmith", completion_id=f"chatcmpl-call-{runs[0]}", role="x")])
         version = train(store)
         before = store.consumption(JOB)
+        sql(store, "UPDATE calls SET quarantine = 'nan logprob' WHERE run_id = :run", run=runs[1])
         done = store.delete_runs(runs)
         assert (done.deleted, done.stubs) == ((), tuple(runs))
         assert done.left == {"runs": 2, "calls": 2, "choices": 2, "ledger": 2, "consumption": 2}
@@ -143,6 +144,7 @@ class RemovalContract:
         with store._db.read() as connection:
             kept = connection.exec_driver_sql("SELECT version_dispatched, completion_id, error, span_id FROM calls")
             assert [tuple(row)[1:] for row in kept] == [(None, None, None)] * 2
+        assert contents(store, "calls", "run_id", "quarantine") == [(runs[0], "deleted"), (runs[1], "nan logprob")]
         assert store.get_run(runs[0]).error == "content deleted"
         assert store.trace(runs[0]).calls == ()
         assert version.version_id

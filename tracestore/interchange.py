@@ -48,6 +48,15 @@ _PARTS = 8
 _UNCOUNTED_BYTES = 64 << 10
 """What the request of a call is taken for whose prompt has no token ids."""
 _ANSWER = [one.name for one in fields(Answer)]
+_GO_ON = text(
+    """
+    SELECT count(nextval(CAST(serial AS regclass)))
+    FROM (SELECT pg_get_serial_sequence('policy_versions', 'version_id') AS serial) AS named, generate_series(
+        1, (SELECT max(version_id) FROM policy_versions) - COALESCE(pg_sequence_last_value(CAST(serial AS regclass)), 0)
+    )
+    """
+)
+"""Numbers go on after the highest that was imported. By steps: setval could turn back what others take meanwhile."""
 _NOT_CARRIED = {"seq", "placed_by", "role_by", "span_by", "job_id"}
 
 
@@ -130,11 +139,12 @@ class Interchange(Noun):
             return self._take_in_calls(rows)
         new = 0
         with self._db.write() as connection:
+            if name in ("spans", "rewards"):  # of a run that is leased here: see `lock_runs`
+                lock_runs(connection, [row["run_id"] for row in rows])
             for start in range(0, len(rows), CHUNK):
                 new += len(_insert_new(connection, CARRIED[name], rows[start : start + CHUNK]))
             if name == "policy_versions" and not self._db.is_sqlite:
-                serial = "pg_get_serial_sequence('policy_versions', 'version_id')"
-                connection.execute(text(f"SELECT setval({serial}, max(version_id)) FROM policy_versions"))
+                connection.execute(_GO_ON)
         return new
 
     def _take_in_calls(self, rows: Sequence[Row]) -> int:

@@ -117,6 +117,7 @@ class Removal(Noun):
             .where(calls.c.run_id.is_(None), calls.c.project == project, calls.c.received_at < before)
             .order_by(calls.c.seq)
             .limit(limit)
+            .with_for_update()  # one that is being placed in a run is waited for, and stays
         )
         heads: set[int] = set()
         with self._db.write() as connection:

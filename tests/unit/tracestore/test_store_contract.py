@@ -1,17 +1,21 @@
 """The store contract on SQLite, and in a database of its own on the PostgreSQL that TRACEGRAD_TEST_POSTGRES names."""
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, text
 
-from tracegrad.tracestore import attributions, calls, tasks
+from tracegrad.tracestore import attributions, calls, tasks, versions
 from tracegrad.tracestore.errors import LeaseLost, StoreUnavailable, TransactionRollback
+from tracegrad.tracestore.interchange import CARRIED, Chosen
 from tracegrad.tracestore.records import Group, LateAttribution, Task
 from tracegrad.tracestore.runs import lock_runs, open_or_touch
 from tracegrad.tracestore.store import Store, open_store
@@ -109,11 +113,11 @@ if POSTGRES:
             with ThreadPoolExecutor() as threads:
                 with store._db.write() as connection:
                     lock_runs(connection, ["a"])
-                    closing = threads.submit(store.close_idle_runs, "default", 50.0)
-                    wait([closing], timeout=0.3)
+                    idle = threads.submit(store.close_idle_runs, "default", 50.0)
+                    wait([idle], timeout=0.3)
                     lock_runs(connection, ["b"])
                     open_or_touch(connection, {"b": "default"}, clock.now)
-                assert closing.result(20) == 1
+                assert idle.result(20) == 1
             assert (store.get_run("a").status, store.get_run("b").status) == ("closed", "open")
 
         @pytest.mark.parametrize("kind", ["tasks", "groups", "facts"])
@@ -162,6 +166,50 @@ if POSTGRES:
             with pytest.raises(TransactionRollback, match="ended a transaction: x; try again"):
                 store.append_calls([make_call("d", "r")])
             assert len(ended) < 20
+
+        def test_an_import_takes_no_number_of_a_version_from_who_has_it(self, store: Store, tmp_path: Path) -> None:
+            """A step is being committed meanwhile, and another comes next."""
+            version = {"model": MODEL, "checkpoint_path": "p", "checkpoint_hash": "h", "job_id": None}
+            with closing(open_store(f"sqlite:///{tmp_path}/other.db")) as other:
+                first = [first_version(one) for one in (other, store)]
+                carried = [row for page in other.pages("policy_versions", Chosen()) for row in page]
+            with store._db.write() as connection:
+                made = versions.add(connection, **version, kind="step", parent_id=first[1], step=1, now=1.0)
+                assert store.take_in("policy_versions", carried) == 0
+            following = store.add_version(**version, kind="step", parent_id=first[1], step=2)
+            assert (made.version_id, following.version_id) == (2, 3)
+            store.take_in("policy_versions", [carried[0] | {"version_id": 7}])
+            assert store.add_version(**version, kind="step", parent_id=first[1], step=2).version_id == 8
+
+        @pytest.mark.parametrize("name", ["spans", "calls", "rewards"])
+        def test_an_import_waits_for_who_holds_its_runs(self, store: Store, tmp_path: Path, name: str) -> None:
+            """A lease, say, that counts what has a lower number than it."""
+            with closing(open_store(f"sqlite:///{tmp_path}/other.db")) as other:
+                ready_group(other)
+                pages = {
+                    one: [row | {"n_prompt": 3} for page in other.pages(one, Chosen()) for row in page]
+                    for one in CARRIED
+                }
+            for before in itertools.takewhile(lambda one: one != name, CARRIED):
+                store.take_in(before, pages[before])
+            with ThreadPoolExecutor() as threads:
+                with store._db.write() as connection:
+                    lock_runs(connection, ["g-1"])
+                    taking = threads.submit(store.take_in, name, pages[name])
+                    assert wait([taking], timeout=0.5).not_done
+                assert taking.result(20) == 2
+
+        def test_a_call_that_is_being_placed_in_a_run_is_not_deleted_as_one_without(self, store: Store) -> None:
+            """Its run would lack it, and nobody would be told."""
+            store.append_calls([make_call("placed", None, at=10.0), make_call("alone", None, at=10.0)])
+            store.ensure_runs(["r"], "default")
+            with ThreadPoolExecutor() as threads:
+                with store._db.write() as connection:
+                    connection.execute(text("UPDATE calls SET run_id = 'r' WHERE call_id = 'placed'"))
+                    deleting = threads.submit(store.delete_unplaced_calls, "default", 20.0)
+                    wait([deleting], timeout=0.3)
+                assert deleting.result(20) == 1
+            assert [call.call_id for call in store.trace("r").calls] == ["placed"]
 
         @pytest.mark.parametrize("call", ["of the run", "placed meanwhile", "stored meanwhile", "resolved"])
         def test_a_fact_on_its_way_changes_no_lease(

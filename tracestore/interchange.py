@@ -20,6 +20,7 @@ from sqlalchemy import (
     case,
     exists,
     func,
+    not_,
     or_,
     select,
     text,
@@ -62,12 +63,18 @@ _NOT_CARRIED = {"seq", "placed_by", "role_by", "span_by", "job_id"}
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A table that is carried over: its key, and which columns must be equal where a row is there already."""
+    """A table that is carried over: its key, and which columns must be equal where a row is there already.
+
+    `later` are those that may be filled in later: what the export knows of them must be known here, and alike; what it
+    does not know yet says nothing. `bare` are those that are compared where the content was deleted, here or there.
+    """
 
     table: Table
     key: tuple[str, ...]
     same: tuple[str, ...] | None = None
     """None: all of them."""
+    later: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
     page: int = 5_000
 
     @property
@@ -76,19 +83,21 @@ class Carried:
         return [one.name for one in self.table.c if one.name not in _NOT_CARRIED]
 
 
+_IDENTITY = ("project", "purpose", "task_id", "group_id", "member", "opened_at")
+_SERVED = ("model", "requested_model", "version_dispatched", "status", "dispatched_at", "project")
+_TOLD = ("parent_span_id", "namespace", "superstep", "triggers", "wrote", "input", "output", "error")
+_UNKNOWN = {"status": "open", "triggers": "[]"}
+"""What a column that may be filled in later holds before, where that is not NULL."""
 CARRIED = {
     one.table.name: one
     for one in (
-        Carried(schema.tasks, ("task_id",), ("project", "input", "reference")),
+        Carried(schema.tasks, ("task_id",), ("project", "input", "reference"), bare=("project",)),
         Carried(schema.policy_versions, ("version_id",), ("model", "kind", "checkpoint_hash", "step")),
         Carried(schema.groups, ("group_id",), ("task_id", "planned_size", "purpose")),
-        Carried(schema.runs, ("run_id",), ("project", "purpose", "task_id", "group_id", "member", "opened_at")),
-        Carried(schema.spans, ("run_id", "span_id"), ()),
+        Carried(schema.runs, ("run_id",), _IDENTITY, ("status", "ended_by", "error", "ended_at"), _IDENTITY),
+        Carried(schema.spans, ("run_id", "span_id"), ("name", "kind"), (*_TOLD, "started_at", "ended_at")),
         Carried(
-            schema.calls,
-            ("call_id",),
-            ("model", "requested_model", "version_dispatched", "status", "dispatched_at", "quarantine", "project"),
-            1_000,
+            schema.calls, ("call_id",), (*_SERVED, "quarantine"), ("run_id", "role", "span_id"), _SERVED, page=1_000
         ),
         Carried(schema.rewards, ("reward_id",)),
     )
@@ -287,7 +296,7 @@ def _numbers(connection: Connection, call_ids: Sequence[str]) -> dict[int, str]:
 def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -> list[Row]:
     """Insert the rows whose key is not there; compare the others. Return the inserted.
 
-    A task whose content was deleted, here or there, says nothing else than one that has it, and takes it.
+    What was deleted, here or there, says nothing else than what has its content; a task takes it.
     """
     if not rows:
         return []
@@ -298,14 +307,15 @@ def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -
         tuple(row[name] for name in carried.key): row
         for row in connection.execute(select(raw).where(key.in_(ids))).mappings()
     }
+    stubs = _stubs(connection, [row["call_id"] for row in there.values()]) if carried.table is schema.calls else set()
     fresh = []
     for row, id_ in zip(rows, ids, strict=True):
         stored = there.get(id_)
         if stored is None:
             fresh.append({name: row[name] for name in carried.columns})
-        elif carried.table is schema.tasks and NOTHING in (row["input"], stored["input"]):
-            _check_same(replace(carried, same=("project",)), row, stored)
-            if row["input"] != NOTHING:
+        elif _is_deleted(carried.table, row) or _is_deleted(carried.table, stored) or id_[0] in stubs:
+            _check_same(replace(carried, same=carried.bare, later=()), row, stored)
+            if carried.table is schema.tasks and row["input"] != NOTHING:
                 content = {name: row[name] for name in ("input", "reference")}
                 connection.execute(raw.update().where(raw.c.task_id == row["task_id"]).values(content))
         else:
@@ -315,8 +325,25 @@ def _insert_new(connection: Connection, carried: Carried, rows: Sequence[Row]) -
     return fresh
 
 
+def _stubs(connection: Connection, call_ids: Sequence[str]) -> set[str]:
+    """Those of the stored calls whose content was deleted: every other has a request."""
+    asked = exists().where(call_payloads.c.seq == schema.calls.c.seq)
+    named = select(schema.calls.c.call_id).where(schema.calls.c.call_id.in_(call_ids), not_(asked))
+    return set(connection.execute(named).scalars())
+
+
+def _is_deleted(table: Table, row: Row | RowMapping) -> bool:
+    """Whether the row says that its content was deleted. (A stored call does not: see `_stubs`.)"""
+    if table is schema.runs:
+        return bool(row["error"] == schema.CONTENT_DELETED)
+    if table is schema.tasks:
+        return bool(row["input"] == NOTHING)
+    return table is schema.calls and row.get("request", "") is None
+
+
 def _check_same(carried: Carried, row: Row, stored: RowMapping) -> None:
-    for name in carried.columns if carried.same is None else carried.same:
+    said = [name for name in carried.later if row[name] not in (None, _UNKNOWN.get(name))]
+    for name in (*(carried.columns if carried.same is None else carried.same), *said):
         if row[name] != stored[name]:
             who = " ".join(str(row[key]) for key in carried.key)
             raise Conflict(

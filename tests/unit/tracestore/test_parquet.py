@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tracegrad.tracestore import interchange
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound
 from tracegrad.tracestore.interchange import CARRIED, Chosen
 from tracegrad.tracestore.parquet import export_to, import_from
-from tracegrad.tracestore.records import Choice, Continues, Run, Span, Task
+from tracegrad.tracestore.records import Choice, Continues, LateAttribution, Run, Span, Task
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import (
     Clock,
@@ -170,6 +170,36 @@ def test_what_is_there_and_says_otherwise_is_refused(store: Store, tmp_path: Pat
     changed.close()
 
 
+LATE = LateAttribution(source="langsmith", call_id="c", run_id="r")
+
+
+@pytest.mark.parametrize(
+    ("learn", "refused"),
+    [
+        (lambda store: store.end_run("r", status="closed", ended_by="hook"), "runs r .* another status"),
+        (lambda store: store.put_spans([Span(span_id="s", run_id="r", name="n", output=1)]), "spans r s .* output"),
+        (lambda store: store.attribute_late([LATE]), "calls c .* another run_id"),
+        (lambda store: store.attribute_late([replace(LATE, run_id=None, role="x")]), "calls c .* another role"),
+    ],
+)
+def test_what_was_learnt_since_is_refused_and_not_left_out(
+    store: Store, other: Store, tmp_path: Path, learn: Callable[[Store], None], refused: str
+) -> None:
+    """The other way round the export knows less, which is no difference."""
+    for one in (store, other):
+        live_version(one)
+    store.open_run(Run(run_id="r"))
+    store.put_spans([Span(span_id="s", run_id="r", name="n")])
+    store.append_calls([make_call("c", None, role=None)])
+    export_to(store, tmp_path / "before", Chosen())
+    import_from(other, tmp_path / "before")
+    learn(store)
+    export_to(store, tmp_path / "after", Chosen())
+    with pytest.raises(Conflict, match=refused):
+        import_from(other, tmp_path / "after")
+    assert not any(import_from(store, tmp_path / "before").values())
+
+
 def test_a_part_of_a_store(store: Store, tmp_path: Path) -> None:
     world(store)
     one = export_to(store, tmp_path / "one", Chosen(run_ids=("solo",)))
@@ -190,6 +220,20 @@ def test_the_stub_of_a_deleted_run_travels_as_one(store: Store, tmp_path: Path) 
     import_from(other, tmp_path / "out")
     assert other.get_run(runs[0]).error == "content deleted" and other.trace(runs[0]).calls == ()
     other.close()
+
+
+def test_a_stub_and_the_run_that_it_was_are_no_different_runs(store: Store, other: Store, tmp_path: Path) -> None:
+    """What was exported before the deletion goes into the store again, and what was exported after it elsewhere."""
+    runs = ready_group(store)
+    train(store)
+    export_to(store, tmp_path / "whole", Chosen())
+    store.delete_runs(runs)
+    export_to(store, tmp_path / "stubs", Chosen())
+    import_from(other, tmp_path / "whole")
+    assert not any(import_from(other, tmp_path / "stubs").values())
+    assert other.trace(runs[0]).calls and other.get_run(runs[0]).status == "closed"
+    assert import_from(store, tmp_path / "whole")["calls"] == 0
+    assert store.get_run(runs[0]).error == "content deleted" and store.check() == []
 
 
 def test_light_calls_are_a_thousand_a_page(store: Store) -> None:

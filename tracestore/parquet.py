@@ -19,6 +19,7 @@ from sqlalchemy import BigInteger, Boolean, Double, Integer, String, Text
 from tracegrad.tracestore.codec import Float32s, JsonText, decode_json, encode_json
 from tracegrad.tracestore.errors import ConfigError, Conflict, InvalidRecord, NotFound, StoreUnavailable
 from tracegrad.tracestore.interchange import CARRIED, Chosen, Row
+from tracegrad.tracestore.parquet_whole import check_whole
 from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
 from tracegrad.tracestore.schema import HEAD, choices
 from tracegrad.tracestore.store import Store
@@ -45,7 +46,7 @@ def export_to(store: Store, folder: Path, chosen: Chosen, heard: Heard = lambda 
 
     Raises:
         ConfigError: pyarrow is not installed.
-        Conflict: the folder is there and not empty.
+        Conflict: the folder is there and not empty, or what was exported names what was deleted meanwhile.
         NotFound: a run that was asked for by id is not stored.
         StoreUnavailable: a file cannot be written.
     """
@@ -57,6 +58,7 @@ def export_to(store: Store, folder: Path, chosen: Chosen, heard: Heard = lambda 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows = {name: _write(store, folder, name, chosen, heard) for name in reversed(CARRIED)}
+        check_whole(folder)
         (folder / "README.md").write_text(_card())  # last: a folder without it is not finished
     except OSError as error:
         raise StoreUnavailable(f"cannot write to {folder}: {error}; is there room?") from error

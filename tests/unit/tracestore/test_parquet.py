@@ -31,6 +31,7 @@ from tracegrad.tracestore.testing.rows import (
     make_choice,
     make_reward,
     ready_group,
+    sql,
     train,
 )
 
@@ -198,6 +199,54 @@ def test_what_was_learnt_since_is_refused_and_not_left_out(
     with pytest.raises(Conflict, match=refused):
         import_from(other, tmp_path / "after")
     assert not any(import_from(store, tmp_path / "before").values())
+
+
+@pytest.mark.parametrize(
+    ("read", "make", "lost"),
+    [
+        ("rewards", ready_group, "runs that rewards name .* such as g-0"),
+        ("calls", lambda store: finish_run(store, "r", reward=None), "runs that calls name .* such as r"),
+        ("spans", lambda store: store.put_spans([Span(span_id="s", run_id="r", name="n")]), "runs that spans name"),
+        ("runs", add_group, "groups that runs name .* such as g"),
+        ("groups", lambda store: add_group(store) and sql(store, "DELETE FROM runs"), "tasks that groups name"),
+    ],
+)
+def test_an_export_that_a_deletion_broke_says_so(
+    store: Store, tmp_path: Path, read: str, make: Callable[[Store], Any], lost: str
+) -> None:
+    """Each table was read, and then the others were gone; the folder is none that could be imported."""
+    make(store)
+
+    def delete(table: str, rows: int) -> None:
+        if table == read:
+            store.delete_runs([one.run.run_id for one in store.list_runs()], busy="force")
+            store.delete_beside_runs("default")
+
+    with pytest.raises(Conflict, match=f"{lost}.*: .*export again into a new folder"):
+        export_to(store, tmp_path / "out", Chosen(), delete)
+    with pytest.raises(NotFound, match="no whole export"):
+        import_from(store, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("read", "lost"),
+    [("rewards", "calls that rewards name .* such as late of g-0"), ("calls", "spans that calls name")],
+)
+def test_an_export_says_so_where_a_stub_was_left(store: Store, tmp_path: Path, read: str, lost: str) -> None:
+    """What a stub lacks it lacks in the store too, but for what was read before it was one."""
+    runs = ready_group(store)
+    train(store)
+    store.append_calls([make_call("late", runs[0])])
+    store.add_rewards([make_reward("late", runs[0], call_id="late")])
+
+    def delete(table: str, rows: int) -> None:
+        if table == read:
+            store.delete_runs(runs)
+
+    with pytest.raises(Conflict, match=lost):
+        export_to(store, tmp_path / "out", Chosen(), delete)
+    store.append_calls([make_call("again", runs[0])])
+    export_to(store, tmp_path / "stubs", Chosen())
 
 
 def test_a_part_of_a_store(store: Store, tmp_path: Path) -> None:

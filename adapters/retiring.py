@@ -52,12 +52,19 @@ def retire(store: Store, which: Retired, *, told: Told, force: bool = False, dry
             gone = store.delete_runs([run.place.run_id for run in page], busy="force" if force else "skip")
             done = replace(_with(done, gone), runs=done.runs - len(gone.skipped))
         told(done.runs, 0, "runs")
-    if dry_run:
-        return done
     through = which.through.opened_at if which.through is not None else None
     everything = which.ended_before is None and which.through is None
-    before = max((time for time in (which.ended_before, through) if time is not None), default=0.0)
-    while unplaced := store.delete_unplaced_calls(which.project, store.now() if everything else before):
+    times = [time for time in (which.ended_before, through) if time is not None]
+    before = store.now() if everything else max(times)
+    last = 0
+    while (some := store.weigh_unplaced(which.project, before, after_seq=last)).calls:
+        last = some.last_seq
+        going = some.calls if dry_run else 0
+        done = replace(done, calls=done.calls + going, weight_bytes=done.weight_bytes + some.weight_bytes)
+        told(done.runs, 0, "runs; calls without a run")
+    if dry_run:
+        return done
+    while unplaced := store.delete_unplaced_calls(which.project, before):
         done = replace(done, calls=done.calls + unplaced)
         told(done.runs, 0, "runs; calls without a run")
     while everything and (rows := store.delete_beside_runs(which.project)):

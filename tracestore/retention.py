@@ -19,8 +19,11 @@ from tracegrad.tracestore.payload_schema import call_payloads, choice_payloads
 from tracegrad.tracestore.payloads import sizes_above
 from tracegrad.tracestore.removal import is_more_than_a_stub
 from tracegrad.tracestore.schema import calls, choices, holds, runs, spans
+from tracegrad.tracestore.sweeping import heads_of
 
 PAGE = 100
+_ASKED = tuple(call_payloads.c[name] for name in ("tail", "request", "requested", "effective"))
+_ANSWERED = tuple(choice_payloads.c[name] for name in ("token_ids", "logprobs", "message", "kept_counts", "kept_ids"))
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -38,6 +41,15 @@ class Weighed:
     place: Place
     calls: int
     weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unplaced:
+    """Some calls without a run, oldest first: how many, the bytes of their content, and the number of the last."""
+
+    calls: int
+    weight_bytes: int
+    last_seq: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +97,20 @@ class Retention(Noun):
                 raise NotFound(f"no run {missing[0]!r}: `tracegrad runs` lists what there is")
             return _weigh(connection, [Place(row.opened_at, row.run_id) for row in rows])
 
+    def weigh_unplaced(self, project: str, before: float, *, after_seq: int = 0) -> Unplaced:
+        """Weigh the oldest calls of a project that have no run and arrived before a time, a page of them."""
+        mine = (calls.c.run_id.is_(None), calls.c.project == project, calls.c.received_at < before)
+        oldest = select(calls.c.seq).where(*mine, calls.c.seq > after_seq).order_by(calls.c.seq).limit(PAGE)
+        with self._db.read() as connection:
+            seqs = list(connection.execute(oldest).scalars())
+            asked = select(_bytes(connection, _ASKED)).where(call_payloads.c.seq.in_(seqs))
+            sampled = select(_bytes(connection, [*_ANSWERED, choices.c.version_spans]))
+            sampled = sampled.join_from(choices, choice_payloads).where(choices.c.seq.in_(seqs))
+            weight = sum(int(connection.execute(statement).scalar_one()) for statement in (asked, sampled))
+            prompts = sizes_above(connection, heads_of(connection, call_payloads.c.seq.in_(seqs)))
+        weight += sum(size for _, size in prompts.values())
+        return Unplaced(calls=len(seqs), weight_bytes=weight, last_seq=seqs[-1] if seqs else after_seq)
+
     def place_beyond(self, project: str, weight_bytes: int) -> Place | None:
         """Return the newest run before which the newer ones weigh `weight_bytes` or more; None where all fit."""
         total = 0
@@ -125,14 +151,12 @@ def _same_moment(place: Place, by_id: ColumnElement[bool]) -> ColumnElement[bool
 def _weigh(connection: Connection, places: Sequence[Place]) -> list[Weighed]:
     run_ids = [place.run_id for place in places]
     within = calls.c.run_id.in_(run_ids)
-    asked = [call_payloads.c[name] for name in ("tail", "request", "requested", "effective")]
-    answered = [choice_payloads.c[name] for name in ("token_ids", "logprobs", "message", "kept_counts", "kept_ids")]
-    made = select(calls.c.run_id, func.count(), _bytes(connection, asked))
+    made = select(calls.c.run_id, func.count(), _bytes(connection, _ASKED))
     made = made.join(call_payloads, call_payloads.c.seq == calls.c.seq).where(within)
     counted = connection.execute(made.group_by(calls.c.run_id)).all()
     n_calls = dict.fromkeys(run_ids, 0) | {run_id: int(count) for run_id, count, _ in counted}
     weights = dict.fromkeys(run_ids, 0) | {run_id: int(weight) for run_id, _, weight in counted}
-    sampled = select(calls.c.run_id, _bytes(connection, [*answered, choices.c.version_spans]))
+    sampled = select(calls.c.run_id, _bytes(connection, [*_ANSWERED, choices.c.version_spans]))
     sampled = sampled.join_from(calls, choices, choices.c.seq == calls.c.seq).join(choice_payloads).where(within)
     told = select(spans.c.run_id, _bytes(connection, [spans.c[name] for name in ("input", "output", "wrote", "error")]))
     told = told.where(spans.c.run_id.in_(run_ids))

@@ -104,6 +104,22 @@ class RetentionContract:
             "told": len('["a","é"]'.encode()) + len("wie schön".encode()),
         }
 
+    def test_calls_without_a_run_weigh_like_those_of_a_run(self, store: Store) -> None:
+        """Oldest first, in pages; what calls of a page share counts once."""
+        long = (*range(100), *range(100, 200))
+        store.append_calls([make_call("placed", "r", prompt_ids=long, attribution=Attribution(run_id="r"))])
+        alone = [make_call(f"c{number:03}", None, prompt_ids=long, at=10.0 + number) for number in range(150)]
+        store.append_calls([*alone, make_call("foreign", None, at=10.0, project="b")])
+        (run,) = store.weigh_runs(["r"])
+        one = store.weigh_unplaced("default", 11.0)
+        assert (one.calls, one.weight_bytes) == (1, run.weight_bytes)
+        first = store.weigh_unplaced("default", 1_000.0)
+        rest = store.weigh_unplaced("default", 1_000.0, after_seq=first.last_seq)
+        assert (first.calls, rest.calls) == (100, 50)
+        assert 50 < first.weight_bytes - rest.weight_bytes < 50 * run.weight_bytes
+        over = store.weigh_unplaced("default", 1_000.0, after_seq=rest.last_seq)
+        assert (over.calls, over.weight_bytes, over.last_seq) == (0, 0, rest.last_seq)
+
     def test_the_place_beyond_which_there_is_too_much(self, store: Store, clock: Clock) -> None:
         """Weights are the bytes of what was said; the walk goes over many pages."""
         for number in range(250):

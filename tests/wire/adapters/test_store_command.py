@@ -96,6 +96,23 @@ def test_a_project_goes_after_a_question_and_others_stay(store: Store, clock: Cl
     assert result("delete", "--project", "a", "--yes", "--force", "--store", url)["runs"] == 1
 
 
+@pytest.mark.parametrize("which", [["delete"], ["delete", "--before", "30d"], ["prune", "--older-than", "30d"]])
+def test_a_dry_run_counts_what_goes(store: Store, clock: Clock, url: str, which: list[str]) -> None:
+    """Calls without a run too, of this project and of this age."""
+    closed(store, clock, 2)
+    store.append_calls([make_call(f"alone{number}", None, role=None) for number in range(150)])
+    store.append_calls([make_call("young", None, at=time.time()), make_call("foreign", None, project="b")])
+    arguments = [*which, "--project", "default", "--store", url]
+    yes = ["--yes"] if which[0] == "delete" else []
+    would = result(*arguments, "--dry-run")
+    assert (would["runs"], would["calls"]) == (2, 153 if which == ["delete"] else 152)
+    did = result(*arguments, *yes)
+    assert [did[name] for name in ("runs", "calls", "weight_bytes")] == [
+        would[name] for name in ("runs", "calls", "weight_bytes")
+    ]
+    assert did["weight_bytes"] > 152 * 50
+
+
 def test_a_whole_project_goes_with_what_never_began(store: Store, url: str) -> None:
     add_group(store, "planned")
     sql(store, "DELETE FROM runs")

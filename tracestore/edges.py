@@ -11,6 +11,7 @@ to have fed all of the next step. A span of a subgraph's first step has no edge 
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from tracegrad.tracestore.records import Edge, Span
 
@@ -23,18 +24,22 @@ _SEND = "send:"
 def edges(spans: Iterable[Span]) -> tuple[Edge, ...]:
     """Return the edges between the node spans of one run, by target, then source, in the order of the supersteps.
 
-    Where a span of the step before told nothing of its writes, it is taken to have fed the span.
+    Where a span of the step before told nothing of its writes, it is taken to have fed the span. The time is that of
+    sorting the spans, of their triggers and writes, and of the edges found.
     """
     graphs: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         if span.kind == "node" and span.superstep is not None and span.namespace:
             graphs[graph_of(span.namespace)].append(span)
-    found = []
+    found: list[Edge] = []
     for name in sorted(graphs):
-        nodes = sorted(graphs[name], key=lambda span: (span.superstep or 0, span.span_id))
-        found += [
-            Edge(source=source.span_id, target=target.span_id) for target in nodes for source in _fed(target, nodes)
-        ]
+        past = _Past()
+        for _, step in groupby(sorted(graphs[name], key=_place), key=lambda span: span.superstep):
+            beside = _Step(list(step))
+            senders = past.senders(beside)
+            for target in beside.spans:
+                found += [Edge(source=source.span_id, target=target.span_id) for source in _fed(target, past, senders)]
+            past.add(beside)
     return tuple(found)
 
 
@@ -43,53 +48,88 @@ def graph_of(namespace: str) -> str:
     return namespace.rpartition("|")[0]
 
 
-def _fed(target: Span, nodes: Sequence[Span]) -> list[Span]:
-    """The spans of the same graph that fed `target`; `nodes` are in the order of their steps."""
-    assert target.superstep is not None
-    earlier = [span for span in nodes if span.superstep is not None and span.superstep < target.superstep]
-    if not earlier:
+class _Step:
+    """The spans of one superstep of a graph, in the order of their ids, and what they wrote and sent."""
+
+    def __init__(self, spans: list[Span]) -> None:
+        self.spans = spans
+        self.silent = any(span.wrote is None for span in spans)
+        """Whether nobody told what one of them wrote."""
+        self.named: dict[str, list[Span]] = defaultdict(list)
+        self.writers: dict[str, list[Span]] = defaultdict(list)
+        for span in spans:
+            self.named[span.name].append(span)
+            for channel in dict.fromkeys(span.wrote or ()):
+                self.writers[channel].append(span)
+        self.arrived = {_number(span): span.name for span in spans}
+        self.sent = [
+            (span, write[len(_SEND) :])
+            for span in sorted(spans, key=_path)
+            for write in span.wrote or ()
+            if write.startswith(_SEND)
+        ]
+
+    def wrote(self, channel: str) -> list[Span]:
+        """Return the spans that wrote the channel, or may have."""
+        if not self.silent:
+            return self.writers.get(channel, [])
+        return [span for span in self.spans if span.wrote is None or channel in span.wrote]
+
+
+class _Past:
+    """The steps of a graph before the one that is looked at: the last, and who ran and who wrote last."""
+
+    def __init__(self) -> None:
+        self.last: _Step | None = None
+        self.named: dict[str, list[Span]] = {}
+        """Node -> its spans of the last step in which it ran."""
+        self.writers: dict[str, list[Span]] = {}
+        """Channel -> those that said they wrote it, of the last step in which somebody did."""
+
+    def senders(self, beside: _Step) -> list[Span]:
+        """Return who sent the spans of this step, by LangGraph's count through the step before.
+
+        Empty where not all that was sent is known, or did not arrive.
+        """
+        if self.last is None or self.last.silent:
+            return []
+        arrived = all(beside.arrived.get(number) == name for number, (_, name) in enumerate(self.last.sent))
+        return [span for span, _ in self.last.sent] if arrived else []
+
+    def add(self, step: _Step) -> None:
+        """Go on to the next step."""
+        self.last = step
+        self.named |= step.named
+        self.writers |= step.writers
+
+
+def _fed(target: Span, past: _Past, senders: Sequence[Span]) -> list[Span]:
+    """The spans of the same graph that fed `target`, in the order of their steps."""
+    if past.last is None:
         return []
-    before = [span for span in earlier if span.superstep == earlier[-1].superstep]
-    beside = [span for span in nodes if span.superstep == target.superstep]
-    fed = [span for trigger in target.triggers for span in _fed_through(trigger, target, earlier, before, beside)]
-    sources = {span.span_id for span in fed or before}
-    return [span for span in earlier if span.span_id in sources]
+    fed = [span for trigger in target.triggers for span in _fed_through(trigger, target, past.last, past, senders)]
+    sources = {span.span_id: span for span in fed or past.last.spans}
+    return sorted(sources.values(), key=_place)
 
 
-def _fed_through(
-    trigger: str, target: Span, earlier: Sequence[Span], before: Sequence[Span], beside: Sequence[Span]
-) -> list[Span]:
-    """The spans that one of the target's triggers says fed it; none where it was another that made it run.
-
-    `before` are those of the step before, `beside` those of the target's own.
-    """
+def _fed_through(trigger: str, target: Span, before: _Step, past: _Past, senders: Sequence[Span]) -> list[Span]:
+    """The spans that one of the target's triggers says fed it; none where it was another that made it run."""
     if trigger.startswith(_JOIN):
-        return _last_of(set(trigger[len(_JOIN) :].rsplit(":", 1)[0].split("+")), earlier)
-    sender = _sender(target, before, beside)
-    if sender is not None:
-        return [sender]
+        names = set(trigger[len(_JOIN) :].rsplit(":", 1)[0].split("+"))
+        return [span for name in names for span in past.named[name]] if names <= past.named.keys() else []
+    number = _number(target)
+    if number is not None and number < len(senders):
+        return [senders[number]]
     channel = _SEND + target.name if trigger.startswith(_SENDS) else trigger
-    wrote = [span for span in before if span.wrote is None or channel in span.wrote]
-    if wrote:
+    if wrote := before.wrote(channel):
         return wrote
     # Nobody of the step before: the node waited (`defer`), or the trigger is one of several and did not fire.
-    writers = [span for span in earlier if span.wrote is not None and channel in span.wrote]
-    waited = bool(writers) and len(target.triggers) == 1
-    return [span for span in writers if span.superstep == writers[-1].superstep] if waited else []
+    return past.writers.get(channel, []) if len(target.triggers) == 1 else []
 
 
-def _sender(target: Span, before: Sequence[Span], beside: Sequence[Span]) -> Span | None:
-    """The span that sent `target`, where all that was sent is known and arrived: LangGraph counts through a step."""
-    number = _number(target)
-    if number is None or any(span.wrote is None for span in before):
-        return None
-    sent = [
-        (span, write) for span in sorted(before, key=_path) for write in span.wrote or () if write.startswith(_SEND)
-    ]
-    arrived = {_number(span): span.name for span in beside}
-    if any(arrived.get(at) != write[len(_SEND) :] for at, (_, write) in enumerate(sent)) or number >= len(sent):
-        return None
-    return sent[number][0]
+def _place(span: Span) -> tuple[int, str]:
+    """The order of the supersteps, and within one of the ids."""
+    return span.superstep or 0, span.span_id
 
 
 def _path(span: Span) -> tuple[int, str]:
@@ -102,11 +142,3 @@ def _number(span: Span) -> int | None:
     """The place of a span among all that was sent in the step before; None: it was not sent, or nobody said."""
     said = [trigger[len(_PUSH) :] for trigger in span.triggers if trigger.startswith(_PUSH)]
     return int(said[0]) if said and said[0].isdecimal() else None
-
-
-def _last_of(names: set[str], earlier: Sequence[Span]) -> list[Span]:
-    """The spans of the last step in which each of the named nodes ran; none while one of them has not run."""
-    last_step = {span.name: span.superstep for span in earlier if span.name in names}
-    if set(last_step) != names:
-        return []
-    return [span for span in earlier if last_step.get(span.name) == span.superstep]

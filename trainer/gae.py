@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tracegrad.tracestore.algorithm import CreditConfig
 from tracegrad.trainer.errors import BatchError
-from tracegrad.trainer.returns import Atom, ScopedGraph
+from tracegrad.trainer.returns import Atom, Reach, ScopedGraph
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -107,31 +107,31 @@ def graph_gae(
     starting: dict[int, Tail] = {}
     """Of each call: its value and advantage at the first token; without a value of its own, what it is worth and 0."""
     steps = [config.turn_gamma * config.gamma ** (_longest(run.calls.get(n, ()), starts) - 1) for n in _places(run)]
-    weights = run.view.weights(steps) if any(len(following) > 1 for following in run.view.next) else []
+    reach, paid = Reach(run.view, run.atoms), run.view.paid(run.atoms)
+    branches = any(len(following) > 1 for following in run.view.next)
+    weighed = reach.weights(steps if branches else [1.0 for _ in steps])
     found: dict[int, Floats] = {}
-    for number in run.view.latest_first:
-        following = run.view.next[number]
+    for number, (following, weights) in enumerate(zip(run.view.next, weighed, strict=True)):
         tail = Tail()
         if len(following) == 1:
             after = starting[following[0]]
             tail = Tail(config.turn_gamma * after.value, config.turn_gamma * edge_lambda * after.advantage)
         elif following:
-            tail = Tail(run.view.sum_over(run.atoms, run.view.following[number], weights[number]))
-        paid = run.view.paid_at(number, run.atoms)
+            tail = Tail(reach.total(reach.behind[number], weights))
         chosen = run.calls.get(number, ())
         for choice in chosen:
             tokens = slice(starts[choice], starts[choice + 1])
             rewards_T = np.zeros(len(values_N[tokens])) if token_rewards_N is None else token_rewards_N[tokens].copy()
             if not len(rewards_T):
                 raise BatchError("a choice without tokens has no advantage: exclude it")
-            rewards_T[-1] += paid
+            rewards_T[-1] += paid[number]
             gae_lambda = _lambda(config, len(rewards_T), critic)
             found[choice] = gae(rewards_T, values_N[tokens], gamma=config.gamma, gae_lambda=gae_lambda, tail=tail)
         if chosen:
             value = float(np.mean([values_N[starts[choice]] for choice in chosen]))
             starting[number] = Tail(value, float(np.mean([found[choice][0] for choice in chosen])))
         else:
-            starting[number] = Tail(paid + tail.value + tail.advantage)
+            starting[number] = Tail(paid[number] + tail.value + tail.advantage)
     return found
 
 

@@ -174,6 +174,7 @@ def build_batch(
         counted = counted_rewards(trace, rule)
         graph = run_graph(trace)
         reached = reached_calls(graph, counted, scope)
+        repeated = frozenset(call.retry_of for call in trace.calls)
         if trace.run.status == "closed":
             rewards[run_id] = counted
             graphs[run_id] = graph
@@ -182,7 +183,7 @@ def build_batch(
             if call.attribution.role is not None:
                 roles[run_id, call.call_id] = call.attribution.role
             for choice in call.choices:
-                reason = exclusion(trace, call, choice, rule, reached, models=models)
+                reason = exclusion(trace, call, choice, rule, reached, repeated=repeated, models=models)
                 n_tokens = len(choice.token_ids)
                 consumption.append(
                     Consumption(
@@ -241,11 +242,13 @@ def exclusion(
     rule: LeaseRule,
     reached: Container[str],
     *,
+    repeated: Container[str | None],
     models: Mapping[int, str] | None = None,
 ) -> str | None:
     """Return why the choice must not train, or None. The first reason that holds is the one counted.
 
-    `reached`: the calls that a counted reward reaches (`returns.reached_calls`). `models`: as for `build_batch`.
+    `reached`: the calls that a counted reward reaches (`returns.reached_calls`). `repeated`: those that
+    another was sent for again. `models`: as for `build_batch`.
     """
     return (
         wrong_owner(rule, call)
@@ -255,7 +258,7 @@ def exclusion(
         or _bad_spans(call, choice, models)
         or _not_a_sample_of_the_policy(call, choice)
         or (None if call.call_id in reached else NO_REWARD)
-        or (SUPERSEDED if any(other.retry_of == call.call_id for other in trace.calls) else None)
+        or (SUPERSEDED if call.call_id in repeated else None)
     )
 
 

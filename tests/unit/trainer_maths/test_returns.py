@@ -154,7 +154,6 @@ def test_returns_equal_those_of_every_path_walked(*, pairs, roles, rewards, gamm
 def test_a_reward_is_paid_where_its_target_ends():
     view = ScopedGraph(DIAMOND, "graph")
     run, worker = atoms_of(DIAMOND, [reward(1), reward(2, role="worker")])
-    places = DIAMOND.index()
-    paid = {call: view.paid_at(place, [run, worker]) for call, place in places.items()}
-    assert paid == {"p": 0, "l": 2, "r": 2, "z": 1}
+    paid = view.paid([run, worker])
+    assert {call: paid[place] for call, place in DIAMOND.index().items()} == {"p": 0, "l": 2, "r": 2, "z": 1}
     assert Atom(1, 0b1111) == run

@@ -98,6 +98,13 @@ def test_a_span_calls_before_and_after_its_subgraph_but_subgraphs_are_branches(c
     assert ancestry(calls, [outer, first, second]) == "before>x before>y before>z x>z y>z"
 
 
+def test_a_call_and_a_subgraph_of_one_moment_do_not_feed_one_another(call):
+    """What took no time came before, and not after as well. Where a clock was set back, the dispatch says when."""
+    outer, inner = node("outer", 1), node("model", 1, graph="outer:1", parent="outer:1")
+    assert ancestry([call("x", outer, (2.0, 2.0)), call("y", inner, (2.0, 2.0))], [outer, inner]) == "x>y"
+    assert ancestry([call("x", outer, (5.0, 1.0)), call("y", inner, (2.0, 3.0))], [outer, inner]) == "y>x"
+
+
 def test_without_spans_only_conversations_are_linked(call):
     """Never time alone: three calls one after another, of which the third goes on from the first."""
     go_on = Continues(call_id="a", choice=0)
@@ -145,14 +152,14 @@ def test_descendants_are_those_that_a_walk_finds(pairs, seed):
     links = [(names[a], names[b]) for a, b in pairs if a < b]
     nodes = [CallNode(call_id=name, role=None, model="m") for name in names]
     graph = linked(nodes, links)
-    for number, name in enumerate(names):
+    for name, number in graph.index().items():
         found, waiting = set(), [name]
         while waiting:
             at = waiting.pop()
             new = {target for source, target in links if source == at} - found
             found |= new
             waiting += new
-        assert {names[place] for place in bits(graph.descendants[number])} == found
+        assert {graph.nodes[place].call_id for place in bits(graph.descendants[number])} == found
     mixed, shuffled = list(links), list(nodes)
     random.Random(seed).shuffle(mixed)
     random.Random(seed).shuffle(shuffled)

@@ -216,7 +216,7 @@ def test_the_scope_decides_whether_an_earlier_call_is_rewarded(make_call, make_t
 
     def reasons(scope):
         made = build_batch([trace], RULE, scope=scope)
-        assert [node.call_id for node in made.graphs["run_a"].nodes] == ["first", "second", "third"]
+        assert [node.call_id for node in made.graphs["run_a"].nodes] == ["third", "second", "first"]
         return [entry.reason for entry in made.consumption]
 
     assert reasons("call") == reasons("role") == ["no reward", None, "no reward"]

@@ -4,7 +4,7 @@ The function gets a run as the store has it (`RunTrace`: calls, answers, spans, 
 None where it has none, and returns what a reward function of a rollout returns. Rewards are appended; one that says
 what the current one of the same source says already is left out, so that the same function can be run again. Where it
 raises, its run gets no reward (law 6), and is counted. Runs whose content was deleted are passed over. Reads the
-store in batches. Called by `reward_command`.
+store in batches, and holds the runs and tasks of one. Called by `reward_command`.
 """
 
 import asyncio
@@ -63,7 +63,6 @@ class Rescoring:
         self._function = function
         self._source = source
         self._dry_run = dry_run
-        self._tasks: dict[str, Task] = {}
 
     async def score(self, run_ids: Sequence[str]) -> None:
         """Score these runs and append their rewards, in one transaction.
@@ -73,7 +72,8 @@ class Rescoring:
             TraceStoreError: the store cannot be read, or refuses the rewards; nothing of the batch was written.
         """
         traces = [one for one in self._store.traces(run_ids) if one.run.error != CONTENT_DELETED]
-        rows = [row for trace in traces for row in await self._rows(trace)]
+        tasks: dict[str, Task] = {}  # of this batch only: those of a store may be larger than memory
+        rows = [row for trace in traces for row in await self._rows(trace, tasks)]
         if self._dry_run:
             self.done.appended += len(rows)
             return
@@ -85,11 +85,11 @@ class Rescoring:
         for job_id, runs in late.items():
             self.done.late[job_id] = self.done.late.get(job_id, 0) + len(runs)
 
-    async def _rows(self, trace: RunTrace) -> list[Reward]:
+    async def _rows(self, trace: RunTrace, tasks: dict[str, Task]) -> list[Reward]:
         """Return what the function says of the run and its current rewards do not."""
         self.done.runs += 1
         try:
-            rows = await arewards_of(self._function, trace, self._task(trace))
+            rows = await arewards_of(self._function, trace, self._task(trace, tasks))
             _check_calls(rows, trace)
         except RewardFailed as error:
             self.done.failed += 1
@@ -106,16 +106,16 @@ class Rescoring:
             self.done.unchanged += 1
         return [Reward(reward_id=new_id("reward"), run_id=trace.run.run_id, source=self._source, **row) for row in new]
 
-    def _task(self, trace: RunTrace) -> Task | None:
+    def _task(self, trace: RunTrace, tasks: dict[str, Task]) -> Task | None:
         task_id = trace.run.task_id
         if task_id is None:
             return None
-        if task_id not in self._tasks:
+        if task_id not in tasks:
             try:
-                self._tasks[task_id] = self._store.get_task(task_id)
+                tasks[task_id] = self._store.get_task(task_id)
             except NotFound as error:  # its content went with other runs
                 raise RewardFailed(str(error)) from error
-        return self._tasks[task_id]
+        return tasks[task_id]
 
 
 def _check_calls(rows: Sequence[Mapping[str, Any]], trace: RunTrace) -> None:

@@ -1,5 +1,6 @@
 """`tracegrad reward`: new rewards for what is stored, without app or engine."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from tracegrad.adapters import rescore
 from tracegrad.adapters.cli import main
-from tracegrad.tracestore.records import Run
+from tracegrad.tracestore.records import Run, RunTrace, Task
 from tracegrad.tracestore.store import Store, open_store
 from tracegrad.tracestore.testing.rows import add_group, finish_run, make_call, make_reward, ready_group, train
 
@@ -140,6 +141,23 @@ def test_more_runs_than_a_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rescore, "BATCH", 2)
     ready_group(store, size=5)
     assert told(reward(store, "length", "--json"))["rewarded"] == 5
+
+
+def test_only_the_tasks_of_a_batch_are_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescore, "BATCH", 2)
+    for number in range(6):
+        store.put_tasks([Task(task_id=f"t{number}", input={"question": str(number)})])
+        finish_run(store, store.open_run(Run(run_id=f"r{number}", task_id=f"t{number}")).run_id)
+    held: list[int] = []
+
+    def count(trace: RunTrace, task: Task | None) -> None:
+        held.append(sum(isinstance(one, Task) for one in gc.get_objects()))
+
+    gc.collect()
+    before = sum(isinstance(one, Task) for one in gc.get_objects())
+    runs = rescore.closed_runs(store, project=None, purpose=None, since=None)
+    rescore.run_pass(rescore.Rescoring(store, count, source="s"), runs)
+    assert len(held) == 6 and max(held) <= before + 2, held
 
 
 def test_a_dry_run_writes_nothing(store: Store) -> None:

@@ -121,6 +121,8 @@ class Publishing:
                 load = served if other else newest_step
                 workers.load(load.checkpoint_path, load.checkpoint_hash)
                 held = other
+            if self._config.trainer.publish.canary:
+                self._say(f"proving the engines of {model}: perturbed weights first, then version {served.version_id}")
             try:
                 report = first_publish(self._publishers[model], workers, self._config, served, folder.canary)
             except PublishRejected as rejected:

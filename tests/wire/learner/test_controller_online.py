@@ -78,7 +78,8 @@ def test_every_step_goes_live_proven(config: Config, store: Store, engine: Llama
     phases: list[tuple[str, int]] = []
     said = run(config, store, engine, Generates(config, store), phases)
     assert phases == [("loading", 0), *((phase, n) for n in (1, 2) for phase in ("waiting", "training", "publishing"))]
-    assert said[1].startswith("version 1 is live")
+    assert said[1] == f"proving the engines of {recorded.MODEL}: perturbed weights first, then version 1"
+    assert said[2].startswith("version 1 is live")
     assert publishes(store) == [("live", 2)]
     last = store.last_publish(recorded.MODEL)
     assert last is not None
